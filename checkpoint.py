@@ -1,0 +1,112 @@
+"""`model.pth`: one file that says what it is, to a ready model and back.
+
+The file is what torch.save makes of {"format_version", "config", "quantization", "state_dict"}: a version, the fields of
+GPTConfig, None or how the weights are quantized, and the weights in the reference's unfused layout. Its name and folder
+mean nothing. Decisions to know:
+
+- Files are read with weights_only=True and mapped, not copied: only the tensors that are used are read from the disk.
+- Loading is strict: a tensor that is missing, left over or of another shape is an error that names it.
+- `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put in front of names, are taken off.
+- A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
+"""
+
+import os
+import pickle
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from fast_model import FastGPT, to_fast
+from model import GPT, GPTConfig
+
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def strip_prefixes(state_dict: dict) -> dict:
+    """Names without the `_orig_mod` and `module` parts that wrappers add. Raises ValueError if two become one."""
+    stripped = {}
+    for name, tensor in state_dict.items():
+        short = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+        if short in stripped:
+            raise ValueError(f"the names {short} and {name} are the same tensor without their wrappers' prefixes")
+        stripped[short] = tensor
+    return stripped
+
+
+@contextmanager
+def written_in_place(path):
+    """A temporary path beside `path`; renamed to it if the block ends well, deleted if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(path, config: GPTConfig, state_dict: dict) -> None:
+    """Write a state dict in the reference's layout. Raises ValueError if it does not fit the config."""
+    state_dict = strip_prefixes(state_dict)
+    _check_fit(state_dict, config, path)
+    # A view would drag its whole storage into the file.
+    whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in state_dict.items()}
+    content = {"format_version": FORMAT_VERSION, "config": asdict(config), "quantization": None, "state_dict": whole}
+    with written_in_place(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_checkpoint(path) -> tuple[GPTConfig, dict]:
+    """(config, state dict in the reference's layout, its tensors mapped from the file).
+
+    Raises FileNotFoundError or ValueError, with a sentence for the user, if this is not a whole checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the model.pth in it")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; make it with convert_hf_checkpoint.py")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole torch checkpoint; convert the model again") from error
+    if not isinstance(content, dict) or not {"format_version", "config", "state_dict"} <= content.keys():
+        raise ValueError(f"{path} is no checkpoint of this project; make one with convert_hf_checkpoint.py")
+    if content["format_version"] != FORMAT_VERSION:
+        version = content["format_version"]
+        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}; convert it again")
+    try:
+        config = GPTConfig(**content["config"])
+    except TypeError as error:
+        raise ValueError(f"{path} has a config that this code does not know: {error}; convert it again") from error
+    state_dict = strip_prefixes(content["state_dict"])
+    _check_fit(state_dict, config, path)
+    return config, state_dict
+
+
+def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    for name in expected.keys() | state_dict.keys():
+        if name not in state_dict:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if name not in expected:
+            raise ValueError(f"{path} has the tensor {name}, for which the model has no place")
+        if state_dict[name].shape != expected[name].shape:
+            shapes = f"{list(state_dict[name].shape)}, where its config asks for {list(expected[name].shape)}"
+            raise ValueError(f"{path} has {name} in the shape {shapes}")
+
+
+def build_model(config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False) -> nn.Module:
+    """A ready GPT (`reference`) or FastGPT in eval mode from a state dict in the reference's layout."""
+    state_dict = state_dict if reference else to_fast(state_dict, config)
+    with torch.device("meta"):
+        model = GPT(config) if reference else FastGPT(config)
+    placed = {name: tensor.to(device, dtype) for name, tensor in state_dict.items()}
+    model.load_state_dict(placed, strict=True, assign=True)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,256 @@
+"""FastGPT: the reference of `model.py` in the shape that torch.compile likes, and the surgery between the two layouts.
+
+It computes the same function from the same `GPTConfig` and shares no arithmetic with the reference, so that
+`check_equivalence.py` compares two independent statements of it. Decisions to know:
+
+- Keys and values live in a static cache, allocated by `setup_caches` and written in place at `input_pos`. Attention
+  reads every slot under a mask, so that decoding is one graph with no break and no recompilation as positions move.
+- Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
+- q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
+  Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
+- `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
+
+Copy me: needs torch, and `model.py` beside it for GPTConfig.
+
+Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPTConfig
+
+
+def make_norm(config: GPTConfig, size: int, kind: str) -> nn.Module:
+    norm = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[kind]
+    return norm(size, eps=config.norm_eps)
+
+
+def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
+    """cos and sin of every position's angles, [length, 2, C/2].
+
+    Worked out in float64 on the CPU and rounded once to float32: it stays float32 whatever the dtype of the weights,
+    because bf16 cannot count past 256.
+    """
+    half = config.head_dim // 2
+    inv_freq = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(config.rope_base) / half))
+    if config.rope_scaling is not None:  # Llama 3.1: stretch the waves that do not fit into the original context
+        scaling = config.rope_scaling
+        context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+        longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / inv_freq
+        smooth = (context / wavelength - scaling["low_freq_factor"]) / (context / shortest - context / longest)
+        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+        stretched = torch.where(wavelength > longest, inv_freq / factor, between)
+        inv_freq = torch.where(wavelength < shortest, inv_freq, stretched)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), inv_freq)
+    return torch.stack([angles.cos(), angles.sin()], dim=1).to(device, torch.float32)
+
+
+def apply_rope(x, rope):
+    """Rotate x [B, T, heads, C] by rope [B or 1, T, 1, 2, C/2]; in float32, rounded once."""
+    x1, x2 = x.float().unflatten(-1, (2, -1)).unbind(-2)
+    cos, sin = rope.unbind(-2)
+    return torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-2).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
+        self.out = nn.Linear(self.sizes[0], config.dim, bias=config.o_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim, "rms")
+            self.k_norm = make_norm(config, config.head_dim, "rms")
+        self.register_buffer("k_cache", None, persistent=False)  # [B, K, S, C], once allocated
+        self.register_buffer("v_cache", None, persistent=False)
+
+    def forward(self, x, rope, mask, input_pos):
+        B, T, _ = x.shape
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv(x).split(self.sizes, dim=-1))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, T, C]
+
+        if self.k_cache is not None and input_pos is None:
+            self.k_cache[:B, :, :T] = k
+            self.v_cache[:B, :, :T] = v
+        elif input_pos is not None:
+            row = torch.arange(B, device=x.device)[:, None, None]
+            head = torch.arange(k.shape[1], device=x.device)[:, None]
+            at = (row, head, input_pos[:, None])  # broadcast to [B, K, T]
+            self.k_cache.index_put_(at, k)
+            self.v_cache.index_put_(at, v)
+            k, v = self.k_cache[:B], self.v_cache[:B]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gated = config.gated
+        width = config.hidden_dim * (2 if config.gated else 1)
+        self.gate_up = nn.Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
+        self.act = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}[config.activation]
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x):
+        x = self.gate_up(x)
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(self.act(gate) * up)
+        return self.down(self.act(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm_1 = make_norm(config, config.dim, config.norm)
+        self.attn = Attention(config)
+        self.norm_2 = make_norm(config, config.dim, config.norm)
+        self.mlp = MLP(config)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x, rope, mask, input_pos):
+        x = x + self.attn(self.norm_1(x), rope, mask, input_pos)
+        return x + self.mlp(self.norm_2(x))
+
+
+class FastGPT(nn.Module):
+    """Token ids to logits, with a static cache. See `forward` and, before giving it positions, `setup_caches`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.dim)
+        self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = make_norm(config, config.dim, config.norm)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
+        self.max_seq_length = 0
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int):
+        """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
+
+        Raises ValueError if that is more than the model's context.
+        """
+        config, weight = self.config, self.wte.weight
+        if max_seq_length > config.block_size:
+            raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
+        shape = (max_batch_size, config.n_kv_head, max_seq_length, config.head_dim)
+        for layer in self.layers:
+            layer.attn.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            layer.attn.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        if config.rope_base is not None:
+            self.rope = rope_table(config, max_seq_length, weight.device)
+        self.max_seq_length = max_seq_length
+
+    def forward(self, idx, input_pos=None, last_only: bool = False):
+        """Logits [B, T, V] for ids [B, T], or [B, 1, V] of the last token alone with `last_only`.
+
+        `input_pos` [B, T] are the tokens' positions, each row its own; each token attends to all cached slots up to its
+        own. Positions at or past `max_seq_length` are an index error. None means a sequence from position 0 on, which
+        fills the cache if there is one.
+        """
+        B, T = idx.shape
+        window = self.config.sliding_window
+        positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
+        if input_pos is not None:
+            slots = torch.arange(self.max_seq_length, device=idx.device)
+        elif window is not None and T > window:
+            slots = positions[0]
+        else:
+            slots = None
+        mask = None
+        if slots is not None:
+            mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+            if window is not None:
+                mask = mask & (slots > positions[:, None, :, None] - window)
+
+        x = self.wte(idx)  # [B, T, D]
+        rope = None
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
+            rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
+        for layer in self.layers:
+            x = layer(x, rope, mask, input_pos)
+        x = self.norm_f(x[:, -1:] if last_only else x)
+        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+
+# The surgery: modules of the reference, and the FastGPT module that holds their rows in this order.
+SURGERY = (
+    (["transformer.wte"], "wte"),
+    (["transformer.wpe"], "wpe"),
+    (["transformer.h.{}.ln_1"], "layers.{}.norm_1"),
+    ([f"transformer.h.{{}}.attn.{name}_proj" for name in "qkv"], "layers.{}.attn.qkv"),
+    (["transformer.h.{}.attn.q_norm"], "layers.{}.attn.q_norm"),
+    (["transformer.h.{}.attn.k_norm"], "layers.{}.attn.k_norm"),
+    (["transformer.h.{}.attn.o_proj"], "layers.{}.attn.out"),
+    (["transformer.h.{}.ln_2"], "layers.{}.norm_2"),
+    (["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], "layers.{}.mlp.gate_up"),
+    (["transformer.h.{}.mlp.down_proj"], "layers.{}.mlp.down"),
+    (["transformer.ln_f"], "norm_f"),
+    (["lm_head"], "lm_head"),
+)
+
+
+def _module_pairs(config: GPTConfig):
+    """The table, written out for every layer of one model."""
+    for sources, target in SURGERY:
+        if not config.gated:
+            sources = [name for name in sources if not name.endswith("gate_proj")]
+        for layer in range(config.n_layer if "{}" in target else 1):
+            yield [name.format(layer) for name in sources], target.format(layer)
+
+
+def _by_module(state_dict: dict) -> dict:
+    """{"a.b.weight": tensor} to {"a.b": {"weight": tensor}}."""
+    modules = {}
+    for name, tensor in state_dict.items():
+        module, _, kind = name.rpartition(".")
+        modules.setdefault(module, {})[kind] = tensor
+    return modules
+
+
+def to_fast(state_dict: dict, config: GPTConfig) -> dict:
+    """A reference state dict renamed and fused for FastGPT. Raises ValueError if a name is missing or left over."""
+    modules, fast = _by_module(state_dict), {}
+    for sources, target in _module_pairs(config):
+        parts = [modules.pop(name) for name in sources if name in modules]
+        if parts and (len(parts) < len(sources) or any(part.keys() != parts[0].keys() for part in parts)):
+            raise ValueError(f"{target} needs the same tensors from each of {', '.join(sources)}")
+        for kind in parts[0] if parts else ():
+            tensors = [part[kind] for part in parts]
+            fast[f"{target}.{kind}"] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if modules:
+        raise ValueError(f"FastGPT has no place for {', '.join(modules)}")
+    return fast
+
+
+def to_reference(state_dict: dict, config: GPTConfig) -> dict:
+    """The inverse of `to_fast`; the pieces are views of the fused tensors. Raises ValueError if a name is left over."""
+    rows = {"q": config.n_head * config.head_dim, "k": config.n_kv_head * config.head_dim}
+    rows |= {"v": rows["k"], "gate": config.hidden_dim, "up": config.hidden_dim}
+    modules, reference = _by_module(state_dict), {}
+    for names, target in _module_pairs(config):
+        for kind, tensor in modules.pop(target, {}).items():
+            pieces = [tensor]
+            if len(names) > 1:
+                pieces = tensor.split([rows[name.rpartition(".")[2].removesuffix("_proj")] for name in names])
+            reference |= {f"{name}.{kind}": piece for name, piece in zip(names, pieces, strict=True)}
+    if modules:
+        raise ValueError(f"the reference has no place for {', '.join(modules)}")
+    return reference

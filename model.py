@@ -1,0 +1,214 @@
+"""The reference GPT: the specification that `fast_model.py` must agree with.
+
+One decoder-only transformer covers Llama, Mistral, Qwen and GPT-2; what differs between them is a field of `GPTConfig`.
+There is no cache and no thought for a compiler here: every forward pass sees the whole sequence. Decisions to know:
+
+- Weights have one linear layer per projection, named as in `transformer.h.{i}.attn.q_proj.weight`; nothing is fused.
+- Rotary embeddings rotate the two halves of a head (Hugging Face's order), not neighbouring pairs.
+- Norms, rotary angles and softmax are computed in float32, whatever the dtype of the weights.
+- With tied embeddings there is no `lm_head`: the logits are products with the token embedding itself.
+
+Copy me: needs torch and nothing else.
+
+Shapes: B batch, T tokens, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides what a model computes. Raises ValueError if the fields contradict each other.
+
+    `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or Llama 3.1's four numbers, named as in
+    its `config.json`: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
+    `sliding_window` is how many positions, its own included, a token attends to; None means all before it.
+    """
+
+    block_size: int  # the longest sequence, in tokens
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    dim: int
+    hidden_dim: int
+    norm: str = "rms"  # or "layer", with a bias
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
+    activation: str = "silu"  # or "gelu", "gelu_tanh"
+    gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope_base: float | None = 10000.0
+    rope_scaling: dict | None = None
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "dim", "hidden_dim")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number above 0, not {getattr(self, name)!r}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.rope_base is not None and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return x32.type_as(x) * self.weight
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.dim, eps=config.norm_eps)
+    return RMSNorm(config.dim, config.norm_eps)
+
+
+def rope_frequencies(config: GPTConfig, device) -> torch.Tensor:
+    """Radians per position of each of the C/2 rotated pairs, float32 (Su et al. 2021; Llama 3.1's scaling on top)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_base**exponent
+    if config.rope_scaling is None:
+        return frequencies
+    # Waves longer than the original context are slowed by `factor`, short ones kept, those between interpolated.
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
+def rotate(x, angles):
+    """Turn each pair (x[i], x[i + C/2]) of x [B, T, heads, C] by its angle, angles [T, C/2]."""
+    cos, sin = angles.cos().type_as(x)[:, None], angles.sin().type_as(x)[:, None]  # [T, 1, C/2]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        q_dim, kv_dim = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        cfg = self.config
+        q = self.q_proj(x).view(B, T, cfg.n_head, cfg.head_dim)
+        k = self.k_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
+        v = self.v_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        position = torch.arange(T, device=x.device)
+        if cfg.rope_base is not None:
+            angles = position[:, None] * rope_frequencies(cfg, x.device)  # [T, C/2]
+            q, k = rotate(q, angles), rotate(k, angles)
+
+        # Each kv head serves n_head / n_kv_head query heads in a row.
+        k, v = (t.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, C]
+        distance = position[:, None] - position  # [T, T], how far back the key is from the query
+        visible = distance >= 0
+        if cfg.sliding_window is not None:
+            visible = visible & (distance < cfg.sliding_window)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(cfg.head_dim)  # [B, H, T, T]
+        scores = scores.float().masked_fill(~visible, float("-inf"))
+        y = scores.softmax(-1).type_as(v) @ v  # [B, H, T, C]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        if config.gated:
+            self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
+        self.gated = config.gated
+
+    def forward(self, x):
+        if self.gated:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The readable model: token ids [B, T] to logits [B, T, V], and the mean cross-entropy if targets are given."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.dim),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": make_norm(config),
+            }
+        )
+        if config.rope_base is None:
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.dim)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, idx, targets=None):
+        """Logits [B, T, V] for ids [B, T]; with targets [B, T] (-100 is ignored) the pair (logits, loss)."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
+        x = self.transformer.wte(idx)  # [B, T, D]
+        if self.config.rope_base is None:
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        head = self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+        logits = F.linear(x, head)
+        if targets is None:
+            return logits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
