@@ -1,7 +1,7 @@
 """`model.pth`: one file that says what it is, to a ready model and back.
 
-The file is what torch.save makes of {"format_version", "config", "quantization", "state_dict"}: a version, the fields of
-GPTConfig, None or how the weights are quantized, and the weights in the reference's unfused layout. Its name and folder
+The file is what torch.save makes of {"format_version", "config", "quantization", "state_dict"}: a version, GPTConfig's
+fields, None or how the weights are quantized, and the weights in the reference's unfused layout. Its name and folder
 mean nothing. Decisions to know:
 
 - Files are read with weights_only=True and mapped, not copied: only the tensors that are used are read from the disk.

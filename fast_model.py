@@ -137,7 +137,7 @@ class FastGPT(nn.Module):
         self.norm_f = make_norm(config, config.dim, config.norm)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
-        self.max_seq_length = 0
+        self.max_batch_size = self.max_seq_length = 0
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
@@ -153,7 +153,7 @@ class FastGPT(nn.Module):
             layer.attn.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         if config.rope_base is not None:
             self.rope = rope_table(config, max_seq_length, weight.device)
-        self.max_seq_length = max_seq_length
+        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
 
     def forward(self, idx, input_pos=None, last_only: bool = False):
         """Logits [B, T, V] for ids [B, T], or [B, 1, V] of the last token alone with `last_only`.

@@ -1,0 +1,234 @@
+"""Proof that the fast paths compute what the reference does: a table, and exit code 1 if a row is out of tolerance.
+
+Every row runs the same token ids another way and compares all logits with those of `model.py` in float32, each row of
+the batch on its own. The ids are random ones followed by the greedy text of the reference, so that the first position
+at which a row's argmax differs is the first at which its greedy text would. Without a checkpoint, small random models
+of every family are checked. Decisions to know:
+
+- In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
+- In a 16-bit dtype the reference's own loss is measured, and a row may lose twice as much.
+- A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
+- Compiled rows run under a stance in which a recompilation is an error.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import build_model, read_checkpoint
+from generate import Sampling, check_device, compile_options, default_device, generate
+from model import GPT, GPTConfig
+
+LONG = 1040  # tokens of the long prompt
+SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 112}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama-2": GPTConfig(**SMALL, n_kv_head=6, head_dim=12),
+    "llama-3.1": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
+    "mistral": GPTConfig(**SMALL, n_kv_head=3, head_dim=16, sliding_window=24),
+    "qwen2": GPTConfig(**SMALL, n_kv_head=2, head_dim=12, qkv_bias=True, tie_embeddings=True),
+    "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
+    "gpt-2": GPTConfig(
+        **SMALL,
+        n_kv_head=6,
+        head_dim=12,
+        norm="layer",
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        rope_base=None,
+        tie_embeddings=True,
+    ),
+}
+
+
+def random_weights(config: GPTConfig, seed: int = 0) -> dict:
+    """A float32 state dict in which every tensor matters: biases are not zero, norms not one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    state_dict = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 2:
+            state_dict[name] = values / shape[1] ** 0.5
+        else:
+            state_dict[name] = 0.2 * values + (0 if name.endswith("bias") else 1)
+    return state_dict
+
+
+@dataclass
+class Row:
+    """One way of computing, held against the reference."""
+
+    name: str
+    difference: float  # largest of any logit
+    divergence: float  # largest KL(reference, this way) of any position, nats
+    agreement: float  # share of positions with the same most likely token
+    first_change: int | None  # tokens of greedy text before the first that differs
+    tolerance: float  # of `difference`
+    reason: str
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # False for NaN
+
+
+def compare(name, expected, logits, prompt_length, tolerance, reason) -> Row:
+    """The row for logits [B, T, V] against the reference's, of which the first `prompt_length` tokens were given."""
+    logits = logits.float()
+    same = logits.argmax(-1) == expected.argmax(-1)  # [B, T]
+    changed = (~same[:, prompt_length - 1 :]).any(0).nonzero()
+    kl = torch.nn.functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none")
+    return Row(
+        name,
+        difference=(logits - expected).abs().max().item(),
+        divergence=kl.sum(-1).max().item(),
+        agreement=same.float().mean().item(),
+        first_change=changed[0].item() if len(changed) else None,
+        tolerance=tolerance,
+        reason=reason,
+    )
+
+
+# --- The ways to run a FastGPT on ids [B, T], each to logits [B, T, V] ------------------------------------------------
+
+
+def without_cache(model, ids):
+    return model(ids)
+
+
+def at_once(model, ids):
+    model.setup_caches(*ids.shape)
+    return model(ids)
+
+
+def in_chunks(model, ids, size: int, forward=None):
+    """The first chunk without positions, as a prompt begins; the rest, by `forward`, on top of the cache."""
+    B, T = ids.shape
+    forward = model if forward is None else forward
+    model.setup_caches(B, T)
+    positions = torch.arange(T, device=ids.device).expand(B, T)
+    logits = [model(ids[:, :size])]
+    for chunk, at in zip(ids[:, size:].split(size, 1), positions[:, size:].split(size, 1), strict=True):
+        logits.append(forward(chunk, at).clone())  # a CUDA graph overwrites its outputs
+    return torch.cat(logits, dim=1)
+
+
+def rows_alone(model, ids):
+    return torch.cat([at_once(model, row[None]) for row in ids])
+
+
+def compiled_steps(model, ids):
+    forward = torch.compile(model, fullgraph=True, dynamic=False, options=compile_options(ids.device.type))
+    in_chunks(model, ids, 1, forward)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return in_chunks(model, ids, 1, forward)
+
+
+# --- The check --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True, hf=None) -> Iterator[Row]:
+    """Yield a row per way of running this model. `hf` is a directory for transformers to load the same model from."""
+    reference = build_model(config, state_dict, device, torch.float32, reference=True)
+    random = torch.Generator().manual_seed(0)
+    length, batch = min(16, config.block_size // 2), 3
+    prompt = torch.randint(config.vocab_size, (batch, length), generator=random).to(device)
+    greedy = list(generate(reference, prompt, 24, Sampling(temperature=0)))
+    ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)
+    expected = torch.cat([reference(row[None]) for row in ids])
+    exact = {"tolerance": 2e-5 * expected.abs().max().item(), "reason": "float32, sums in another order"}
+
+    if hf:
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(device)
+        yield compare("transformers", expected, theirs(ids).logits, length, **exact)
+        del theirs
+
+    fast = build_model(config, state_dict, device, torch.float32)
+    yield compare("without a cache", expected, without_cache(fast, ids), length, **exact)
+    yield compare("prefill at once", expected, at_once(fast, ids), length, **exact)
+    yield compare("token by token", expected, in_chunks(fast, ids, 1), length, **exact)
+    yield compare("in chunks of 7", expected, in_chunks(fast, ids, 7), length, **exact)
+    yield compare("each row alone", expected, rows_alone(fast, ids), length, **exact)
+    if compiled:
+        torch.compiler.reset()  # models of other shapes are no recompilations of this one
+        yield compare("compiled steps", expected, compiled_steps(fast, ids), length, **exact)
+
+    if config.block_size >= LONG:
+        long = torch.randint(config.vocab_size, (1, LONG), generator=random).to(device)
+        expected_long = reference(long)
+        yield compare(f"{LONG} tokens at once", expected_long, at_once(fast, long), LONG, **exact)
+        yield compare(f"{LONG} tokens in 256s", expected_long, in_chunks(fast, long, 256), LONG, **exact)
+
+    del fast, reference
+    stored = state_dict["transformer.wte.weight"].dtype
+    dtype = torch.bfloat16 if stored == torch.float32 else stored
+    name = str(dtype).removeprefix("torch.")
+    rounded = build_model(config, state_dict, device, dtype, reference=True)
+    loss = (rounded(ids).float() - expected).abs().max().item()
+    loose = {"tolerance": 2 * loss, "reason": f"twice what the reference loses in {name}"}
+    fast = build_model(config, state_dict, device, dtype)
+    yield compare(f"{name} at once", expected, at_once(fast, ids), length, **loose)
+    yield compare(f"{name} by token", expected, in_chunks(fast, ids, 1), length, **loose)
+
+
+def print_table(title: str, rows: Iterator[Row]) -> bool:
+    """Print the rows as they come; True if all of them passed."""
+    print(f"\n{title}")
+    print(f"  {'':22}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
+    passed = True
+    for row in rows:
+        change = "same" if row.first_change is None else row.first_change
+        print(
+            f"  {row.name:22}{row.difference:9.2e} {row.tolerance:9.2e} {row.divergence:9.1e} {row.agreement:7.2%} "
+            f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
+            flush=True,
+        )
+        passed = passed and row.passed
+    return passed
+
+
+def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile: bool) -> bool:
+    check_device(device)
+    if checkpoint_path:
+        models = {str(checkpoint_path): read_checkpoint(checkpoint_path)}
+    else:
+        models = {f"{name}, small random weights": (c, random_weights(c)) for name, c in FAMILIES.items()}
+    passed = True
+    for title, (config, state_dict) in models.items():
+        passed &= print_table(title, check_model(config, state_dict, device, not no_compile, hf))
+    print("\nAll rows are within their tolerance." if passed else "\nThe models DISAGREE: see the rows that FAILED.")
+    return passed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Hold every way of running a model against the reference.")
+    parser.add_argument("--checkpoint_path", type=Path, help="model.pth; without it, small random models are checked")
+    parser.add_argument(
+        "--hf", type=Path, metavar="DIR", help="compare with transformers' model from this directory too"
+    )
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--no_compile", action="store_true", help="leave out the compiled rows")
+    try:
+        agree = main(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if agree else 1)

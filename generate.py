@@ -1,0 +1,543 @@
+"""Text from a checkpoint: sampling, the `generate()` loop, and below them the command line.
+
+Decisions to know:
+
+- `generate()` yields token ids and does nothing else: no tokenizer, no clock, no printing. Both models fit it.
+- Random numbers come from one torch.Generator and enter the decode step as a tensor, so that a seed gives the same text
+  eager and compiled, and no global random state is touched.
+- The compiled decode step is a value that is passed along. Prefill is eager unless `--compile_prefill`.
+- On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
+- Text goes to stdout, the figures of the run to stderr.
+
+Shapes: B batch rows, T prompt tokens, V vocabulary.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from checkpoint import DTYPES, build_model, read_checkpoint, written_in_place
+from tokenizer import load_tokenizer
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Raises ValueError outside these ranges."""
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature and top_k must be 0 or more and top_p above 0 and at most 1, not {self}")
+
+
+def to_probabilities(logits, sampling: Sampling):
+    """Probabilities [B, V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        descending = probabilities.sort(-1, descending=True).values
+        before = descending.cumsum(-1) - descending  # mass of all likelier tokens; the first has none, so it stays
+        smallest = descending.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < smallest, 0)
+    return probabilities  # not normalized after top-p: nothing below depends on their sum
+
+
+def sample(logits, noise, sampling: Sampling):
+    """One id per row, [B, 1], of logits [B, V]. `noise` [B, V] is Exp(1): argmax(p / noise) has distribution p."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return (to_probabilities(logits, sampling) / noise).argmax(-1, keepdim=True)
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+
+def prefill(model, prompt, input_pos):
+    """Logits [B, V] that follow the prompt [B, T]; fills the cache."""
+    return model(prompt, input_pos, last_only=True)[:, -1]
+
+
+def decode_step(model, token, input_pos, noise, sampling: Sampling):
+    """The token [B, 1] after `token` [B, 1], which stands at `input_pos` [B, 1], and its own position."""
+    logits = model(token, input_pos)[:, -1]
+    return sample(logits, noise, sampling), input_pos + 1
+
+
+def compile_options(device: str) -> dict:
+    """Options of torch.compile for a decode step; on a GPU it is tuned for reading speed and replayed as CUDA graph."""
+    if device.startswith("cuda"):
+        return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    return {}
+
+
+def _tokens_of_reference(model, prompt, new_noise, sampling):
+    while True:
+        token = sample(model(prompt)[:, -1], new_noise(), sampling)
+        yield token
+        prompt = torch.cat([prompt, token], dim=1)
+
+
+def _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step):
+    B, T = prompt.shape
+    input_pos = torch.arange(cached, T, device=prompt.device).expand(B, -1) if cached else None
+    token = sample(prefill(model, prompt[:, cached:], input_pos), new_noise(), sampling)
+    yield token
+    input_pos = torch.full((B, 1), T, device=prompt.device)
+    while True:
+        token, input_pos = decode_step(model, token, input_pos, new_noise(), sampling)
+        token, input_pos = token.clone(), input_pos.clone()  # the next replay of a CUDA graph overwrites its outputs
+        yield token
+
+
+def _read(tokens, ahead: int):
+    """The ids of each tensor [B, 1], as lists. The host waits for `ahead` at a time, with the next `ahead` queued."""
+    group = list(islice(tokens, 1))  # the first one alone: somebody is waiting for it
+    while group:
+        following = list(islice(tokens, ahead)) if len(group) > 1 else []
+        yield from torch.cat(group, dim=1).T.tolist()
+        group = following or list(islice(tokens, ahead))
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_ids=(),
+    seed: int = 0,
+    cached: int = 0,
+    prefill=prefill,
+    decode_step=decode_step,
+) -> Iterator[list[int | None]]:
+    """Continue the ids `prompt` [B, T]; yields the next id of each row, as a list of B.
+
+    A row ends with the first of `eos_ids`, which is yielded, and is None from then on; the iteration ends when all rows
+    have, or when the context is full. `cached` leading tokens of the prompt are taken to be in the model's cache
+    already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be compiled versions.
+    Raises ValueError, at the first token, if the prompt is empty, too long, or not of this vocabulary.
+    """
+    B, T = prompt.shape
+    context = model.config.block_size
+    if T == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if T > context:
+        raise ValueError(f"the prompt has {T} tokens, more than the context of {context}; shorten it")
+    if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
+        raise ValueError(f"the prompt has ids outside the vocabulary of {model.config.vocab_size}")
+    new = min(max_new_tokens, context - T + 1)  # the last token needs no slot: nothing comes after it
+    device = prompt.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def new_noise():
+        if sampling.temperature == 0:
+            return None
+        return torch.empty(B, model.config.vocab_size, device=device).exponential_(generator=generator)
+
+    if hasattr(model, "setup_caches"):
+        if T + new - 1 > model.max_seq_length or B > model.max_batch_size:
+            model.setup_caches(B, T + new - 1)
+        tokens = _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step)
+    else:
+        tokens = _tokens_of_reference(model, prompt, new_noise, sampling)
+
+    running = [True] * B
+    for ids in _read(islice(tokens, new), ahead=8 if device.type == "cuda" else 1):
+        yield [id if run else None for id, run in zip(ids, running, strict=True)]
+        running = [run and id not in eos_ids for id, run in zip(ids, running, strict=True)]
+        if not any(running):
+            return
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """One row's ids and text as they grow; text that may turn out to begin a stop string is held back.
+
+    `stop_reason` is None, then "eos", "stop" (a stop string) or "length" (max_new_tokens, or the context is full).
+    """
+
+    def __init__(self, prompt_ids, tokenizer, eos_ids, stop, goes_on: bool):
+        self.prompt_ids, self.token_ids, self.stop_reason = prompt_ids, [], None
+        self.stream, self.text = (tokenizer.stream(), "") if tokenizer else (None, None)
+        for id in prompt_ids if self.stream and goes_on else ():
+            self.stream.push(id)  # a text that goes on keeps its first space; a chat's answer begins without
+        self.eos_ids, self.stop, self.shown = eos_ids, stop, 0
+
+    def push(self, id: int) -> str:
+        """Take the next id; returns the text that can be shown now."""
+        self.token_ids.append(id)
+        if id in self.eos_ids:
+            self.stop_reason = "eos"
+        elif self.stream:
+            self.text += self.stream.push(id)
+        return self._show()
+
+    def finish(self) -> str:
+        """No id follows; returns the rest of the text."""
+        if self.stream and self.stop_reason != "stop":
+            self.text += self.stream.finish()
+        self.stop_reason = self.stop_reason or "length"
+        return self._show()
+
+    def _show(self) -> str:
+        if self.text is None:
+            return ""
+        found = [at for at in (self.text.find(s, max(0, self.shown - len(s))) for s in self.stop) if at >= 0]
+        if found:
+            self.text, self.stop_reason = self.text[: min(found)], "stop"
+        end = len(self.text)
+        if self.stop_reason is None:
+            held = [n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
+            end -= max(held, default=0)
+        piece, self.shown = self.text[self.shown : end], max(self.shown, end)
+        return piece
+
+
+INTERACTIVE_SLOTS = 2048
+
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def default_dtype(device: str, state_dict: dict) -> torch.dtype:
+    return state_dict["transformer.wte.weight"].dtype if device != "cpu" else torch.float32
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError if this machine has no such device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"there is no device {device!r} on this machine; the default is {default_device()}") from error
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes per second at which this device reads its memory: the best of some sums over 512 MB."""
+    data = torch.ones(2**27, device=device)
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / min(seconds)
+
+
+def bytes_per_token(model) -> int:
+    """Bytes a decode step reads: the weights, of an embedding that is only looked up nothing, and the whole cache."""
+    config = model.config
+    looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
+    weights = sum(
+        p.nbytes for name, p in model.named_parameters() if name.removeprefix("transformer.") not in looked_up
+    )
+    return weights + sum(b.nbytes for name, b in model.named_buffers() if name.endswith("_cache"))
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the device's allocator on a GPU, of this process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource  # not on Windows
+
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else rss * 1024
+
+
+def compiler_cache_hits() -> int:
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def warm_up(model, prompt, sampling, steps: dict) -> dict:
+    """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind."""
+    if steps:
+        say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
+    start, hits = time.perf_counter(), compiler_cache_hits()
+    for _ in generate(model, prompt, 3, sampling, **steps):
+        pass
+    seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
+    if steps:
+        say(f"compiled in {seconds:.1f} s ({kind})")
+        return {"compile_seconds": seconds, "compile_kind": kind}
+    return {}
+
+
+def find_tokenizer(folder: Path, vocab_size: int, needed: bool):
+    """The folder's tokenizer, or None if there is none and none is needed. Raises ValueError if it does not fit."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
+        if needed:
+            raise
+        return None
+    if tokenizer.vocab_size > vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
+        raise ValueError(f"the tokenizer in {folder} has {sizes}; put the model's own tokenizer there")
+    return tokenizer
+
+
+def check_prompt(ids: list[int], slots: int) -> None:
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(ids) > slots:
+        raise ValueError(f"the prompt has {len(ids)} tokens, more than the context of {slots}; shorten it")
+
+
+def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, device, show) -> dict:
+    """Fill the answers, one a batch row, and return the figures. `show` gets the first row's text as it comes."""
+    prompt = torch.tensor([answer.prompt_ids for answer in answers], device=device)
+    eos_ids = answers[0].eos_ids
+    times = []
+    start = time.perf_counter()
+    for ids in generate(model, prompt, max_new_tokens, sampling, eos_ids, seed, cached, **steps):
+        times.append(time.perf_counter() - start)
+        for answer, id in zip(answers, ids, strict=True):
+            if answer.stop_reason is None:
+                piece = answer.push(id)
+                if answer is answers[0]:
+                    show(piece)
+        if all(answer.stop_reason for answer in answers):
+            break
+    for answer in answers:
+        rest = answer.finish()
+        if answer is answers[0]:
+            show(rest)
+    rows, new = prompt.shape[0], len(times)
+    return {
+        "prompt_tokens": prompt.shape[1],
+        "cached_tokens": cached,
+        "new_tokens": new,
+        "time_to_first_token_seconds": times[0],
+        "prefill_tokens_per_second": (prompt.shape[1] - cached) * rows / times[0],
+        "decode_tokens_per_second": (new - 1) * rows / (times[-1] - times[0]) if new > 1 else None,
+    }
+
+
+def report(run: dict, rows: int, step_bytes: int, bandwidth: float) -> None:
+    """Print the figures of one run. The README says what each one means."""
+    milliseconds = run["time_to_first_token_seconds"] * 1e3
+    fresh = run["prompt_tokens"] - run["cached_tokens"]
+    say(f"prefill: {fresh} tokens, {run['prefill_tokens_per_second']:.1f} tokens/s, {milliseconds:.0f} ms to the first")
+    if rate := run["decode_tokens_per_second"]:
+        used = step_bytes * rate / rows
+        say(
+            f"decode:  {run['new_tokens'] - 1} steps, {rate:.2f} tokens/s, {step_bytes / 1e6:.0f} MB read a step: "
+            f"{used / 1e9:.1f} GB/s, {used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here"
+        )
+
+
+def main(
+    checkpoint_path: Path,
+    prompt: str,
+    interactive: bool,
+    chat: bool,
+    num_samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+    max_seq_length: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop: list[str],
+    ignore_eos: bool,
+    compile: bool,
+    compile_prefill: bool,
+    reference: bool,
+    device: str,
+    precision: str | None,
+    profile: Path | None,
+    json_path: Path | None,
+) -> None:
+    sampling = Sampling(temperature, top_k, top_p)
+    if reference and (compile or compile_prefill):
+        raise ValueError("--reference runs model.py, which is not compiled; leave out --compile")
+    if interactive and batch_size > 1:
+        raise ValueError("--interactive holds one conversation; leave out --batch_size")
+    check_device(device)
+    start = time.perf_counter()
+    config, state_dict = read_checkpoint(checkpoint_path)
+    dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
+    model = build_model(config, state_dict, device, dtype, reference)
+    synchronize(device)
+    load_seconds = time.perf_counter() - start
+
+    synthetic = prompt.isdecimal() and not interactive
+    tokenizer = find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=not synthetic)
+    eos_ids = tokenizer.eos_ids if tokenizer and not ignore_eos else frozenset()
+
+    def encode(messages: list[dict]) -> list[int]:
+        if chat:
+            return tokenizer.encode(tokenizer.render_chat(messages), bos=False)
+        return tokenizer.encode(messages[-1]["content"])
+
+    messages = [] if interactive else [{"role": "user", "content": prompt}]
+    if interactive:
+        ids = synthetic_prompt(8, config.vocab_size, seed)  # to warm up with
+    elif synthetic:
+        ids = synthetic_prompt(int(prompt), config.vocab_size, seed)
+    else:
+        ids = encode(messages)
+    slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else len(ids) + max_new_tokens - 1)
+    slots = min(slots, config.block_size)
+    check_prompt(ids, slots)
+
+    figures = {"load_seconds": load_seconds}
+    steps = {}
+    if compile:
+        steps["decode_step"] = torch.compile(
+            decode_step, fullgraph=True, dynamic=False, options=compile_options(device)
+        )
+    if compile_prefill:
+        steps["prefill"] = torch.compile(prefill, fullgraph=True, dynamic=True)
+    if not reference:
+        model.setup_caches(batch_size, slots)
+    if steps or device != "cpu":
+        figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), sampling, steps)
+    step_bytes, bandwidth = bytes_per_token(model), read_bandwidth(device)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    samples, runs, in_cache = [], [], []
+    with torch.profiler.profile() if profile else nullcontext() as profiler:
+        while interactive or len(runs) < num_samples:
+            if interactive:
+                try:
+                    messages.append({"role": "user", "content": input("> ")})
+                except EOFError:
+                    break
+                try:
+                    ids = encode(messages)
+                    check_prompt(ids, slots)
+                except ValueError as error:  # the session goes on
+                    say(f"error: {error}")
+                    messages.pop()
+                    continue
+            elif not chat and not synthetic:
+                show(prompt)
+            cached = common_prefix(in_cache, ids[:-1])
+            answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for _ in range(batch_size)]
+            new = min(max_new_tokens, slots - len(ids) + 1)
+            runs.append(run_once(model, answers, cached, new, sampling, seed + len(runs), steps, device, show))
+            show("\n")
+            for row, answer in enumerate(answers[1:], start=1):
+                print(f"[row {row}] {answer.text}")
+            report(runs[-1], batch_size, step_bytes, bandwidth)
+            samples += answers
+            if interactive:  # what the cache holds now; the last token was never fed
+                in_cache = ids + answers[0].token_ids[:-1]
+                messages.append({"role": "assistant", "content": answers[0].text})
+
+    if profile:
+        profiler.export_chrome_trace(str(profile))
+    figures |= {"peak_memory_bytes": peak_memory(device), "bytes_per_step": step_bytes}
+    figures |= {"read_bandwidth_bytes_per_second": bandwidth}
+    say(f"memory:  {figures['peak_memory_bytes'] / 1e9:.2f} GB at most, loaded in {load_seconds:.1f} s")
+    rates = [run["decode_tokens_per_second"] for run in runs if run["decode_tokens_per_second"]]
+    if len(rates) > 1:
+        say(f"median:  {statistics.median(rates):.2f} tokens/s, from {min(rates):.2f} to {max(rates):.2f}")
+    if json_path:
+        setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
+        entries = [
+            {
+                "prompt_ids": answer.prompt_ids,
+                "token_ids": answer.token_ids,
+                "text": answer.text,
+                "stop_reason": answer.stop_reason,
+            }
+            for answer in samples
+        ]
+        with written_in_place(json_path) as temporary:
+            temporary.write_text(json.dumps({"samples": entries, "runs": runs, **figures, **setting}, indent=1))
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer in the same folder")
+    add("--prompt", default="Hello, my name is", help="text, or a whole number for that many random tokens")
+    add("--interactive", action="store_true", help="read prompts from the terminal, one a line")
+    add("--chat", action="store_true", help="put the prompt into the model's own chat template")
+    add("--num_samples", type=positive, default=1, help="answers one after the other, each with the next seed")
+    add("--max_new_tokens", type=positive, default=200, help="tokens")
+    add("--batch_size", type=positive, default=1, help="answers at the same time")
+    add(
+        "--max_seq_length",
+        type=positive,
+        help=f"cache slots, in tokens; what the run needs, or {INTERACTIVE_SLOTS} in an interactive session",
+    )
+    add("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
+    add("--top_k", type=int, default=Sampling.top_k, help="sample from the k likeliest tokens; 0 is all")
+    add(
+        "--top_p", type=float, default=Sampling.top_p, help="sample from the likeliest tokens of this total probability"
+    )
+    add("--seed", type=int, default=1234)
+    add("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these strings")
+    add("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
+    add("--compile", action="store_true", help="compile the decode step")
+    add("--compile_prefill", action="store_true", help="compile the prefill too")
+    add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    add("--precision", choices=DTYPES, help="default: the checkpoint's on a GPU, XXX on a CPU")
+    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace")
+    add("--json", type=Path, dest="json_path", metavar="FILE", help="write samples and figures for other programs")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parse_arguments()))
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
