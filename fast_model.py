@@ -57,13 +57,29 @@ def apply_rope(x, rope):
     return torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-2).flatten(-2).to(x.dtype)
 
 
+def linear(x, weight, bias=None):
+    """F.linear, which for a single token is a reading of the weights: general matrix products do that at half speed."""
+    if x.numel() != x.shape[-1]:
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
+        y = (weight * x.flatten()).sum(-1)
+    else:
+        y = torch.mv(weight, x.flatten())
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
-        self.out = nn.Linear(self.sizes[0], config.dim, bias=config.o_bias)
+        self.qkv = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
+        self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = make_norm(config, config.head_dim, "rms")
@@ -99,9 +115,9 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated
         width = config.hidden_dim * (2 if config.gated else 1)
-        self.gate_up = nn.Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
+        self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.act = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}[config.activation]
-        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
+        self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
         x = self.gate_up(x)
@@ -135,7 +151,7 @@ class FastGPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = make_norm(config, config.dim, config.norm)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.max_batch_size = self.max_seq_length = 0
 
@@ -187,7 +203,7 @@ class FastGPT(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, mask, input_pos)
         x = self.norm_f(x[:, -1:] if last_only else x)
-        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        return linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
 
 
 # The surgery: modules of the reference, and the FastGPT module that holds their rows in this order.

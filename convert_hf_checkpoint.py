@@ -1,0 +1,415 @@
+"""A Hugging Face model folder to `model.pth`, written beside its tokenizer.
+
+    python convert_hf_checkpoint.py --checkpoint_dir checkpoints/ORG/NAME
+
+Llama, Mistral, Qwen2, Qwen3 and GPT-2, and whatever else is published under their architectures. Decisions to know:
+
+- What the model computes is read from the folder's config.json and from nothing else. A field that is neither used
+  here nor known to be harmless is an error that names it, unless it is switched off: null, false, 0 or empty.
+- Weights move by a literal table for each of the two layouts, and the tables must balance: each tensor of the files is
+  mapped or dropped on purpose, each parameter is made once. This is settled before any weight is read.
+- Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
+- dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
+
+Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py` and `checkpoint.py` beside it.
+"""
+
+import argparse
+import json
+import pickle
+import reprlib
+import struct
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from checkpoint import strip_prefixes, write_checkpoint
+from model import GPT, GPTConfig
+
+# Architecture: model type, and what it says of GPTConfig without a field of config.json.
+GPT2_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("mistral", {}),
+    "Qwen2ForCausalLM": ("qwen2", {"qkv_bias": True}),
+    "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
+    "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
+}
+
+# The fields that are used, with what transformers 5.23 takes for one that config.json does not have.
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,  # transformers 5: base, type and scaling in one
+}
+MISTRAL_SIZES = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+QWEN_DEFAULTS = LLAMA_DEFAULTS | QWEN_SIZES | {"max_position_embeddings": 32768} | QWEN_WINDOW
+DEFAULTS = {
+    "llama": LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
+    "mistral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096},
+    "qwen2": QWEN_DEFAULTS,
+    "qwen3": QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+    "gpt2": {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+}
+
+# GPTConfig's sizes, under their names in config.json.
+SIZES = {
+    "max_position_embeddings": "block_size",
+    "n_positions": "block_size",
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "n_layer": "n_layer",
+    "num_attention_heads": "n_head",
+    "n_head": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "head_dim": "head_dim",
+    "hidden_size": "dim",
+    "n_embd": "dim",
+    "intermediate_size": "hidden_dim",
+    "n_inner": "hidden_dim",
+}
+DERIVED = ("num_key_value_heads", "head_dim", "n_inner")  # null: worked out from the others
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# The numbers that a kind of rotary embedding takes besides its base.
+ROPE_NUMBERS = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+# Fields that have one implemented value, and whose being off would change the model.
+FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True}
+
+# Fields that say nothing about the logits of a forward pass.
+HARMLESS = set(
+    """
+    architectures model_type transformers_version torch_dtype dtype
+    _name_or_path _commit_hash _num_labels _attn_implementation_autoset _flash_attn_2_enabled attn_implementation
+    transformers.js_config unsloth_fixed unsloth_version is_llama_config pretraining_tp
+    max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
+    initializer_range attention_dropout attn_pdrop embd_pdrop resid_pdrop gradient_checkpointing
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class
+    use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward
+    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    do_sample temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    max_length min_length max_new_tokens num_beams num_beam_groups num_return_sequences early_stopping
+    """.split()
+)
+
+# The weight maps: a module in the files, the modules that its rows become, in this order, and how it is stored.
+# What stands after the module's name, weight or bias, stays. GPT-2's linear weights are [in, out] in the files.
+AS_IS, TRANSPOSED = "as is", "transposed"
+LLAMA_WEIGHTS = (
+    ("model.embed_tokens", ["transformer.wte"], AS_IS),
+    ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
+    ("model.layers.{}.self_attn.q_proj", ["transformer.h.{}.attn.q_proj"], AS_IS),
+    ("model.layers.{}.self_attn.k_proj", ["transformer.h.{}.attn.k_proj"], AS_IS),
+    ("model.layers.{}.self_attn.v_proj", ["transformer.h.{}.attn.v_proj"], AS_IS),
+    ("model.layers.{}.self_attn.o_proj", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("model.layers.{}.self_attn.q_norm", ["transformer.h.{}.attn.q_norm"], AS_IS),
+    ("model.layers.{}.self_attn.k_norm", ["transformer.h.{}.attn.k_norm"], AS_IS),
+    ("model.layers.{}.post_attention_layernorm", ["transformer.h.{}.ln_2"], AS_IS),
+    ("model.layers.{}.mlp.gate_proj", ["transformer.h.{}.mlp.gate_proj"], AS_IS),
+    ("model.layers.{}.mlp.up_proj", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("model.layers.{}.mlp.down_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("model.norm", ["transformer.ln_f"], AS_IS),
+    ("lm_head", ["lm_head"], AS_IS),
+)
+GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
+GPT2_WEIGHTS = (
+    ("transformer.wte", ["transformer.wte"], AS_IS),
+    ("transformer.wpe", ["transformer.wpe"], AS_IS),
+    ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], AS_IS),
+    ("transformer.h.{}.attn.c_attn", GPT2_QKV, TRANSPOSED),
+    ("transformer.h.{}.attn.c_proj", ["transformer.h.{}.attn.o_proj"], TRANSPOSED),
+    ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], AS_IS),
+    ("transformer.h.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], TRANSPOSED),
+    ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], TRANSPOSED),
+    ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
+    ("lm_head", ["lm_head"], AS_IS),
+)
+# Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
+DROPPED = {
+    "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
+    "transformer.": ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias", "lm_head.weight"),
+}
+
+
+def positive(name: str, value, kind: type):
+    """`value`, if it is a number above 0 and, for `kind` int, a whole one."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"config.json has {name} = {value!r}; it must be a {what} above 0")
+    return value
+
+
+def refuse_unknown(fields: dict, known) -> None:
+    """Raises ValueError for a field that would change what the model computes, as far as this file knows."""
+    advice = "choose a model without it, or delete the field if the model computes the same without it"
+    for name, value in fields.items():
+        if name in FIXED:
+            if value is not None and value != FIXED[name]:
+                raise ValueError(f"config.json has {name} = {value!r}, and only {FIXED[name]} is implemented; {advice}")
+        elif value and name not in known:
+            raise ValueError(f"config.json has {name} = {reprlib.repr(value)}, which is not implemented; {advice}")
+
+
+def model_type_of(config: dict) -> str:
+    named, given = config.get("architectures"), config.get("model_type")
+    found = ARCHITECTURES.get(named[0], [None])[0] if named else given
+    if found not in DEFAULTS:
+        what = f"the architecture {named[0]}" if named else f"no architectures, and model_type = {given!r}"
+        raise ValueError(f"config.json has {what}; implemented are {', '.join(ARCHITECTURES)}")
+    if given not in (None, found):
+        raise ValueError(f"config.json has the architecture {named[0]} but model_type = {given!r}; correct one of them")
+    return found
+
+
+def rope_of(field: dict) -> tuple[float, dict | None]:
+    """GPTConfig's rope_base and rope_scaling, from the fields of either transformers 4 or 5."""
+    if field["rope_scaling"] and field["rope_parameters"]:
+        raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
+    rope = field["rope_scaling"] or field["rope_parameters"] or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json has {rope!r} as its rope_scaling or rope_parameters; it must be an object")
+    context = {"original_max_position_embeddings": field["max_position_embeddings"]}
+    kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name)} or {"default"}  # "type" is the older name
+    kind = kinds.pop()
+    if kinds or kind not in ROPE_NUMBERS:
+        told = ", ".join(f"{name} = {rope[name]!r}" for name in ("rope_type", "type") if name in rope)
+        raise ValueError(f"config.json has the rotary embedding {told}; implemented are {', '.join(ROPE_NUMBERS)}")
+    refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind]))
+    rope = {"rope_theta": field["rope_theta"]} | context | rope
+    scaling = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
+    return float(positive("rope_theta", rope["rope_theta"], float)), scaling or None
+
+
+def window_of(field: dict) -> int | None:
+    """GPTConfig's sliding_window. Raises ValueError if some layers have a window and others none."""
+    layers = field["num_hidden_layers"]
+    window = field.get("sliding_window") if field.get("use_sliding_window", True) else None
+    full = layers if window is None else min(layers, field.get("max_window_layers") or 0)  # the first ones have none
+    kinds = set(field.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full))
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"} and window is not None:
+        return positive("sliding_window", window, int)
+    told = ", ".join(f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name)
+    raise ValueError(f"config.json has {told}; implemented is one sliding window for all layers, or none")
+
+
+def config_from_hf(config: dict) -> GPTConfig:
+    """GPTConfig from the content of a config.json. Raises ValueError, by name, for what is not implemented."""
+    model_type = model_type_of(config)
+    defaults = DEFAULTS[model_type]
+    refuse_unknown(config, defaults.keys() | HARMLESS)
+    field = defaults | {name: value for name, value in config.items() if name in defaults}
+
+    stated = [name for name in SIZES if name in field and (field[name] is not None or name not in DERIVED)]
+    sizes = {SIZES[name]: positive(name, field[name], int) for name in stated}
+    dim, n_head = sizes["dim"], sizes["n_head"]
+    sizes = {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
+
+    gpt2 = model_type == "gpt2"
+    eps, activation = ("layer_norm_epsilon", "activation_function") if gpt2 else ("rms_norm_eps", "hidden_act")
+    if field[activation] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"config.json has {activation} = {field[activation]!r}; implemented are {known}")
+    values = {
+        "norm_eps": positive(eps, field[eps], float),
+        "activation": ACTIVATIONS[field[activation]],
+        "qkv_bias": bool(field.get("attention_bias")),
+        "o_bias": bool(field.get("attention_bias")),
+        "mlp_bias": bool(field.get("mlp_bias")),
+        "tie_embeddings": bool(field["tie_word_embeddings"]),
+    }
+    if not gpt2:
+        values["rope_base"], values["rope_scaling"] = rope_of(field)
+        values["sliding_window"] = window_of(field)
+    implied = dict(ARCHITECTURES.values())[model_type]
+    return GPTConfig(**sizes, **values | implied)
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the folder of a downloaded model")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights, the best source first. Raises FileNotFoundError if one is missing."""
+    sources = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    source = next((directory / name for name in sources if (directory / name).is_file()), None)
+    if source is None:
+        raise FileNotFoundError(f"{directory} has none of {', '.join(sources)}; download the weights")
+    if source.suffix != ".json":
+        return [source]
+    shards = read_json(source).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{source} has no weight_map from tensors to files; download it again")
+    files = [directory / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist, but {source.name} names it; download it")
+    return files
+
+
+# What safetensors and torch's two unpicklers raise for a damaged file.
+DAMAGE = (SafetensorError, RuntimeError, ValueError, EOFError, LookupError, struct.error, pickle.PickleError)
+
+
+def open_weights(file: Path):
+    """(names, read): the tensors in one file, and the function that maps one by its name. Nothing is read yet."""
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            return list(opened.keys()), opened.get_tensor
+        # Before torch 1.6 .bin files were no zip archives; those cannot be mapped.
+        opened = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except DAMAGE as error:
+        raise ValueError(f"{file} is not a whole file of weights; download it again") from error
+    if not isinstance(opened, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in opened.values()):
+        raise ValueError(f"{file} holds something else than named tensors; give a model's state dict")
+    return list(opened), opened.__getitem__
+
+
+def find_tensors(files: list[Path], prefix: str) -> dict:
+    """{name in the weight map: (file, name in the file)}. Files of a base model lack the prefix, and get it here."""
+    found = {}
+    for file in files:
+        names, _ = open_weights(file)
+        for short, name in strip_prefixes({name: name for name in names}).items():
+            full = short if short.startswith((prefix, "lm_head.")) else prefix + short
+            if full in found:
+                raise ValueError(f"{found[full][0]} has {found[full][1]} and {file} has {name}, the same tensor twice")
+            found[full] = file, name
+    return found
+
+
+def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
+    """{tensor in the files: (parameters it becomes, how it is stored)}, the map written out for one model."""
+    plan = {}
+    for source, targets, stored in rows:
+        for layer in range(config.n_layer if "{}" in source else 1):
+            for kind in ("weight", "bias"):
+                made = [f"{target.format(layer)}.{kind}" for target in targets]
+                if any(name in expected for name in made):
+                    plan[f"{source.format(layer)}.{kind}"] = made, stored
+    return plan
+
+
+def listing(names: list[str]) -> str:
+    return f"({len(names)}): {', '.join(names[:6])}{' ...' * (len(names) > 6)}"
+
+
+def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directory: Path) -> None:
+    made = Counter(name for targets, _ in plan.values() for name in targets)
+    problems = {
+        "missing": [name for name in plan if name not in found],
+        "left over": [name for full, (_, name) in found.items() if full not in plan and full not in dropped],
+        "not made exactly once": [name for name in expected | made if made[name] != 1 or name not in expected],
+    }
+    told = [f"{what} {listing(names)}" for what, names in problems.items() if names]
+    if told:
+        raise ValueError(f"the weights in {directory} do not fit config.json, {'; '.join(told)}; download both again")
+
+
+def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str) -> dict:
+    """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
+    rows = [expected[name].shape[0] for name in targets]
+    shape = [sum(rows), *expected[targets[0]].shape[1:]]
+    tensor = tensor.T if stored == TRANSPOSED and tensor.ndim == 2 else tensor
+    if list(tensor.shape) != shape:
+        turned = " after its transpose" if stored == TRANSPOSED and tensor.ndim == 2 else ""
+        raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
+    parts = tensor.split(rows)
+    return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
+
+
+def convert(checkpoint_dir) -> Path:
+    """Write model.pth into the folder and return its path. Raises FileNotFoundError or ValueError, and writes nothing,
+    if the folder is not whole or the model not one that is implemented."""
+    directory = Path(checkpoint_dir)
+    hf_config = read_json(directory / "config.json")
+    config = config_from_hf(hf_config)
+    gpt2 = model_type_of(hf_config) == "gpt2"
+    prefix, rows = ("transformer.", GPT2_WEIGHTS) if gpt2 else ("model.", LLAMA_WEIGHTS)
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()  # names and shapes
+    plan = weight_plan(rows, config, expected)
+    files = weight_files(directory)
+    found = find_tensors(files, prefix)
+    dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
+    check_balance(plan, expected, found, dropped, directory)
+
+    state_dict = {}
+    with tqdm(total=len(plan), unit=" tensors", disable=None) as bar:  # None: no bar where there is no terminal
+        for file in files:
+            _, read = open_weights(file)
+            for source in (source for source in plan if found[source][0] == file):
+                targets, stored = plan[source]
+                name = found[source][1]
+                state_dict |= split_rows(read(name), targets, stored, expected, f"{name} in {file}")
+                bar.update()
+    if config.tie_embeddings and "lm_head.weight" in found:
+        file, name = found["lm_head.weight"]
+        if not torch.equal(open_weights(file)[1](name), state_dict["transformer.wte.weight"]):
+            raise ValueError(
+                f"{name} in {file} is not the embedding, though config.json ties them; set tie_word_embeddings to false"
+            )
+    path = directory / "model.pth"
+    write_checkpoint(path, config, state_dict)
+    numbers = sum(tensor.numel() for tensor in state_dict.values())
+    counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} parameters made"
+    print(f"{counts} ({numbers:,} numbers)")
+    return path
+
+
+def main(checkpoint_dir: Path) -> None:
+    print(f"wrote {convert(checkpoint_dir)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face model folder to model.pth in that folder.")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder with config.json and weights")
+    args = parser.parse_args()
+    try:
+        main(**vars(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

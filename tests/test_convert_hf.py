@@ -1,0 +1,574 @@
+"""convert_hf_checkpoint.py against transformers: small random models of every family, and everything it must refuse.
+
+Each model is saved by transformers itself, converted, and loaded as both twins, which must give transformers' logits
+and its greedy tokens. All parameters are random: a bias of zero or a norm of one would hide where it went.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import transformers  # noqa: E402
+
+import convert_hf_checkpoint as convert_hf  # noqa: E402
+from checkpoint import build_model, read_checkpoint  # noqa: E402
+
+SCRIPT = Path(convert_hf.__file__)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
+
+ROTARY = {
+    "vocab_size": 101,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+}
+GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
+MODELS = {
+    "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
+    "llama biased": ("Llama", ROTARY | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", ROTARY | {"head_dim": 16, "sliding_window": None}),
+    "mistral window": ("Mistral", ROTARY | {"sliding_window": 7}),
+    "qwen2": ("Qwen2", ROTARY | {"tie_word_embeddings": True, "sliding_window": 9}),
+    "qwen2 window": ("Qwen2", ROTARY | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on several threads, much slower where others use them too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """saved(name): (transformers' model in float32, the folder it was saved to), made once. Convert there, no more."""
+
+    @cache
+    def save(name):
+        family, fields = MODELS[name]
+        torch.manual_seed(len(name))
+        config = getattr(transformers, f"{family}Config")(**fields)
+        architecture = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+        config._attn_implementation = "eager"
+        model = getattr(transformers, architecture)(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                norm = parameter.ndim == 1 and key.endswith("weight")
+                parameter.normal_(mean=float(norm), std=0.3)  # larger: float32's own noise nears 1e-4
+        folder = tmp_path_factory.mktemp("saved")
+        model.save_pretrained(folder)
+        return model, folder
+
+    return save
+
+
+@pytest.fixture
+def copy_of(saved, tmp_path):
+    """copy_of(name, **fields): a folder of one's own with the model's files, its config.json changed by the fields."""
+
+    def copy(name, **fields):
+        folder = tmp_path / "model"
+        shutil.copytree(saved(name)[1], folder, ignore=shutil.ignore_patterns("model.pth"))
+        edit(folder, **fields)
+        return folder
+
+    return copy
+
+
+def edit(folder, **fields):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+
+def reweigh(folder, change):
+    """Rewrite model.safetensors with change(its tensors)."""
+    path = folder / "model.safetensors"
+    tensors = change(load_file(path))
+    path.unlink()
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def converted(folder):
+    return read_checkpoint(convert_hf.convert(folder))
+
+
+def refused(folder, *texts, error=ValueError):
+    with pytest.raises(error) as caught:
+        convert_hf.main(folder)
+    for text in texts:
+        assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.iterdir() if path.name.endswith((".pth", ".tmp"))] == []
+
+
+def same(left, right):
+    assert left[0] == right[0]
+    assert left[1].keys() == right[1].keys()
+    for name, tensor in left[1].items():
+        assert tensor.dtype == right[1][name].dtype and torch.equal(tensor, right[1][name]), name
+
+
+# The promise: what transformers computes.
+
+
+def greedy(logits_of, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat([ids, logits_of(ids)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def compare(model, config, state_dict, steps=64):
+    reference = build_model(config, state_dict, "cpu", torch.float32, reference=True)
+    fast = build_model(config, state_dict, "cpu", torch.float32)
+    fast.setup_caches(1, 80)
+    prompt = torch.randint(101, (1, 8), generator=torch.Generator().manual_seed(7))
+    seen = 0
+
+    def fast_step(ids):
+        nonlocal seen
+        positions = torch.arange(seen, ids.shape[1])[None]
+        seen = ids.shape[1]
+        return fast(ids[:, positions[0]], positions)
+
+    expected = greedy(lambda ids: model(ids, use_cache=False).logits, prompt, steps)
+    assert len(expected[0, 8:].unique()) > steps // 8  # not the same token over and over
+    assert torch.equal(greedy(reference, prompt, steps), expected)
+    assert torch.equal(greedy(fast_step, prompt, steps), expected)
+    logits = model(expected, use_cache=False).logits
+    positions = torch.arange(expected.shape[1])[None]
+    for twin in (reference(expected), fast(expected), fast(expected, positions)):
+        assert (twin - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_twins_are_the_transformers_model(saved, name):
+    model, folder = saved(name)
+    compare(model, *converted(folder))
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen3 biased", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept(copy_of, saved, name, dtype):
+    folder = copy_of(name)
+    reweigh(folder, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    model = type(saved(name)[0])(saved(name)[0].config).eval()
+    model.load_state_dict({key: tensor.to(dtype).float() for key, tensor in saved(name)[0].state_dict().items()})
+    config, state_dict = converted(folder)
+    assert {tensor.dtype for tensor in state_dict.values()} == {dtype}
+    assert all(tensor.is_contiguous() for tensor in state_dict.values())
+    compare(model, config, state_dict, steps=16)
+
+
+# Where the weights come from.
+
+
+OLD = {"_use_new_zipfile_serialization": False}  # how torch wrote before 1.6
+
+
+def as_bin(folder, **options):
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin", **options)
+    path.unlink()
+
+
+def as_bin_shards(folder):
+    tensors = load_file(folder / "model.safetensors")
+    halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    for i, half in enumerate(halves):
+        torch.save(half, folder / f"pytorch_model-{i}.bin")
+    index = {"weight_map": {name: f"pytorch_model-{i}.bin" for i, half in enumerate(halves) for name in half}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def as_shards(model, folder, size="20KB"):
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=size)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+
+
+FORMS = {
+    "shards": lambda model, folder: as_shards(model, folder),
+    "bin": lambda model, folder: as_bin(folder),
+    "bin before torch 1.6": lambda model, folder: as_bin(folder, **OLD),
+    "bin shards": lambda model, folder: as_bin_shards(folder),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama 3.1", "gpt2"])
+def test_every_source_gives_the_same_checkpoint(saved, copy_of, name, form):
+    model, folder = saved(name)
+    other = copy_of(name)
+    FORMS[form](model, other)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    same(converted(folder), converted(other))
+    assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "model.pth"} == before
+
+
+def test_the_best_source_wins(saved, copy_of):
+    folder = copy_of("qwen2")
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    (folder / "model.safetensors.index.json").write_text("not read")
+    same(converted(saved("qwen2")[1]), converted(folder))
+
+
+def masks(tensors):
+    """What old GPT-2 repositories carry besides the weights."""
+    layers = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.uint8).tril() for i in range(2)}
+    return tensors | layers | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+
+
+ANGLES = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+DISGUISES = {
+    "gpt2 without transformer.": ("gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in masks(t).items()}),
+    "gpt2 with masks": ("gpt2", masks),
+    "llama without model.": ("llama 3.1", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+    "compiled": ("gpt2", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}),
+    "distributed": ("llama 3.1", lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}),
+    "rotary angles": ("llama 3.1", lambda t: t | ANGLES),
+    "tied head": ("qwen3", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
+    "tied head of gpt2": ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"]}),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_names_in_disguise(saved, copy_of, disguise):
+    name, change = DISGUISES[disguise]
+    folder = copy_of(name)
+    reweigh(folder, change)
+    same(converted(saved(name)[1]), converted(folder))
+
+
+# What config.json says.
+
+REAL = {  # as published, with one thing to find in the result
+    "llama 3.2": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+        {"rope_base": 500000.0, "n_kv_head": 8, "tie_embeddings": True},
+    ),
+    "smollm2": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+            "vocab_size": 49152,
+        },
+        {"rope_base": 100000.0, "head_dim": 64, "rope_scaling": None},
+    ),
+    "qwen2.5": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 28,
+            "model_type": "qwen2",
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+        },
+        {"sliding_window": None, "qkv_bias": True, "o_bias": False},
+    ),
+    "gpt2": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPT2LMHeadModel"],
+            "attn_pdrop": 0.1,
+            "bos_token_id": 50256,
+            "embd_pdrop": 0.1,
+            "eos_token_id": 50256,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": 1600,
+            "n_head": 25,
+            "n_layer": 48,
+            "n_positions": 1024,
+            "output_past": True,
+            "resid_pdrop": 0.1,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 50257,
+        },
+        {"rope_base": None, "hidden_dim": 6400, "tie_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_configs(name):
+    fields, expected = REAL[name]
+    config = convert_hf.config_from_hf(fields)
+    assert {field: getattr(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
+def test_absent_fields_are_what_transformers_takes(family):
+    full = getattr(transformers, f"{family}Config")().to_dict()
+    assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_transformers_4_spells_rope_differently(saved, copy_of, kind):
+    older = {kind if name == "rope_type" else name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    fields = {"rope_parameters": "absent", "rope_theta": 500.0, "rope_scaling": older, "dtype": "absent"}
+    folder = copy_of("llama 3.1", **fields, torch_dtype="float32")
+    same(converted(saved("llama 3.1")[1]), converted(folder))
+
+
+def test_the_original_context_is_the_context_if_not_given(saved):
+    fields = json.loads((saved("llama 3.1")[1] / "config.json").read_text())
+    del fields["rope_parameters"]["original_max_position_embeddings"]
+    assert convert_hf.config_from_hf(fields).rope_scaling["original_max_position_embeddings"] == 96
+
+
+def test_llama3_scaling_matters_here(saved):
+    """The twins' test of llama 3.1 would pass without the scaling if the angles were the same."""
+    model, folder = saved("llama 3.1")
+    config, state_dict = converted(folder)
+    plain = type(config)(**vars(config) | {"rope_scaling": None})
+    with pytest.raises(AssertionError):
+        compare(model, plain, state_dict)
+
+
+# Refusals. The model that the fields are added to, the fields, and what the sentence must name.
+LLAMA, QWEN, GPT = "llama 3.1", "qwen2", "gpt2"
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
+REFUSED = [
+    (LLAMA, {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
+    (LLAMA, {"attention_multiplier": 0.5}, ["attention_multiplier"]),
+    (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "gptq"]),
+    (LLAMA, {"something_new": "x"}, ["something_new"]),
+    (LLAMA, {"sliding_window": 7}, ["sliding_window"]),
+    (LLAMA, {"rope_interleaved": True}, ["rope_interleaved"]),
+    (LLAMA, {"rope_parameters": YARN}, ["yarn"]),
+    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "mrope"}}, ["mrope"]),
+    (LLAMA, {"rope_parameters": LLAMA3 | {"attention_factor": 0.9}}, ["attention_factor"]),
+    (LLAMA, {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+    (LLAMA, {"rope_parameters": LLAMA3 | {"factor": None}}, ["factor"]),
+    (LLAMA, {"rope_parameters": {"full_attention": LLAMA3}}, ["full_attention"]),
+    (LLAMA, {"rope_scaling": {"rope_type": "default"}}, ["rope_scaling", "rope_parameters"]),
+    (LLAMA, {"rope_parameters": ["llama3"]}, ["llama3"]),
+    (LLAMA, {"partial_rotary_factor": 0.25}, ["partial_rotary_factor"]),
+    (LLAMA, {"is_causal": False}, ["is_causal"]),
+    (LLAMA, {"hidden_act": "relu2"}, ["hidden_act", "relu2"]),
+    (LLAMA, {"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM"]),
+    (LLAMA, {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, ["MixtralForCausalLM"]),
+    (LLAMA, {"architectures": None, "model_type": "mixtral"}, ["mixtral"]),
+    (LLAMA, {"architectures": None, "model_type": "absent"}, ["architectures", "model_type"]),
+    (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "llama"]),
+    (LLAMA, {"num_attention_heads": 0}, ["num_attention_heads", "0"]),
+    (LLAMA, {"hidden_size": "40"}, ["hidden_size", "'40'"]),
+    (LLAMA, {"hidden_size": None}, ["hidden_size"]),
+    (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps"]),
+    ("mistral", {"attention_bias": True}, ["attention_bias"]),
+    ("mistral", {"sliding_window": 0}, ["sliding_window"]),
+    (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+    (QWEN, {"layer_types": ["linear_attention"] * 2}, ["layer_types", "linear_attention"]),
+    (QWEN, {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window"]),
+    (
+        QWEN,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None},
+        ["max_window_layers"],
+    ),
+    (GPT, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+    (GPT, {"reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
+    (GPT, {"scale_attn_weights": False}, ["scale_attn_weights"]),
+    (GPT, {"add_cross_attention": True}, ["add_cross_attention"]),
+    (GPT, {"activation_function": "relu"}, ["activation_function", "relu"]),
+    (GPT, {"n_inner": -1}, ["n_inner"]),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "texts"), REFUSED, ids=lambda value: str(value)[:60])
+def test_config_is_refused_by_name(copy_of, name, fields, texts):
+    refused(copy_of(name, **fields), "config.json", *texts)
+
+
+def without(*keys):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in keys}
+
+
+DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
+UNFIT = [
+    (LLAMA, without(DOWN), [f"missing (1): {DOWN}"]),
+    (LLAMA, lambda t: {k: v for k, v in t.items() if ".1." not in k}, ["missing (9)", "layers.1", "..."]),
+    (LLAMA, lambda t: t | {"model.layers.2.mlp.down_proj.weight": t[DOWN]}, ["left over (1): model.layers.2.mlp.down"]),
+    (LLAMA, lambda t: t | {"extra.weight": t[DOWN]}, ["left over (1): extra.weight"]),
+    (LLAMA, without("lm_head.weight"), ["missing (1): lm_head.weight"]),
+    (LLAMA, lambda t: t | {DOWN: t[DOWN].T}, [DOWN, "[56, 40]", "[40, 56]"]),
+    (LLAMA, lambda t: t | {f"module.{DOWN}": t[DOWN]}, [DOWN]),
+    (QWEN, without("model.layers.0.self_attn.k_proj.bias"), ["missing (1): model.layers.0.self_attn.k_proj.bias"]),
+    (QWEN, lambda t: t | {"model.layers.0.self_attn.o_proj.bias": torch.ones(40)}, ["o_proj.bias"]),
+    (QWEN, lambda t: t | {"lm_head.weight": torch.ones(101, 40)}, ["lm_head.weight", "tie_word_embeddings"]),
+    (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
+    (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
+    (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "texts"), UNFIT)
+def test_weights_that_do_not_fit_are_named(copy_of, name, change, texts):
+    folder = copy_of(name)
+    reweigh(folder, change)
+    refused(folder, *texts)
+
+
+def rewrite(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def truncate(name):
+    return lambda folder: os.truncate(folder / name, os.path.getsize(folder / name) - 5)
+
+
+def shard(number):
+    return lambda folder: sorted(folder.glob("*-of-*"))[number]
+
+
+SHARDS = "model.safetensors.index.json"
+DAMAGED = [
+    (False, lambda f: (f / "config.json").unlink(), FileNotFoundError, ["config.json"]),
+    (False, rewrite("config.json", b'{"a": '), ValueError, ["config.json", "JSON"]),
+    (False, rewrite("config.json", b"\xff\xfe\x00"), ValueError, ["config.json", "JSON"]),
+    (False, rewrite("config.json", b"[]"), ValueError, ["config.json", "object"]),
+    (False, lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, ["pytorch_model.bin"]),
+    (False, truncate("model.safetensors"), ValueError, ["model.safetensors"]),
+    (False, rewrite("model.safetensors", b"version https://git-lfs"), ValueError, ["model.safetensors"]),
+    (False, lambda f: (as_bin(f), truncate("pytorch_model.bin")(f)), ValueError, ["pytorch_model.bin"]),
+    (False, lambda f: (as_bin(f, **OLD), truncate("pytorch_model.bin")(f)), ValueError, ["pytorch_model.bin"]),
+    (False, lambda f: (as_bin(f, **OLD), os.truncate(f / "pytorch_model.bin", 300)), ValueError, ["pytorch_model.bin"]),
+    (False, lambda f: (as_bin(f), rewrite("pytorch_model.bin", b"")(f)), ValueError, ["pytorch_model.bin"]),
+    (False, lambda f: (as_bin(f), torch.save([1], f / "pytorch_model.bin")), ValueError, ["named tensors"]),
+    (True, lambda f: shard(1)(f).unlink(), FileNotFoundError, ["model-00002-of", SHARDS]),
+    (True, lambda f: os.truncate(shard(1)(f), 200), ValueError, ["model-00002-of"]),
+    (True, lambda f: shutil.copy(shard(0)(f), shard(1)(f)), ValueError, ["model-00001-of", "model-00002-of", "twice"]),
+    (True, rewrite(SHARDS, b"{"), ValueError, [SHARDS, "JSON"]),
+    (True, rewrite(SHARDS, b"{}"), ValueError, [SHARDS, "weight_map"]),
+]
+
+
+@pytest.mark.parametrize(("sharded", "damage", "error", "texts"), DAMAGED)
+def test_damaged_folders_get_one_sentence(saved, copy_of, sharded, damage, error, texts):
+    folder = copy_of("llama 1")
+    if sharded:
+        as_shards(saved("llama 1")[0], folder)
+    damage(folder)
+    refused(folder, *texts, error=error)
+
+
+def test_an_unbalanced_weight_map_is_caught(copy_of, monkeypatch):
+    folder = copy_of(LLAMA)
+    rows = convert_hf.LLAMA_WEIGHTS
+    norms = (("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_2"], convert_hf.AS_IS), *rows[2:])
+    for wrong in (rows[:-2] + rows[-1:], rows[:1] + norms):
+        monkeypatch.setattr(convert_hf, "LLAMA_WEIGHTS", wrong)
+        refused(folder, "not made exactly once")
+
+
+# The command line.
+
+
+def run(folder):
+    command = [sys.executable, str(SCRIPT), "--checkpoint_dir", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_line(copy_of):
+    folder = copy_of("gpt2")
+    reweigh(folder, masks)
+    good = run(folder)
+    assert good.returncode == 0 and good.stderr == ""
+    assert "28 tensors mapped, 4 dropped, 36 parameters made" in good.stdout
+    assert str(folder / "model.pth") in good.stdout
+
+    edit(folder, scale_attn_weights=False)
+    bad = run(folder)
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and "scale_attn_weights" in bad.stderr
