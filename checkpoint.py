@@ -32,7 +32,7 @@ def strip_prefixes(state_dict: dict) -> dict:
     for name, tensor in state_dict.items():
         short = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
         if short in stripped:
-            raise ValueError(f"the names {short} and {name} are the same tensor without their wrappers' prefixes")
+            raise ValueError(f"{short} is there twice, once as {name}; take the tensors with wrappers' prefixes out")
         stripped[short] = tensor
     return stripped
 
@@ -58,7 +58,10 @@ def write_checkpoint(path, config: GPTConfig, state_dict: dict) -> None:
     whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in state_dict.items()}
     content = {"format_version": FORMAT_VERSION, "config": asdict(config), "quantization": None, "state_dict": whole}
     with written_in_place(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # of torch's zip writer
+            raise OSError(f"{path} could not be written whole; is the disk full?") from error
 
 
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:
@@ -92,7 +95,7 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
 def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
     with torch.device("meta"):
         expected = GPT(config).state_dict()
-    for name in expected.keys() | state_dict.keys():
+    for name in sorted(expected.keys() | state_dict.keys()):
         if name not in state_dict:
             raise ValueError(f"{path} lacks the tensor {name}")
         if name not in expected:

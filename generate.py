@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -115,6 +116,18 @@ def _read(tokens, ahead: int):
         group = following or list(islice(tokens, ahead))
 
 
+def check_length(tokens: int, context: int) -> None:
+    if tokens == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if tokens > context:
+        raise ValueError(f"the prompt has {tokens} tokens, more than the context of {context}; shorten it")
+
+
+def cache_slots(tokens: int, config) -> int:
+    """Slots for so many tokens, rounded up to a multiple of 256: kernels are compiled for a number of slots."""
+    return min(-(-tokens // 256) * 256, config.block_size)
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -135,25 +148,21 @@ def generate(
     Raises ValueError, at the first token, if the prompt is empty, too long, or not of this vocabulary.
     """
     B, T = prompt.shape
-    context = model.config.block_size
-    if T == 0:
-        raise ValueError("the prompt is empty; give at least one token")
-    if T > context:
-        raise ValueError(f"the prompt has {T} tokens, more than the context of {context}; shorten it")
-    if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
-        raise ValueError(f"the prompt has ids outside the vocabulary of {model.config.vocab_size}")
-    new = min(max_new_tokens, context - T + 1)  # the last token needs no slot: nothing comes after it
-    device = prompt.device
+    config, device = model.config, prompt.device
+    check_length(T, config.block_size)
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise ValueError(f"the prompt has ids outside the vocabulary of {config.vocab_size}; use its own tokenizer")
+    new = min(max_new_tokens, config.block_size - T + 1)  # the last token needs no slot: nothing comes after it
     generator = torch.Generator(device).manual_seed(seed)
 
     def new_noise():
         if sampling.temperature == 0:
             return None
-        return torch.empty(B, model.config.vocab_size, device=device).exponential_(generator=generator)
+        return torch.empty(B, config.vocab_size, device=device).exponential_(generator=generator)
 
     if hasattr(model, "setup_caches"):
         if T + new - 1 > model.max_seq_length or B > model.max_batch_size:
-            model.setup_caches(B, T + new - 1)
+            model.setup_caches(B, cache_slots(T + new - 1, config))
         tokens = _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step)
     else:
         tokens = _tokens_of_reference(model, prompt, new_noise, sampling)
@@ -220,7 +229,8 @@ def say(*words):
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    return state_dict["transformer.wte.weight"].dtype if device != "cpu" else torch.float32
+    """The checkpoint's own; on a CPU float32, which decodes as fast as bfloat16 there and agrees to the last digits."""
+    return torch.float32 if device == "cpu" else state_dict["transformer.wte.weight"].dtype
 
 
 def default_device() -> str:
@@ -243,8 +253,8 @@ def synchronize(device: str) -> None:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes per second at which this device reads its memory: the best of some sums over 512 MB."""
-    data = torch.ones(2**27, device=device)
+    """Bytes per second at which this device reads its memory: the best of some sums over 512 MB, on a GPU 4 GB."""
+    data = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
     seconds = []
     for _ in range(8):
         synchronize(device)
@@ -308,13 +318,6 @@ def find_tokenizer(folder: Path, vocab_size: int, needed: bool):
         sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} has {sizes}; put the model's own tokenizer there")
     return tokenizer
-
-
-def check_prompt(ids: list[int], slots: int) -> None:
-    if not ids:
-        raise ValueError("the prompt is empty; give at least one token")
-    if len(ids) > slots:
-        raise ValueError(f"the prompt has {len(ids)} tokens, more than the context of {slots}; shorten it")
 
 
 def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
@@ -421,9 +424,10 @@ def main(
     else:
         ids = encode(messages)
     slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else len(ids) + max_new_tokens - 1)
-    slots = min(slots, config.block_size)
-    check_prompt(ids, slots)
+    slots = cache_slots(slots, config)
+    check_length(len(ids), slots)
 
+    warnings.filterwarnings("ignore", message="\\s*Online softmax")  # a remark of the compiler's about top-k sampling
     figures = {"load_seconds": load_seconds}
     steps = {}
     if compile:
@@ -451,7 +455,7 @@ def main(
                     break
                 try:
                     ids = encode(messages)
-                    check_prompt(ids, slots)
+                    check_length(len(ids), slots)
                 except ValueError as error:  # the session goes on
                     say(f"error: {error}")
                     messages.pop()
@@ -527,7 +531,7 @@ def parse_arguments():
     add("--compile_prefill", action="store_true", help="compile the prefill too")
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
-    add("--precision", choices=DTYPES, help="default: the checkpoint's on a GPU, XXX on a CPU")
+    add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace")
     add("--json", type=Path, dest="json_path", metavar="FILE", help="write samples and figures for other programs")
     return parser.parse_args()

@@ -54,12 +54,15 @@ class GPTConfig:
     def __post_init__(self):
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "dim", "hidden_dim")
         for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number above 0, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
+        if self.rope_scaling and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
+            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
         if self.activation not in ACTIVATIONS:
