@@ -10,6 +10,8 @@ of every family are checked. Decisions to know:
 - A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
 - Compiled rows run under a stance in which a recompilation is an error.
 
+Copy me: needs torch, and `model.py`, `fast_model.py`, `checkpoint.py`, `tokenizer.py` and `generate.py` beside it.
+
 Shapes: B batch, T tokens, V vocabulary.
 """
 
@@ -129,7 +131,8 @@ def in_chunks(model, ids, size: int, forward=None):
 
 
 def rows_alone(model, ids):
-    return torch.cat([at_once(model, row[None]) for row in ids])
+    """Token by token: a single token is multiplied by other kernels than a batch of them."""
+    return torch.cat([in_chunks(model, row[None], 1) for row in ids])
 
 
 def compiled_steps(model, ids):
@@ -150,7 +153,7 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     length, batch = min(16, config.block_size // 2), 3
     prompt = torch.randint(config.vocab_size, (batch, length), generator=random).to(device)
     greedy = list(generate(reference, prompt, 24, Sampling(temperature=0)))
-    ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)
+    ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)[:, : config.block_size]
     expected = torch.cat([reference(row[None]) for row in ids])
     exact = {"tolerance": 2e-5 * expected.abs().max().item(), "reason": "float32, sums in another order"}
 
@@ -170,9 +173,13 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     if compiled:
         torch.compiler.reset()  # models of other shapes are no recompilations of this one
         yield compare("compiled steps", expected, compiled_steps(fast, ids), length, **exact)
+        torch.compiler.reset()
+        yield compare("compiled, one row", expected[:1], compiled_steps(fast, ids[:1]), length, **exact)
 
     if config.block_size >= LONG:
-        long = torch.randint(config.vocab_size, (1, LONG), generator=random).to(device)
+        # The same text over and over: after 1,000 random tokens some logits of a trained model hang on the last bit
+        # (SmolLM2's reference in float32 is 1.2e-3 from itself in float64 there).
+        long = ids.flatten().repeat(LONG // ids.numel() + 1)[None, :LONG]
         expected_long = reference(long)
         yield compare(f"{LONG} tokens at once", expected_long, at_once(fast, long), LONG, **exact)
         yield compare(f"{LONG} tokens in 256s", expected_long, in_chunks(fast, long, 256), LONG, **exact)
@@ -207,6 +214,10 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
 
 def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile: bool) -> bool:
     check_device(device)
+    if hf and not checkpoint_path:
+        raise ValueError("--hf needs --checkpoint_path, the model.pth that was made from it")
+    if hf and not hf.is_dir():  # transformers would ask the Hub for a repository of this name
+        raise ValueError(f"{hf} is not a folder")
     if checkpoint_path:
         models = {str(checkpoint_path): read_checkpoint(checkpoint_path)}
     else:

@@ -8,6 +8,8 @@ mean nothing. Decisions to know:
 - Loading is strict: a tensor that is missing, left over or of another shape is an error that names it.
 - `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put in front of names, are taken off.
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
+
+Copy me: needs torch, and `model.py` and `fast_model.py` beside it.
 """
 
 import os
@@ -59,7 +61,8 @@ def write_checkpoint(path, config: GPTConfig, state_dict: dict) -> None:
     content = {"format_version": FORMAT_VERSION, "config": asdict(config), "quantization": None, "state_dict": whole}
     with written_in_place(path) as temporary:
         try:
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:  # given a path, torch.save writes its name into the file
+                torch.save(content, file)
         except RuntimeError as error:  # of torch's zip writer
             raise OSError(f"{path} could not be written whole; is the disk full?") from error
 
@@ -85,9 +88,14 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
         raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}; convert it again")
     try:
         config = GPTConfig(**content["config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a config that this code does not know: {error}; convert it again") from error
-    state_dict = strip_prefixes(content["state_dict"])
+    if content.get("quantization") is not None:
+        raise ValueError(f"{path} is quantized in a way that this code does not read: {content['quantization']}")
+    state_dict = content["state_dict"]
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise ValueError(f"{path} has a state dict that is not one of tensors; convert the model again")
+    state_dict = strip_prefixes(state_dict)
     _check_fit(state_dict, config, path)
     return config, state_dict
 

@@ -9,6 +9,8 @@ Decisions to know:
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Text goes to stdout, the figures of the run to stderr.
 
+Copy me: needs torch, and `model.py`, `fast_model.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries.
+
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 """
 
@@ -86,6 +88,19 @@ def compile_options(device: str) -> dict:
     if device.startswith("cuda"):
         return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     return {}
+
+
+def compiled_prefill():
+    """prefill as one compiled graph for prompts of any length; a single token gets a graph of its own."""
+    compiled = torch.compile(prefill, fullgraph=True)
+
+    def run(model, prompt, input_pos):
+        for ids in (prompt, input_pos):  # not dynamic=True: it would make numbers such as norm_eps dynamic too
+            if ids is not None and ids.shape[1] > 1:
+                torch._dynamo.mark_dynamic(ids, 1)
+        return compiled(model, prompt, input_pos)
+
+    return run
 
 
 def _tokens_of_reference(model, prompt, new_noise, sampling):
@@ -347,27 +362,30 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
         rest = answer.finish()
         if answer is answers[0]:
             show(rest)
-    rows, new = prompt.shape[0], len(times)
+    rows, steps_taken, seconds = len(answers), len(times) - 1, times[-1] - times[0]
+    decoded = sum(len(answer.token_ids) for answer in answers) - rows  # the first of each row belongs to the prefill
     return {
         "prompt_tokens": prompt.shape[1],
         "cached_tokens": cached,
-        "new_tokens": new,
         "time_to_first_token_seconds": times[0],
         "prefill_tokens_per_second": (prompt.shape[1] - cached) * rows / times[0],
-        "decode_tokens_per_second": (new - 1) * rows / (times[-1] - times[0]) if new > 1 else None,
+        "decode_steps": steps_taken,
+        "decode_steps_per_second": steps_taken / seconds if steps_taken else None,
+        "decode_tokens_per_second": decoded / seconds if steps_taken else None,
     }
 
 
-def report(run: dict, rows: int, step_bytes: int, bandwidth: float) -> None:
+def report(run: dict, step_bytes: int, bandwidth: float) -> None:
     """Print the figures of one run. The README says what each one means."""
     milliseconds = run["time_to_first_token_seconds"] * 1e3
     fresh = run["prompt_tokens"] - run["cached_tokens"]
     say(f"prefill: {fresh} tokens, {run['prefill_tokens_per_second']:.1f} tokens/s, {milliseconds:.0f} ms to the first")
-    if rate := run["decode_tokens_per_second"]:
-        used = step_bytes * rate / rows
+    if run["decode_steps"]:
+        used = step_bytes * run["decode_steps_per_second"]
         say(
-            f"decode:  {run['new_tokens'] - 1} steps, {rate:.2f} tokens/s, {step_bytes / 1e6:.0f} MB read a step: "
-            f"{used / 1e9:.1f} GB/s, {used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here"
+            f"decode:  {run['decode_steps']} steps, {run['decode_tokens_per_second']:.2f} tokens/s, "
+            f"{step_bytes / 1e6:.0f} MB read a step: {used / 1e9:.1f} GB/s, "
+            f"{used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here"
         )
 
 
@@ -435,7 +453,7 @@ def main(
             decode_step, fullgraph=True, dynamic=False, options=compile_options(device)
         )
     if compile_prefill:
-        steps["prefill"] = torch.compile(prefill, fullgraph=True, dynamic=True)
+        steps["prefill"] = compiled_prefill()
     if not reference:
         model.setup_caches(batch_size, slots)
     if steps or device != "cpu":
@@ -469,7 +487,7 @@ def main(
             show("\n")
             for row, answer in enumerate(answers[1:], start=1):
                 print(f"[row {row}] {answer.text}")
-            report(runs[-1], batch_size, step_bytes, bandwidth)
+            report(runs[-1], step_bytes, bandwidth)
             samples += answers
             if interactive:  # what the cache holds now; the last token was never fed
                 in_cache = ids + answers[0].token_ids[:-1]
@@ -485,15 +503,8 @@ def main(
         say(f"median:  {statistics.median(rates):.2f} tokens/s, from {min(rates):.2f} to {max(rates):.2f}")
     if json_path:
         setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
-        entries = [
-            {
-                "prompt_ids": answer.prompt_ids,
-                "token_ids": answer.token_ids,
-                "text": answer.text,
-                "stop_reason": answer.stop_reason,
-            }
-            for answer in samples
-        ]
+        names = ("prompt_ids", "token_ids", "text", "stop_reason")
+        entries = [{name: getattr(answer, name) for name in names} for answer in samples]
         with written_in_place(json_path) as temporary:
             temporary.write_text(json.dumps({"samples": entries, "runs": runs, **figures, **setting}, indent=1))
 

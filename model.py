@@ -61,6 +61,13 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
+        if self.rope_base is not None and not self.rope_base > 0:
+            raise ValueError(f"rope_base must be above 0 or None, not {self.rope_base!r}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be above 0 or None, not {self.sliding_window!r}")
+        fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        if self.rope_scaling is not None and self.rope_scaling.keys() != fields:
+            raise ValueError(f"rope_scaling must have {', '.join(sorted(fields))}, not {self.rope_scaling}")
         if self.rope_scaling and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
             raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
         if self.norm not in ("rms", "layer"):

@@ -52,15 +52,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads, much slower where others use them too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """saved(name): (transformers' model in float32, the folder it was saved to), made once. Convert there, no more."""

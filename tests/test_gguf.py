@@ -255,7 +255,7 @@ def test_an_interrupted_run_leaves_no_model(parts, tmp_path, monkeypatch):
     convert(path, out)
 
     def interrupted(content, file):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)

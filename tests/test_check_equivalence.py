@@ -1,0 +1,245 @@
+"""check_equivalence.py: it passes what agrees and, as important, fails whatever was broken on purpose."""
+
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import transformers  # noqa: E402
+
+import check_equivalence  # noqa: E402
+import checkpoint  # noqa: E402
+import convert_hf_checkpoint  # noqa: E402
+import fast_model  # noqa: E402
+import model  # noqa: E402
+from check_equivalence import FAMILIES, check_model, compare, main, print_table, random_weights  # noqa: E402
+
+SCRIPT = Path(check_equivalence.__file__)
+SHORT = {name: replace(config, block_size=64) for name, config in FAMILIES.items()}  # leaves the long prompt out
+
+
+def failures(config, state_dict=None, **options):
+    rows = list(check_model(config, state_dict or random_weights(config), **options))
+    assert len(rows) > 6
+    return [row for row in rows if not row.passed]
+
+
+def run(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--no_compile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# What agrees.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_of_running_agrees(family):
+    assert failures(FAMILIES[family]) == []
+
+
+def test_the_small_models_pass_from_the_command_line():
+    finished = run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert all(f"{family}, small random weights" in finished.stdout for family in FAMILIES)
+    assert "FAILED" not in finished.stdout and finished.stdout.endswith("within their tolerance.\n")
+
+
+def test_the_families_cover_what_the_config_can_say():
+    """Each field that changes the computation has two values among them."""
+    same_everywhere = {"n_layer", "n_head", "dim", "hidden_dim", "vocab_size", "block_size", "norm_eps"}
+    fields = {name: {str(vars(config)[name]) for config in FAMILIES.values()} for name in vars(FAMILIES["gpt-2"])}
+    assert {name for name, values in fields.items() if len(values) == 1} == same_everywhere
+    assert any(config.head_dim * config.n_head != config.dim for config in FAMILIES.values())
+
+
+def test_a_context_shorter_than_prompt_and_text_is_checked_too():
+    config = replace(FAMILIES["llama-2"], block_size=32)
+    assert failures(config, compiled=False) == []
+
+
+# What was broken on purpose: a line of fast_model.py or model.py, what replaces it, and the family that shows it.
+
+BROKEN = {
+    "rope base": ("fast_model", "config.rope_base **", "(1.01 * config.rope_base) **", "llama-2"),
+    "rope of neighbouring pairs": (
+        "model",
+        "first, second = x.chunk(2, dim=-1)",
+        "first, second = x[..., ::2], x[..., 1::2]",
+        "llama-2",
+    ),
+    "rope the other way round": ("model", "second * cos + first * sin", "second * cos - first * sin", "llama-2"),
+    "llama 3 scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "llama-3.1"),
+    "learned positions from 0": (
+        "fast_model",
+        "self.wpe(positions)",
+        "self.wpe(torch.arange(T, device=idx.device)[None])",
+        "gpt-2",
+    ),
+    "a norm left out": ("fast_model", "self.mlp(self.norm_2(x))", "self.mlp(x)", "llama-2"),
+    "the last norm left out": ("fast_model", "x = self.norm_f(x[", "x = (x[", "qwen2"),
+    "qk norm left out": ("fast_model", "self.qk_norm = config.qk_norm", "self.qk_norm = False", "qwen3"),
+    "another norm_eps": ("fast_model", "eps=config.norm_eps", "eps=1e-6", "llama-2"),
+    "another scale of the scores": ("model", "math.sqrt(cfg.head_dim)", "math.sqrt(cfg.dim // cfg.n_head)", "qwen2"),
+    "one slot too many seen": ("fast_model", "mask = slots <= positions", "mask = slots - 1 <= positions", "llama-2"),
+    "own slot not seen": ("fast_model", "mask = slots <= positions", "mask = slots < positions", "llama-2"),
+    "no causal mask": ("fast_model", "is_causal=mask is None", "is_causal=False", "llama-2"),
+    "sliding window ignored": ("fast_model", "window = self.config.sliding_window", "window = None", "mistral"),
+    "sliding window off by one": (
+        "model",
+        "distance < cfg.sliding_window",
+        "distance <= cfg.sliding_window",
+        "mistral",
+    ),
+    "kv heads in another order": (
+        "model",
+        "t.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=2)",
+        "t.repeat(1, 1, cfg.n_head // cfg.n_kv_head, 1)",
+        "mistral",
+    ),
+    "k and v exchanged by the surgery": ("fast_model", 'for name in "qkv"', 'for name in "qvk"', "qwen2"),
+    "biases dropped": ("fast_model", "linear(x, self.weight, self.bias)", "linear(x, self.weight)", "gpt-2"),
+    "activation swapped": ("fast_model", '"silu": nn.SiLU()', '"silu": nn.GELU()', "llama-2"),
+    "gelu without tanh": ("fast_model", 'nn.GELU("tanh")', "nn.GELU()", "gpt-2"),
+    "gate and up exchanged": ("fast_model", "gate, up = x.chunk(2", "up, gate = x.chunk(2", "llama-2"),
+    "written one slot too far": (
+        "fast_model",
+        "at = (row, head, input_pos[:, None])",
+        "at = (row, head, (input_pos[:, None] + 1) % self.k_cache.shape[2])",
+        "llama-2",
+    ),
+    "prompt not cached": ("fast_model", "self.v_cache[:B, :, :T] = v", "pass", "llama-2"),
+    "all rows in one": ("fast_model", "row = torch.arange(B,", "row = 0 * torch.arange(B,", "llama-2"),
+    "a single token": (
+        "fast_model",
+        "y = torch.mv(weight, x.flatten())",
+        "y = 2 * torch.mv(weight, x.flatten())",
+        "qwen2",
+    ),
+}
+
+
+def break_line(monkeypatch, file, line, replacement):
+    """Let checkpoint.py build from a copy of the module in which the line is another."""
+    source = Path({"model": model, "fast_model": fast_model}[file].__file__).read_text()
+    assert source.count(line) == 1, f"{file}.py has changed: what breaks it now?"
+    broken = types.ModuleType(f"broken_{file}")
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)  # dataclasses look their module up
+    exec(compile(source.replace(line, replacement), broken.__name__, "exec"), vars(broken))
+    for name in {"model": ["GPT"], "fast_model": ["FastGPT", "to_fast"]}[file]:
+        monkeypatch.setattr(checkpoint, name, getattr(broken, name))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_fails(monkeypatch, capsys, name):
+    file, line, replacement, family = BROKEN[name]
+    break_line(monkeypatch, file, line, replacement)
+    rows = failures(SHORT[family], compiled=False)
+    assert "float32" in {row.reason.split(",")[0] for row in rows}
+    assert not print_table(name, rows)
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_that_are_not_broken_pass(monkeypatch, family):
+    for file in ("model", "fast_model"):
+        break_line(monkeypatch, file, "import torch\n", "import torch  # no other\n")
+    assert failures(SHORT[family], compiled=False) == []
+
+
+def test_a_single_token_broken_by_the_compiler_alone_fails(monkeypatch):
+    line = "y = (weight * x.flatten()).sum(-1)"
+    break_line(monkeypatch, "fast_model", line, line.replace("y =", "y = 2 *"))
+    assert failures(SHORT["qwen2"])
+
+
+# NaN, and the rows themselves.
+
+
+def test_nan_in_the_weights_fails():
+    config = SHORT["llama-2"]
+    weights = random_weights(config)
+    weights["transformer.h.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    assert all(not row.passed for row in check_model(config, weights, compiled=False))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoiled", [["expected"], ["logits"], ["expected", "logits"]])
+def test_a_logit_that_is_no_number_fails(value, spoiled):
+    tensors = {
+        name: torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)) for name in ("expected", "logits")
+    }
+    for name in spoiled:
+        tensors[name][1, 3, 2] = value
+    assert not compare("row", **tensors, prompt_length=2, tolerance=1e30, reason="").passed
+
+
+def test_a_row_says_where_the_greedy_text_changes():
+    expected = torch.eye(8).repeat(2, 1, 1)
+    logits = expected.clone()
+    logits[1, 5] = logits[1, 4]
+    logits[0, 1] = logits[0, 0]  # inside the prompt, whose logits make no text
+    row = compare("row", expected, logits, prompt_length=4, tolerance=0.5, reason="")
+    assert (row.first_change, row.agreement, row.difference, row.passed) == (2, 14 / 16, 1.0, False)
+    assert compare("row", expected, expected, 4, 0.0, "").first_change is None
+
+
+# A checkpoint, and transformers.
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two converted Llamas with the same config.json and other weights."""
+    made = []
+    fields = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("llama")
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
+        convert_hf_checkpoint.convert(folder)
+        made.append(folder)
+    return made
+
+
+def test_a_checkpoint_agrees_with_the_transformers_model_it_was_made_from(folders, capsys):
+    assert main(folders[0] / "model.pth", folders[0], "cpu", no_compile=True)
+    out = capsys.readouterr().out
+    assert str(folders[0] / "model.pth") in out and "  transformers  " in out
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_hf_needs_a_checkpoint_and_a_folder(folders, tmp_path, alone):
+    checkpoint_path, hf = (None, folders[0]) if alone else (folders[0] / "model.pth", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--checkpoint_path" if alone else "nowhere"):
+        main(checkpoint_path, hf, "cpu", no_compile=True)
+
+
+def test_other_weights_fail_with_exit_code_1(folders):
+    finished = run("--checkpoint_path", folders[0] / "model.pth", "--hf", folders[1])
+    assert finished.returncode == 1
+    failed = [line.split()[0] for line in finished.stdout.splitlines() if "FAILED  (" in line]
+    assert failed == ["transformers"]
+    assert "DISAGREE" in finished.stdout and "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--checkpoint_path", "nowhere/model.pth"],
+        ["--checkpoint_path", "."],
+        ["--device", "abacus"],
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments):
+    finished = run(*arguments)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    assert arguments[1].removesuffix("/model.pth") in finished.stderr and finished.stdout == ""

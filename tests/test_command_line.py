@@ -1,0 +1,454 @@
+"""generate.py as it is run: what it prints, what it writes, and what it says to bad input.
+
+Most runs are inside this process, where torch is imported once; a few are processes of their own.
+"""
+
+import io
+import json
+import pickle
+import runpy
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import generate
+from checkpoint import read_checkpoint
+from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
+
+SCRIPT = Path(generate.__file__)
+GREEDY = ("--temperature", "0")
+
+
+def command(folder, *arguments):
+    """The arguments; of an option that is given twice the last one counts."""
+    options = ["--checkpoint_path", folder / "model.pth", "--device", "cpu", "--max_new_tokens", 12, *arguments]
+    return [str(SCRIPT), *map(str, options)]
+
+
+@pytest.fixture
+def run(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A run that ends well: its output, and what it wrote with --json."""
+    monkeypatch.setattr(generate, "read_bandwidth", lambda device: 1e9)  # measuring takes a second
+
+    def run(*arguments, folder=tiny_checkpoint, stdin=""):
+        file = tmp_path / "run.json"
+        monkeypatch.setattr(sys, "argv", command(folder, "--json", file, *arguments))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        generate.main(**vars(generate.parse_arguments()))
+        output, data = capsys.readouterr(), json.loads(file.read_text())
+        return SimpleNamespace(
+            stdout=output.out, stderr=output.err, data=data, samples=data["samples"], runs=data["runs"]
+        )
+
+    return run
+
+
+@pytest.fixture
+def refused(tiny_checkpoint, monkeypatch, capsys):
+    """A run that ends with exit code 2: what it wrote to stderr."""
+
+    def refused(*arguments, folder=tiny_checkpoint, stdin=""):
+        monkeypatch.setattr(sys, "argv", command(folder, *arguments))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    """A copy of the checkpoint's folder, to be changed."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def process(folder, *arguments):
+    end = subprocess.run([sys.executable, *command(folder, *arguments)], capture_output=True)
+    return SimpleNamespace(code=end.returncode, stdout=end.stdout.decode(), stderr=end.stderr.decode())
+
+
+# --- What a run gives -------------------------------------------------------------------------------------------------
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(tiny_checkpoint, tmp_path):
+    end = process(tiny_checkpoint, "--prompt", "Hello", "--json", tmp_path / "run.json")
+    assert end.code == 0
+    sample = json.loads((tmp_path / "run.json").read_text())["samples"][0]
+    assert end.stdout == f"Hello{sample['text']}\n"
+    lines = end.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["prefill", "decode", "memory"]
+    assert "5 tokens" in lines[0] and "11 steps" in lines[1] and "GB at most" in lines[2]
+
+
+def test_json_has_the_samples_and_every_figure(run, tiny_checkpoint):
+    result = run("--prompt", "Hello")
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    (sample,), (figures,) = result.samples, result.runs
+    assert sample.keys() == {"prompt_ids", "token_ids", "text", "stop_reason"}
+    assert sample["prompt_ids"] == tokenizer.encode("Hello")
+    assert len(sample["token_ids"]) == 12 and sample["text"] == tokenizer.decode(sample["token_ids"])
+    assert sample["stop_reason"] == "length"
+    assert (figures["prompt_tokens"], figures["cached_tokens"], figures["decode_steps"]) == (5, 0, 11)
+    assert figures["prefill_tokens_per_second"] == pytest.approx(5 / figures["time_to_first_token_seconds"])
+    assert figures["decode_tokens_per_second"] == figures["decode_steps_per_second"] > 0
+    for name in ("load_seconds", "peak_memory_bytes", "bytes_per_step", "read_bandwidth_bytes_per_second"):
+        assert result.data[name] > 0
+    assert (result.data["device"], result.data["precision"]) == ("cpu", "float32")
+    assert result.data["torch"] == torch.__version__
+    assert "compile_seconds" not in result.data
+
+
+def test_bytes_per_step_are_the_weights_without_the_embedding_and_the_cache(run, tiny_checkpoint):
+    _, state_dict = read_checkpoint(tiny_checkpoint / "model.pth")
+    numbers = sum(tensor.numel() for name, tensor in state_dict.items() if name != "transformer.wte.weight")
+    cache = 2 * 2 * 128 * 2 * 12  # keys and values, layers, slots, kv heads, head dim
+    assert run("--prompt", "5").data["bytes_per_step"] == 4 * (numbers + cache)
+
+
+def test_a_row_that_has_ended_adds_nothing_to_the_decode_figure(run, folder):
+    first, second = (sample["token_ids"] for sample in run("--batch_size", 2).samples)
+    assert second[4] not in first + second[:4]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": second[4]}))
+    (figures,) = run("--batch_size", 2, folder=folder).runs
+    tokens = figures["decode_tokens_per_second"] / figures["decode_steps_per_second"] * figures["decode_steps"]
+    assert tokens == pytest.approx(len(first) - 1 + 4)
+
+
+def test_samples_and_rows_are_entries_of_their_own(run):
+    result = run("--prompt", "Hello", "--num_samples", 2, "--batch_size", 2)
+    assert len(result.samples) == 4 and len(result.runs) == 2
+    assert len({tuple(sample["token_ids"]) for sample in result.samples}) == 4
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()][-2:] == ["memory", "median"]
+    assert result.stdout.count("[row 1] ") == 2
+
+
+def test_a_seed_can_be_repeated(run):
+    first = run("--seed", 7, "--num_samples", 2).samples
+    assert run("--seed", 7, "--num_samples", 2).samples == first
+    assert run("--seed", 8).samples == first[1:]  # each sample takes the next seed
+
+
+def test_a_number_as_prompt_needs_no_tokenizer(run, folder):
+    for file in folder.glob("*.json"):
+        file.unlink()
+    result = run("--prompt", "9", folder=folder)
+    assert len(result.samples[0]["prompt_ids"]) == 9 and len(result.samples[0]["token_ids"]) == 12
+    assert result.samples[0]["text"] is None
+
+
+def test_max_new_tokens_1_gives_one_token_and_no_decode_figure(run):
+    result = run("--max_new_tokens", 1)
+    assert len(result.samples[0]["token_ids"]) == 1
+    assert result.runs[0]["decode_tokens_per_second"] is None and "decode" not in result.stderr
+
+
+def test_a_prompt_that_fills_the_context_gets_one_token(run):
+    assert len(run("--prompt", "128").samples[0]["token_ids"]) == 1
+
+
+def test_top_k_0_samples_from_the_whole_vocabulary(run):
+    hot = ("--prompt", "5", "--temperature", 1000, "--max_new_tokens", 100, "--batch_size", 20, "--ignore_eos")
+    ids = {id for sample in run(*hot, "--top_k", 0).samples for id in sample["token_ids"]}
+    assert len(ids) > 250  # of 260, in 2,000 draws that are nearly uniform
+    few = {id for sample in run(*hot, "--top_k", 1).samples for id in sample["token_ids"][:1]}
+    assert len(few) == 1
+
+
+def test_a_stop_string_ends_the_answer_before_it(run):
+    text = run(*GREEDY).samples[0]["text"]
+    stop = text[4:7]
+    result = run(*GREEDY, "--stop", "never this", stop)
+    assert result.samples[0]["text"] == text.partition(stop)[0]
+    assert result.samples[0]["stop_reason"] == "stop"
+
+
+def test_an_eos_ends_the_answer_unless_it_is_ignored(run, folder):
+    ids = run(*GREEDY).samples[0]["token_ids"]
+    end = ids[5]
+    assert end not in ids[:5]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, end]}))
+    sample = run(*GREEDY, folder=folder).samples[0]
+    assert (sample["token_ids"], sample["stop_reason"]) == (ids[:6], "eos")
+    sample = run(*GREEDY, "--ignore_eos", folder=folder).samples[0]
+    assert (sample["token_ids"], sample["stop_reason"]) == (ids, "length")
+
+
+def test_the_reference_writes_the_same_greedy_text(run):
+    expected = run(*GREEDY, "--prompt", "Hello", "--batch_size", 2)
+    result = run(*GREEDY, "--prompt", "Hello", "--batch_size", 2, "--reference")
+    assert result.samples == expected.samples and result.stdout == expected.stdout
+    assert result.data["bytes_per_step"] < expected.data["bytes_per_step"]  # it has no cache to read
+
+
+def test_precision_is_the_one_asked_for(run):
+    exact, rounded = run("--prompt", "5"), run("--prompt", "5", "--precision", "bfloat16")
+    assert rounded.data["precision"] == "bfloat16"
+    assert rounded.data["bytes_per_step"] * 2 == exact.data["bytes_per_step"]
+
+
+def test_only_a_text_that_goes_on_begins_with_a_space(run, folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": SENTENCEPIECE_STEPS}
+    tokenizer["model"]["vocab"] = {f"▁{id}": id for id in range(256)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = "".join(f" {id}" for id in run("--prompt", "5").samples[0]["token_ids"] if id < 256)
+    assert run("--prompt", "5", folder=folder).samples[0]["text"] == words
+    assert run("--prompt", "5", "--chat", folder=folder).samples[0]["text"] == words[1:]
+
+
+def test_profile_writes_a_chrome_trace(run, tmp_path):
+    run("--profile", tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_chat_renders_the_models_template(run, tiny_checkpoint):
+    result = run("--chat", "--prompt", "Hi")
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    user, answer, end = (tokenizer.token_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
+    assert result.samples[0]["prompt_ids"] == [user, *tokenizer.encode("Hi"), end, answer]
+    assert not result.stdout.startswith("Hi")
+
+
+def test_compiling_is_announced_and_in_no_figure(run, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    expected = run(*GREEDY, "--prompt", "5")
+    result = run(*GREEDY, "--prompt", "5", "--compile", "--num_samples", 2)
+    assert result.samples == 2 * expected.samples
+    first, second, *_ = result.stderr.splitlines()
+    assert first.startswith("compiling") and second.startswith("compiled in ")
+    assert result.data["compile_kind"] == "cold"
+    for figures in result.runs:
+        seconds = figures["time_to_first_token_seconds"] + 11 / figures["decode_steps_per_second"]
+        assert seconds < result.data["compile_seconds"] / 2
+
+
+def test_a_compiled_prefill_takes_prompts_of_any_length_and_what_is_cached(run):
+    torch.compiler.reset()
+    session = (*GREEDY, "--interactive")
+    lines = "Hello, you\nHello, my friend\nHello, me\n"
+    expected = run(*session, stdin=lines)
+    assert [figures["cached_tokens"] for figures in expected.runs] == [0, 7, 8]
+    assert run(*session, "--compile_prefill", stdin=lines).samples == expected.samples
+
+
+# --- A session --------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_goes_on_from_what_is_in_the_cache(run, tiny_checkpoint):
+    result = run(*GREEDY, "--interactive", "--chat", stdin="Hello\nAnd then?\n")
+    first, second = result.samples
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first["text"]}]
+    messages += [{"role": "user", "content": "And then?"}]
+    assert second["prompt_ids"] == tokenizer.encode(tokenizer.render_chat(messages), bos=False)
+    in_cache = first["prompt_ids"] + first["token_ids"][:-1]
+    cached = [figures["cached_tokens"] for figures in result.runs]
+    assert cached[0] == 0 and cached[1] >= len(first["prompt_ids"])
+    assert second["prompt_ids"][: cached[1]] == in_cache[: cached[1]]
+
+
+def test_the_cache_changes_no_answer(run):
+    session = run(*GREEDY, "--interactive", stdin="Hello, you\nHello, me\nHello, you\n")
+    assert [figures["cached_tokens"] for figures in session.runs] == [0, 7, 7]
+    alone = [run(*GREEDY, "--prompt", f"Hello, {who}").samples[0] for who in ("you", "me")]
+    assert session.samples == [*alone, alone[0]]
+
+
+def test_of_an_answer_all_but_the_last_token_is_in_the_cache(run):
+    short = (*GREEDY, "--interactive", "--max_new_tokens", 2)
+    prompts = string.ascii_letters
+    texts = [sample["text"] for sample in run(*short, stdin="\n".join(prompts)).samples]
+    line = next(prompt + text for prompt, text in zip(prompts, texts, strict=True) if text.isascii() and text.isalnum())
+    session = run(*short, stdin=f"{line[0]}\n{line}!\n")
+    assert [figures["cached_tokens"] for figures in session.runs] == [0, 2]
+    assert session.samples[1] == run(*GREEDY, "--max_new_tokens", 2, "--prompt", line + "!").samples[0]
+
+
+def test_a_refused_message_is_not_in_the_chat(run):
+    chat = (*GREEDY, "--interactive", "--chat")
+    result = run(*chat, stdin=f"Hello\n{'x' * 200}\nAnd then?\n")
+    assert result.samples == run(*chat, stdin="Hello\nAnd then?\n").samples
+    assert result.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"), [("x" * 200, "error: the prompt has 200 tokens"), ("", "error: the prompt is empty")]
+)
+def test_a_bad_prompt_is_answered_and_the_session_goes_on(run, line, sentence):
+    result = run(*GREEDY, "--interactive", stdin=f"Hello\n{line}\nHello\n")
+    assert len(result.samples) == 2 and result.samples[0] == result.samples[1]
+    assert result.stderr.count("error: ") == 1 and sentence in result.stderr
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+def text_file(path):
+    path.write_text("Once upon a time")
+
+
+def pickled_list(path):
+    path.write_bytes(pickle.dumps([1, 2, 3]))
+
+
+def saved_list(path):
+    torch.save([1, 2, 3], path)
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+def half_a_file(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def other_version(path):
+    torch.save(torch.load(path) | {"format_version": 99}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (Path.unlink, "does not exist"),
+        (directory, "is a directory"),
+        (half_a_file, "is not a whole torch checkpoint"),
+        (empty_file, "is not a whole torch checkpoint"),
+        (text_file, "is not a whole torch checkpoint"),
+        (pickled_list, "is not a whole torch checkpoint"),
+        (saved_list, "is no checkpoint of this project"),
+        (other_version, "has format version 99"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(refused, folder, damage, sentence):
+    damage(folder / "model.pth")
+    (line,) = refused(folder=folder).splitlines()
+    assert line.startswith(f"error: {folder / 'model.pth'} {sentence}")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def half_a_tokenizer(folder):
+    half_a_file(folder / "tokenizer.json")
+
+
+def large_tokenizer(folder):
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["one", "two"])  # 261 tokens, the model has 260
+    backend.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (no_tokenizer, "has neither tokenizer.json nor tokenizer.model"),
+        (half_a_tokenizer, "is not JSON"),
+        (large_tokenizer, "has 261 tokens, the model 260"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(refused, folder, damage, sentence):
+    damage(folder)
+    (line,) = refused(folder=folder).splitlines()
+    assert line.startswith("error: ") and str(folder) in line and sentence in line
+
+
+def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
+    (folder / "tokenizer_config.json").unlink()
+    (line,) = refused("--chat", folder=folder).splitlines()
+    assert line.startswith("error: ") and "has no chat template" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompt", "129"], "the prompt has 129 tokens, more than the context of 128"),
+        (["--prompt", "x" * 129], "the prompt has 129 tokens, more than the context of 128"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "0"], "the prompt is empty"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99'"),
+        (["--device", "nonsense"], "there is no device 'nonsense'"),
+        (["--device", ""], "there is no device ''"),
+        (["--top_p", "0"], "top_p above 0"),
+        (["--top_p", "nan"], "top_p above 0"),
+        (["--top_k", "-1"], "top_k must be 0 or more"),
+        (["--temperature", "-1"], "temperature and top_k must be 0 or more"),
+        (["--reference", "--compile"], "leave out --compile"),
+        (["--reference", "--compile_prefill"], "leave out --compile"),
+        (["--interactive", "--batch_size", "2"], "leave out --batch_size"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_in_one_line(refused, arguments, sentence):
+    (line,) = refused(*arguments).splitlines()
+    assert line.startswith("error: ") and sentence in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max_new_tokens", "0"],
+        ["--num_samples", "-1"],
+        ["--batch_size", "two"],
+        ["--max_seq_length", "0"],
+        ["--precision", "int3"],
+        ["--temperature", "warm"],
+        ["--stop"],
+        ["--no_such_option"],
+    ],
+)
+def test_a_word_that_is_no_value_is_refused_with_the_usage(refused, arguments):
+    *usage, line = refused(*arguments).splitlines()
+    assert usage[0].startswith("usage: ") and "error: " in line and arguments[0] in line
+
+
+def test_a_refusal_is_one_line_of_the_process_too(tiny_checkpoint, tmp_path):
+    end = process(tiny_checkpoint, "--prompt", "129", "--json", tmp_path / "run.json")
+    assert (end.code, end.stdout) == (2, "")
+    assert end.stderr == "error: the prompt has 129 tokens, more than the context of 128; shorten it\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_that_cannot_be_written_is_an_error_in_one_line(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    *_, line = refused("--json", tmp_path / "file" / "run.json").splitlines()
+    assert line.startswith("error: ") and str(tmp_path / "file") in line
+
+
+def test_a_run_that_breaks_while_it_writes_leaves_the_json_of_before(refused, tmp_path, monkeypatch):
+    file = tmp_path / "run.json"
+    file.write_text("of before")
+
+    def write_half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert refused("--json", file).splitlines()[-1] == "error: the disk is full"
+    assert file.read_bytes() == b"of before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_killed_run_leaves_no_json(tiny_checkpoint, tmp_path):
+    arguments = command(tiny_checkpoint, "--prompt", "5", "--num_samples", 10**6, "--json", tmp_path / "run.json")
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        running.stdout.readline()  # it is in the middle
+        running.terminate()
+        running.communicate()
+    assert list(tmp_path.iterdir()) == []

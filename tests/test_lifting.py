@@ -1,0 +1,310 @@
+"""A file can be lifted out as its `Copy me:` line says, imports what a table allows, and changes nothing by that."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+
+# What each file may import besides the standard library. Files that do not exist yet may stand here already.
+MAY_IMPORT = {
+    "model": {"torch"},
+    "fast_model": {"torch", "model", "tp"},
+    "quantize": {"torch"},
+    "tp": {"torch"},
+    "tokenizer": set(),
+    "checkpoint": {"torch", "model", "fast_model", "quantize", "tp"},
+    "generate": {"torch", "checkpoint", "tokenizer"},
+    "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint"},
+}
+MAY_IMPORT["check_equivalence"] = {"torch", *MAY_IMPORT} - {"convert_hf_checkpoint"}
+# What it may import besides, inside a function where it is used.
+MAY_IMPORT_INSIDE = {"tokenizer": {"tokenizers", "sentencepiece", "jinja2"}, "check_equivalence": {"transformers"}}
+ENTRANCES = {"convert_hf_checkpoint", "check_equivalence", "scripts"}  # nobody imports these
+LIBRARIES = {"torch", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "transformers", "gguf"}
+LIBRARIES |= {"matplotlib", "huggingface_hub", "mistral_common"}
+
+each_file = pytest.mark.parametrize("name", FILES)
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def modules_in(nodes):
+    """Names of the modules that are imported, up to their first dot, without the standard library's."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else node.module.partition(".")[0])
+    return names - sys.stdlib_module_names
+
+
+def imports(path):
+    """(names imported when the file is, names imported inside its functions)."""
+    nodes = list(ast.walk(tree(path)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    return modules_in(node for node in nodes if node not in inside), modules_in(inside)
+
+
+def python(code, folder, without=()):
+    """Run code in a fresh interpreter that finds modules in `folder` and no library of `without`; what it prints."""
+    script = folder / "use_it.py"  # a file: its folder comes first on the path
+    script.write_text(f"import sys\nsys.modules |= dict.fromkeys({sorted(without)})\n{code}")
+    outside = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONSTARTUP")
+    environment = {name: value for name, value in os.environ.items() if name not in outside}
+    finished = subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return finished.stdout
+
+
+# Who imports whom.
+
+
+@each_file
+def test_a_file_imports_only_what_the_table_allows(name):
+    assert name in MAY_IMPORT, f"{name}.py is new: does it need a file of its own? Then add it to the table"
+    at_once, inside = imports(FILES[name])
+    assert at_once <= MAY_IMPORT[name]
+    assert inside <= MAY_IMPORT[name] | MAY_IMPORT_INSIDE.get(name, set())
+
+
+def test_nobody_imports_what_is_only_run():
+    for name, path in FILES.items():
+        at_once, inside = imports(path)
+        assert not (at_once | inside) & ENTRANCES, name
+
+
+def test_the_imports_have_no_cycle():
+    local = {name: set.union(*imports(path)) & FILES.keys() for name, path in FILES.items()}
+    assert local["checkpoint"] >= {"model", "fast_model"}  # so that there is something to sort
+    list(TopologicalSorter(local).static_order())  # raises CycleError
+
+
+# What no file does.
+
+
+def is_sys_path(node):
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+
+
+HABITS = {
+    "global": lambda node: isinstance(node, ast.Global),
+    "bare except": lambda node: isinstance(node, ast.ExceptHandler) and node.type is None,
+    "sys.path": is_sys_path,
+    "weights_only=False": lambda node: isinstance(node, ast.keyword) and ast.unparse(node) == "weights_only=False",
+    "torch.load of anything": lambda node: (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and "weights_only" not in {keyword.arg for keyword in node.keywords}
+    ),
+    "builtins.print": lambda node: isinstance(node, ast.Attribute) and ast.unparse(node) == "builtins.print",
+}
+OFFENDERS = """
+global x
+try: pass
+except: sys.path.insert(0, "..")
+torch.load(file, weights_only=False)
+torch.load(file)
+builtins.print = None
+"""
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_no_file_has_a_bad_habit(habit):
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*FILES.values(), *sorted(ROOT.glob("scripts/**/*.py"))]
+        for node in ast.walk(tree(path))
+        if HABITS[habit](node)
+    ]
+    assert found == []
+    assert any(HABITS[habit](node) for node in ast.walk(ast.parse(OFFENDERS)))
+
+
+# What importing does not do.
+
+IMPORT_EACH = """
+import os, random, threading, warnings
+import torch, torch.distributed, torch._dynamo.config, torch._functorch.config, torch._inductor.config
+
+def state():
+    configs = {name: getattr(torch, name).config.get_config_copy() for name in ("_dynamo", "_functorch", "_inductor")}
+    values = {f"{name}.{key}": value for name, config in configs.items() for key, value in config.items()}
+    return values | {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads(), threading.active_count()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "random": (torch.get_rng_state().tolist(), random.getstate()),
+        "CUDA": torch.cuda.is_initialized(),
+        "process group": torch.distributed.is_initialized(),
+        "environment": dict(os.environ),
+        "sys.path": list(sys.path),
+        "warnings": list(warnings.filters),
+    }
+
+for name in NAMES:
+    if os.fork() == 0:  # torch takes seconds to import: each file has its own process with torch alone in it
+        before = state()
+        __import__(name)
+        after = state()
+        changed = [key for key in before if before[key] != after[key]]
+        print(name, *changed, sep=",", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def changed_by_import(tmp_path_factory):
+    """{file: what importing it changed}, with no library installed that is not imported at once by some file."""
+    folder = tmp_path_factory.mktemp("all")
+    for path in FILES.values():
+        shutil.copy(path, folder)
+    (folder / "meddler.py").write_text(
+        "import torch\n"
+        "torch._inductor.config.coordinate_descent_tuning = True\n"
+        "torch.set_float32_matmul_precision('high')\n"
+        "torch.randn(1)\n"
+    )
+    optional = LIBRARIES - set.union(*MAY_IMPORT.values())
+    code = f"NAMES = {['meddler', *FILES]}\n{IMPORT_EACH}"
+    lines = [line.split(",") for line in python(code, folder, without=optional).splitlines()]
+    return {name: changed for name, *changed in lines}
+
+
+def test_importing_something_that_meddles_is_noticed(changed_by_import):
+    expected = {"_inductor.coordinate_descent_tuning", "matmul precision", "random"}
+    assert expected <= set(changed_by_import["meddler"])
+
+
+@each_file
+def test_importing_a_file_changes_nothing_and_needs_no_optional_library(changed_by_import, name):
+    assert changed_by_import[name] == []
+
+
+# Lifting.
+
+
+def copy_line(name):
+    """The paragraph after `Copy me:` in a file's docstring."""
+    found = re.search(r"^Copy me: (.+?)(?=\n\n|\Z)", ast.get_docstring(tree(FILES[name])), re.DOTALL | re.MULTILINE)
+    assert found, f"{name}.py does not say how to copy it"
+    return found[1]
+
+
+def lift(name, folder):
+    """Copy what the line says; the libraries that it does not name."""
+    line = copy_line(name)
+    for file in {f"{name}.py", *re.findall(r"`(\w+\.py)`", line)}:
+        shutil.copy(ROOT / file, folder)
+    return LIBRARIES - set(re.findall(r"\w+", line))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_copy_line_names_all_that_a_file_needs(name, tmp_path):
+    without = lift(name, tmp_path)
+    code = f"import {name}\nprint({{sys.modules[name].__file__ for name in {list(FILES)} if name in sys.modules}})"
+    out = python(code, tmp_path, without)
+    lifted = {str(file) for file in tmp_path.glob("*.py") if file.stem in FILES}
+    assert ast.literal_eval(out) == lifted  # each of them was needed
+
+
+TINY = "GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, dim=8, hidden_dim=12)"
+TRAIN = f"""
+import torch
+from model import GPT, GPTConfig
+
+torch.manual_seed(0)
+model = GPT({TINY})
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
+losses = []
+for _ in range(30):
+    logits, loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] / 4, losses
+print(model(ids).argmax(-1)[0, 2:].tolist())
+"""
+DECODE = f"""
+import torch
+from fast_model import FastGPT, to_reference
+from model import GPT, GPTConfig
+
+torch.manual_seed(0)
+fast, model = FastGPT({TINY}), GPT({TINY})
+model.load_state_dict(to_reference(fast.state_dict(), fast.config))
+fast.setup_caches(1, 16)
+ids = torch.tensor([[1, 2, 3]])
+with torch.no_grad():
+    for position in range(3):
+        logits = fast(ids[:, position : position + 1], torch.tensor([[position]]))
+    print((logits - model(ids)[:, -1:]).abs().max().item() < 1e-5)
+"""
+ROUND_TRIP = """
+from tokenizer import load_tokenizer
+
+tokenizer = load_tokenizer(".")
+print(tokenizer.decode(tokenizer.encode("a tall tale")))
+"""
+CHAT = ROUND_TRIP + 'print(tokenizer.render_chat([{"role": "user", "content": "hi"}]))\n'
+
+
+def make_tokenizer_json(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "<{{ messages[0].content }}>"}')
+
+
+def make_tokenizer_model(folder):
+    from sentencepiece import SentencePieceTrainer
+
+    texts = iter(["a tall tale", "tell a tale", "all late"])
+    with open(folder / "tokenizer.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=texts, model_writer=file, vocab_size=20, hard_vocab_limit=False, minloglevel=2
+        )
+
+
+@pytest.mark.parametrize(
+    "name, prepare, code, spared, printed",
+    [
+        ("model", None, TRAIN, set(), "[1, 2, 3, 1, 2, 3, 1]\n"),
+        ("fast_model", None, DECODE, set(), "True\n"),
+        ("tokenizer", make_tokenizer_json, ROUND_TRIP, {"sentencepiece", "jinja2"}, "a tall tale\n"),
+        ("tokenizer", make_tokenizer_json, CHAT, {"sentencepiece"}, "a tall tale\n<hi>\n"),
+        ("tokenizer", make_tokenizer_model, ROUND_TRIP, {"tokenizers", "jinja2"}, "a tall tale\n"),
+    ],
+    ids=["model", "fast_model", "tokenizer.json", "chat", "tokenizer.model"],
+)
+def test_a_lifted_file_works_in_an_empty_folder(tmp_path, name, prepare, code, spared, printed):
+    without = lift(name, tmp_path)
+    if prepare:
+        prepare(tmp_path)
+    assert python(code, tmp_path, without | spared) == printed
+    assert python("import importlib.util as i\nprint(i.find_spec('check_equivalence'))", tmp_path) == "None\n"

@@ -1,0 +1,38 @@
+"""The README's own statements: true line counts, flags that exist, Python that runs."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name, lines", re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
+def test_line_counts_are_true(name, lines):
+    assert abs(len((ROOT / name).read_text(encoding="utf-8").splitlines()) - int(lines)) <= 5
+
+
+def test_every_file_is_on_the_map():
+    on_the_map = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
+    assert on_the_map == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_every_flag_of_generate_is_in_the_readme_and_back():
+    shown = subprocess.run([sys.executable, "generate.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    flags = set(re.findall(r"--\w+", shown)) - {"--help"}
+    section = README.split("## Generate")[1].split("\n## ")[0]
+    assert set(re.findall(r"--\w+", section)) | {"--checkpoint_path"} == flags
+
+
+def test_the_python_example_runs(tiny_checkpoint):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code.replace("checkpoints/SmolLM2-135M-Instruct", str(tiny_checkpoint))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    assert printed.getvalue()
