@@ -181,11 +181,11 @@ def test_an_eos_ends_the_answer_unless_it_is_ignored(run, folder):
     assert (sample["token_ids"], sample["stop_reason"]) == (ids, "length")
 
 
-def test_the_reference_writes_the_same_greedy_text(run):
+def test_the_reference_writes_the_same_greedy_text(run, monkeypatch):
     expected = run(*GREEDY, "--prompt", "Hello", "--batch_size", 2)
+    monkeypatch.setattr("checkpoint.FastGPT", None)
     result = run(*GREEDY, "--prompt", "Hello", "--batch_size", 2, "--reference")
     assert result.samples == expected.samples and result.stdout == expected.stdout
-    assert result.data["bytes_per_step"] < expected.data["bytes_per_step"]  # it has no cache to read
 
 
 def test_precision_is_the_one_asked_for(run):
@@ -217,11 +217,11 @@ def test_chat_renders_the_models_template(run, tiny_checkpoint):
     assert not result.stdout.startswith("Hi")
 
 
-def test_compiling_is_announced_and_in_no_figure(run, monkeypatch):
+def test_compiling_is_announced_and_in_no_figure(run):
     torch.compiler.reset()
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     expected = run(*GREEDY, "--prompt", "5")
-    result = run(*GREEDY, "--prompt", "5", "--compile", "--num_samples", 2)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        result = run(*GREEDY, "--prompt", "5", "--compile", "--num_samples", 2)
     assert result.samples == 2 * expected.samples
     first, second, *_ = result.stderr.splitlines()
     assert first.startswith("compiling") and second.startswith("compiled in ")

@@ -311,8 +311,8 @@ def test_an_answer_takes_no_ids_after_its_stop_string():
 
 
 def test_the_first_of_several_stop_strings_counts():
-    answer, _ = answer_to([ONCE, UPON, A, TIME], stop=["a time", "on", "up"])
-    assert answer.text == "Once "
+    answer, pieces = answer_to([ONCE, UPON, A, TIME], stop=["a time", "on", "up"])
+    assert "".join(pieces) == answer.text == "Once "
 
 
 def test_text_held_back_is_shown_once_it_is_no_stop_string():
