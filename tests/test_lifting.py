@@ -61,7 +61,9 @@ def imports(path):
 def python(code, folder, without=()):
     """Run code in a fresh interpreter that finds modules in `folder` and no library of `without`; what it prints."""
     script = folder / "use_it.py"  # a file: its folder comes first on the path
-    script.write_text(f"import sys\nsys.modules |= dict.fromkeys({sorted(without)})\n{code}")
+    # scripts/venv.sh puts the project on its .venv's path; here it must not be found.
+    path = f"sys.path = [entry for entry in sys.path if not entry or os.path.realpath(entry) != {str(ROOT)!r}]"
+    script.write_text(f"import os, sys\n{path}\nsys.modules |= dict.fromkeys({sorted(without)})\n{code}")
     outside = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONSTARTUP")
     environment = {name: value for name, value in os.environ.items() if name not in outside}
     finished = subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True)
