@@ -43,7 +43,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # `not` because of NaN
             raise ValueError(f"temperature and top_k must be 0 or more and top_p above 0 and at most 1, not {self}")
 
 
@@ -257,7 +257,7 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """Raises ValueError if this machine has no such device."""
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # of "meta" there is nothing to read
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"there is no device {device!r} on this machine; the default is {default_device()}") from error
 
@@ -307,12 +307,12 @@ def compiler_cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
-def warm_up(model, prompt, sampling, steps: dict) -> dict:
+def warm_up(model, prompt, max_new_tokens: int, sampling, steps: dict) -> dict:
     """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind."""
     if steps:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()
-    for _ in generate(model, prompt, 3, sampling, **steps):
+    for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps):
         pass
     seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
     if steps:
@@ -417,6 +417,8 @@ def main(
         raise ValueError("--reference runs model.py, which is not compiled; leave out --compile")
     if interactive and batch_size > 1:
         raise ValueError("--interactive holds one conversation; leave out --batch_size")
+    if "" in stop:
+        raise ValueError("--stop needs strings of at least one character")
     check_device(device)
     start = time.perf_counter()
     config, state_dict = read_checkpoint(checkpoint_path)
@@ -430,14 +432,21 @@ def main(
     eos_ids = tokenizer.eos_ids if tokenizer and not ignore_eos else frozenset()
 
     def encode(messages: list[dict]) -> list[int]:
+        try:
+            messages[-1]["content"].encode()
+        except UnicodeEncodeError as error:  # bytes from the terminal that are no UTF-8
+            raise ValueError(f"the prompt is not UTF-8: {error}") from error
         if chat:
             return tokenizer.encode(tokenizer.render_chat(messages), bos=False)
         return tokenizer.encode(messages[-1]["content"])
 
+    if chat and tokenizer:
+        tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
     messages = [] if interactive else [{"role": "user", "content": prompt}]
     if interactive:
         ids = synthetic_prompt(8, config.vocab_size, seed)  # to warm up with
     elif synthetic:
+        check_length(int(prompt), config.block_size)
         ids = synthetic_prompt(int(prompt), config.vocab_size, seed)
     else:
         ids = encode(messages)
@@ -457,7 +466,7 @@ def main(
     if not reference:
         model.setup_caches(batch_size, slots)
     if steps or device != "cpu":
-        figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), sampling, steps)
+        figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), max_new_tokens, sampling, steps)
     step_bytes, bandwidth = bytes_per_token(model), read_bandwidth(device)
 
     def show(text: str) -> None:
@@ -480,7 +489,7 @@ def main(
                     continue
             elif not chat and not synthetic:
                 show(prompt)
-            cached = common_prefix(in_cache, ids[:-1])
+            cached = 0 if reference else common_prefix(in_cache, ids[:-1])
             answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for _ in range(batch_size)]
             new = min(max_new_tokens, slots - len(ids) + 1)
             runs.append(run_once(model, answers, cached, new, sampling, seed + len(runs), steps, device, show))
@@ -494,7 +503,8 @@ def main(
                 messages.append({"role": "assistant", "content": answers[0].text})
 
     if profile:
-        profiler.export_chrome_trace(str(profile))
+        with written_in_place(profile) as temporary:  # the profiler only logs what it could not write
+            profiler.export_chrome_trace(str(temporary))
     figures |= {"peak_memory_bytes": peak_memory(device), "bytes_per_step": step_bytes}
     figures |= {"read_bandwidth_bytes_per_second": bandwidth}
     say(f"memory:  {figures['peak_memory_bytes'] / 1e9:.2f} GB at most, loaded in {load_seconds:.1f} s")

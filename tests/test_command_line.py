@@ -273,6 +273,11 @@ def test_of_an_answer_all_but_the_last_token_is_in_the_cache(run):
     assert session.samples[1] == run(*GREEDY, "--max_new_tokens", 2, "--prompt", line + "!").samples[0]
 
 
+def test_the_reference_has_no_cache(run):
+    session = run(*GREEDY, "--interactive", "--reference", stdin="Hello, you\nHello, me\n")
+    assert [figures["cached_tokens"] for figures in session.runs] == [0, 0]
+
+
 def test_a_refused_message_is_not_in_the_chat(run):
     chat = (*GREEDY, "--interactive", "--chat")
     result = run(*chat, stdin=f"Hello\n{'x' * 200}\nAnd then?\n")
@@ -281,7 +286,12 @@ def test_a_refused_message_is_not_in_the_chat(run):
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"), [("x" * 200, "error: the prompt has 200 tokens"), ("", "error: the prompt is empty")]
+    ("line", "sentence"),
+    [
+        ("x" * 200, "error: the prompt has 200 tokens"),
+        ("", "error: the prompt is empty"),
+        ("\udcff", "error: the prompt is not UTF-8"),
+    ],
 )
 def test_a_bad_prompt_is_answered_and_the_session_goes_on(run, line, sentence):
     result = run(*GREEDY, "--interactive", stdin=f"Hello\n{line}\nHello\n")
@@ -373,8 +383,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(refused, folder, d
 
 def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
     (folder / "tokenizer_config.json").unlink()
-    (line,) = refused("--chat", folder=folder).splitlines()
-    assert line.startswith("error: ") and "has no chat template" in line
+    for options in (["--chat"], ["--chat", "--interactive"]):
+        (line,) = refused(*options, folder=folder).splitlines()
+        assert line.startswith("error: ") and "has no chat template" in line
 
 
 @pytest.mark.parametrize(
@@ -384,13 +395,18 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--prompt", "x" * 129], "the prompt has 129 tokens, more than the context of 128"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "0"], "the prompt is empty"),
+        (["--prompt", str(10**13)], "more than the context of 128"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
+        (["--stop", ""], "at least one character"),
         (["--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["--device", "nonsense"], "there is no device 'nonsense'"),
         (["--device", ""], "there is no device ''"),
+        (["--device", "meta"], "there is no device 'meta'"),
         (["--top_p", "0"], "top_p above 0"),
         (["--top_p", "nan"], "top_p above 0"),
         (["--top_k", "-1"], "top_k must be 0 or more"),
         (["--temperature", "-1"], "temperature and top_k must be 0 or more"),
+        (["--temperature", "nan"], "temperature and top_k must be 0 or more"),
         (["--reference", "--compile"], "leave out --compile"),
         (["--reference", "--compile_prefill"], "leave out --compile"),
         (["--interactive", "--batch_size", "2"], "leave out --batch_size"),
@@ -424,6 +440,10 @@ def test_a_refusal_is_one_line_of_the_process_too(tiny_checkpoint, tmp_path):
     assert (end.code, end.stdout) == (2, "")
     assert end.stderr == "error: the prompt has 129 tokens, more than the context of 128; shorten it\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_that_cannot_be_written_is_an_error(refused, tmp_path):
+    assert refused("--profile", tmp_path).splitlines()[-1].startswith("error: ")
 
 
 def test_json_that_cannot_be_written_is_an_error_in_one_line(refused, tmp_path):
