@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import build_model, read_checkpoint
-from generate import Sampling, check_device, compile_options, default_device, generate
+from generate import Sampling, check_device, compile_options, compiled_prefill, default_device, generate
 from model import GPT, GPTConfig
 
 LONG = 1040  # tokens of the long prompt
@@ -142,7 +142,24 @@ def compiled_steps(model, ids):
         return in_chunks(model, ids, 1, forward)
 
 
+def compiled_at_once(model, ids):
+    """The last logits alone are a prefill's; a second length must not compile again, nor one that fills the cache."""
+    model.setup_caches(*ids.shape)
+    forward = compiled_prefill(lambda model, ids, input_pos: model(ids, input_pos))
+    forward(model, ids[:, :-2].contiguous(), None)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return forward(model, ids, None)
+
+
 # --- The check --------------------------------------------------------------------------------------------------------
+
+
+def transformers_model(folder):
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError("--hf needs transformers: pip install transformers") from error
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -158,9 +175,9 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     exact = {"tolerance": 2e-5 * expected.abs().max().item(), "reason": "float32, sums in another order"}
 
     if hf:
-        from transformers import AutoModelForCausalLM
-
-        theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(device)
+        theirs = transformers_model(hf).to(device)
+        if theirs.config.vocab_size != config.vocab_size:
+            raise ValueError(f"{hf} has a vocabulary of {theirs.config.vocab_size}, the checkpoint {config.vocab_size}")
         yield compare("transformers", expected, theirs(ids).logits, length, **exact)
         del theirs
 
@@ -173,6 +190,8 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     if compiled:
         torch.compiler.reset()  # models of other shapes are no recompilations of this one
         yield compare("compiled steps", expected, compiled_steps(fast, ids), length, **exact)
+        torch.compiler.reset()
+        yield compare("compiled prefill", expected, compiled_at_once(fast, ids), length, **exact)
         torch.compiler.reset()
         yield compare("compiled, one row", expected[:1], compiled_steps(fast, ids[:1]), length, **exact)
 

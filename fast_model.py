@@ -58,14 +58,14 @@ def apply_rope(x, rope):
 
 
 def linear(x, weight, bias=None):
-    """F.linear, which for a single token is a reading of the weights: general matrix products do that at half speed."""
-    if x.numel() != x.shape[-1]:
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
-        y = (weight * x.flatten()).sum(-1)
+    """F.linear, which for a single token is a reading of the weights: a CPU's general product does it at half speed."""
+    if x.numel() != x.shape[-1] or x.is_cuda:  # for a GPU the compiler finds the reading by itself
+        y = F.linear(x, weight)  # the bias by itself: addmm in a nested region makes a dynamic T constant (torch 2.13)
+    elif torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
+        y = (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     else:
-        y = torch.mv(weight, x.flatten())
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+        y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class Linear(nn.Linear):
@@ -97,8 +97,9 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, T, C]
 
         if self.k_cache is not None and input_pos is None:
-            self.k_cache[:B, :, :T] = k
-            self.v_cache[:B, :, :T] = v
+            slots = torch.arange(T, device=x.device)  # a slice would make a dynamic T constant where it equals S
+            self.k_cache[:B].index_copy_(2, slots, k)
+            self.v_cache[:B].index_copy_(2, slots, v)
         elif input_pos is not None:
             row = torch.arange(B, device=x.device)[:, None, None]
             head = torch.arange(k.shape[1], device=x.device)[:, None]
@@ -188,6 +189,11 @@ class FastGPT(nn.Module):
         B, T = idx.shape
         if input_pos is not None and not self.max_seq_length:
             raise ValueError("input_pos needs a cache: call setup_caches first")
+        room = self.max_seq_length or self.config.block_size
+        if T > room:
+            raise ValueError(f"{T} tokens are more than there is room for, {room}")
+        if self.max_batch_size and B > self.max_batch_size:
+            raise ValueError(f"{B} rows are more than the cache's {self.max_batch_size}: call setup_caches again")
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
         if input_pos is not None:

@@ -3,8 +3,8 @@
 Decisions to know:
 
 - `generate()` yields token ids and does nothing else: no tokenizer, no clock, no printing. Both models fit it.
-- Random numbers come from one torch.Generator and enter the decode step as a tensor, so that a seed gives the same text
-  eager and compiled, and no global random state is touched.
+- Random numbers come from one torch.Generator and enter the decode step as a tensor: the same seed draws the same
+  numbers eager and compiled, and no global random state is touched.
 - The compiled decode step is a value that is passed along. Prefill is eager unless `--compile_prefill`.
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Text goes to stdout, the figures of the run to stderr.
@@ -90,8 +90,8 @@ def compile_options(device: str) -> dict:
     return {}
 
 
-def compiled_prefill():
-    """prefill as one compiled graph for prompts of any length; a single token gets a graph of its own."""
+def compiled_prefill(prefill=prefill):
+    """`prefill` as one compiled graph for prompts of any length; a single token gets a graph of its own."""
     compiled = torch.compile(prefill, fullgraph=True)
 
     def run(model, prompt, input_pos):
@@ -122,13 +122,19 @@ def _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_
         yield token
 
 
-def _read(tokens, ahead: int):
-    """The ids of each tensor [B, 1], as lists. The host waits for `ahead` at a time, with the next `ahead` queued."""
+def _to_host(tokens, on_gpu: bool):
+    """The ids of each tensor [B, 1], as lists. On a GPU they are copied in groups, while the next group is queued."""
     group = list(islice(tokens, 1))  # the first one alone: somebody is waiting for it
     while group:
-        following = list(islice(tokens, ahead)) if len(group) > 1 else []
-        yield from torch.cat(group, dim=1).T.tolist()
-        group = following or list(islice(tokens, ahead))
+        ids = torch.cat(group, dim=1).T.to("cpu", non_blocking=True)  # [group, B]
+        following = []
+        if on_gpu:
+            copied = torch.cuda.Event()
+            copied.record()
+            following = list(islice(tokens, 8)) if len(group) > 1 else []
+            copied.synchronize()
+        yield from ids.tolist()
+        group = following or list(islice(tokens, 8 if on_gpu else 1))
 
 
 def check_length(tokens: int, context: int) -> None:
@@ -165,6 +171,8 @@ def generate(
     B, T = prompt.shape
     config, device = model.config, prompt.device
     check_length(T, config.block_size)
+    if not 0 <= cached < T:
+        raise ValueError(f"{cached} tokens cannot be cached of a prompt of {T}; the last one has to be computed")
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
         raise ValueError(f"the prompt has ids outside the vocabulary of {config.vocab_size}; use its own tokenizer")
     new = min(max_new_tokens, config.block_size - T + 1)  # the last token needs no slot: nothing comes after it
@@ -178,12 +186,13 @@ def generate(
     if hasattr(model, "setup_caches"):
         if T + new - 1 > model.max_seq_length or B > model.max_batch_size:
             model.setup_caches(B, cache_slots(T + new - 1, config))
+            cached = 0  # the new cache is empty
         tokens = _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step)
     else:
         tokens = _tokens_of_reference(model, prompt, new_noise, sampling)
 
     running = [True] * B
-    for ids in _read(islice(tokens, new), ahead=8 if device.type == "cuda" else 1):
+    for ids in _to_host(islice(tokens, new), on_gpu=device.type == "cuda"):
         yield [id if run else None for id, run in zip(ids, running, strict=True)]
         running = [run and id not in eos_ids for id, run in zip(ids, running, strict=True)]
         if not any(running):
@@ -244,7 +253,7 @@ def say(*words):
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    """The checkpoint's own; on a CPU float32, which decodes as fast as bfloat16 there and agrees to the last digits."""
+    """The checkpoint's own; on a CPU float32: as fast as bfloat16 in README's table, and it agrees exactly."""
     return torch.float32 if device == "cpu" else state_dict["transformer.wte.weight"].dtype
 
 
@@ -268,8 +277,9 @@ def synchronize(device: str) -> None:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes per second at which this device reads its memory: the best of some sums over 512 MB, on a GPU 4 GB."""
-    data = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
+    """Bytes per second at which this device reads its memory: the best of some sums over 256 MB, on a GPU 4 GB."""
+    on_gpu = device.startswith("cuda")
+    data = torch.ones(min(2**30, torch.cuda.mem_get_info(device)[0] // 8) if on_gpu else 2**26, device=device)
     seconds = []
     for _ in range(8):
         synchronize(device)
@@ -277,21 +287,28 @@ def read_bandwidth(device: str) -> float:
         data.sum()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
+    size = data.nbytes
+    if on_gpu:  # none of this belongs to the model's peak
+        del data
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return size / min(seconds)
 
 
-def bytes_per_token(model) -> int:
+def bytes_per_step(model) -> int:
     """Bytes a decode step reads: the weights, of an embedding that is only looked up nothing, and the whole cache."""
     config = model.config
     looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
     weights = sum(
-        p.nbytes for name, p in model.named_parameters() if name.removeprefix("transformer.") not in looked_up
+        tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if name.removeprefix("transformer.") not in looked_up
     )
     return weights + sum(b.nbytes for name, b in model.named_buffers() if name.endswith("_cache"))
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the device's allocator on a GPU, of this process on a CPU."""
+    """Bytes: of the allocator on an NVIDIA GPU, of this process on a CPU; on Apple's what is allocated now."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if device == "mps":
@@ -420,8 +437,9 @@ def main(
     if "" in stop:
         raise ValueError("--stop needs strings of at least one character")
     check_device(device)
-    start = time.perf_counter()
     config, state_dict = read_checkpoint(checkpoint_path)
+    bandwidth = read_bandwidth(device)
+    start = time.perf_counter()
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
     model = build_model(config, state_dict, device, dtype, reference)
     synchronize(device)
@@ -442,6 +460,12 @@ def main(
 
     if chat and tokenizer:
         tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
+
+    def check_room(tokens: int) -> None:
+        check_length(tokens, config.block_size)
+        if tokens > slots:
+            raise ValueError(f"{tokens} tokens do not fit the cache of {slots}; give a larger --max_seq_length")
+
     messages = [] if interactive else [{"role": "user", "content": prompt}]
     if interactive:
         ids = synthetic_prompt(8, config.vocab_size, seed)  # to warm up with
@@ -452,7 +476,7 @@ def main(
         ids = encode(messages)
     slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else len(ids) + max_new_tokens - 1)
     slots = cache_slots(slots, config)
-    check_length(len(ids), slots)
+    check_room(len(ids))
 
     warnings.filterwarnings("ignore", message="\\s*Online softmax")  # a remark of the compiler's about top-k sampling
     figures = {"load_seconds": load_seconds}
@@ -465,9 +489,8 @@ def main(
         steps["prefill"] = compiled_prefill()
     if not reference:
         model.setup_caches(batch_size, slots)
-    if steps or device != "cpu":
-        figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), max_new_tokens, sampling, steps)
-    step_bytes, bandwidth = bytes_per_token(model), read_bandwidth(device)
+    figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), max_new_tokens, sampling, steps)
+    step_bytes = bytes_per_step(model)
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
@@ -482,7 +505,7 @@ def main(
                     break
                 try:
                     ids = encode(messages)
-                    check_length(len(ids), slots)
+                    check_room(len(ids))
                 except ValueError as error:  # the session goes on
                     say(f"error: {error}")
                     messages.pop()
@@ -538,7 +561,7 @@ def parse_arguments():
     add(
         "--max_seq_length",
         type=positive,
-        help=f"cache slots, in tokens; what the run needs, or {INTERACTIVE_SLOTS} in an interactive session",
+        help=f"cache slots, in steps of 256; what the run needs, or {INTERACTIVE_SLOTS} in an interactive session",
     )
     add("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
     add("--top_k", type=int, default=Sampling.top_k, help="sample from the k likeliest tokens; 0 is all")

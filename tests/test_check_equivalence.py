@@ -115,7 +115,7 @@ BROKEN = {
         "at = (row, head, (input_pos[:, None] + 1) % self.k_cache.shape[2])",
         "llama-2",
     ),
-    "prompt not cached": ("fast_model", "self.v_cache[:B, :, :T] = v", "pass", "llama-2"),
+    "prompt not cached": ("fast_model", "self.v_cache[:B].index_copy_(2, slots, v)", "pass", "llama-2"),
     "all rows in one": ("fast_model", "row = torch.arange(B,", "row = 0 * torch.arange(B,", "llama-2"),
     "a single token": (
         "fast_model",

@@ -1,4 +1,4 @@
-"""The README's own statements: true line counts, flags that exist, Python that runs."""
+"""The README's own statements: true line counts, flags that exist, Python that runs, no gaps."""
 
 import contextlib
 import io
@@ -36,3 +36,7 @@ def test_the_python_example_runs(tiny_checkpoint):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
     assert printed.getvalue()
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
