@@ -130,7 +130,7 @@ def _to_host(tokens, on_gpu: bool):
         following = []
         if on_gpu:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(group[0].device))  # of cuda:1, too
             following = list(islice(tokens, 8)) if len(group) > 1 else []
             copied.synchronize()
         yield from ids.tolist()
