@@ -7,10 +7,12 @@ of every family are checked. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype the reference's own loss is measured, and a row may lose twice as much.
+- Quantized rows must agree with a reference that carries the dequantized weights as tightly as plain ones do.
 - A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
 - Compiled rows run under a stance in which a recompilation is an error.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `checkpoint.py`, `tokenizer.py` and `generate.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`
+beside it.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -23,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, read_checkpoint
+from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
 from generate import Sampling, check_device, compile_options, compiled_prefill, default_device, generate
 from model import GPT, GPTConfig
 
 LONG = 1040  # tokens of the long prompt
-SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 112}
+SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
 LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -36,15 +38,15 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = {
-    "llama-2": GPTConfig(**SMALL, n_kv_head=6, head_dim=12),
+    "llama-2": GPTConfig(**SMALL, n_kv_head=6, head_dim=16),
     "llama-3.1": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
     "mistral": GPTConfig(**SMALL, n_kv_head=3, head_dim=16, sliding_window=24),
-    "qwen2": GPTConfig(**SMALL, n_kv_head=2, head_dim=12, qkv_bias=True, tie_embeddings=True),
+    "qwen2": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
     "gpt-2": GPTConfig(
         **SMALL,
         n_kv_head=6,
-        head_dim=12,
+        head_dim=16,
         norm="layer",
         activation="gelu_tanh",
         gated=False,
@@ -162,6 +164,20 @@ def transformers_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def with_noise(state_dict: dict, quantized: dict) -> dict:
+    """The plain weights, each off by a random amount of up to half a step of its quantized version."""
+    generator, noisy = torch.Generator().manual_seed(0), {}
+    for name in [name for name in quantized if not name.endswith((".scales", ".zeros"))]:
+        weight = state_dict.get(name, state_dict["transformer.wte.weight"])  # a tied head
+        noisy[name] = weight.float()
+        if quantized[name].dtype in (torch.int8, torch.uint8):
+            steps = quantized[f"{name.removesuffix('weight')}scales"].float()
+            steps = steps.view(weight.shape[0], -1)  # [N, 1 or K/G]
+            steps = steps.repeat_interleave(weight.shape[1] // steps.shape[1], 1)
+            noisy[name] = noisy[name] + (torch.rand(weight.shape, generator=generator) - 0.5) * steps
+    return noisy
+
+
 @torch.no_grad()
 def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True, hf=None) -> Iterator[Row]:
     """Yield a row per way of running this model. `hf` is a directory for transformers to load the same model from."""
@@ -213,6 +229,20 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     fast = build_model(config, state_dict, device, dtype)
     yield compare(f"{name} at once", expected, at_once(fast, ids), length, **loose)
     yield compare(f"{name} by token", expected, in_chunks(fast, ids, 1), length, **loose)
+    yield compare(f"{name} rows alone", expected, rows_alone(fast, ids), length, **loose)
+
+    for mode in ("int8", "int4") if describe_quantization(state_dict) is None else ():
+        try:
+            changed = quantize_model(config, state_dict, mode, group_size=32)
+        except ValueError:  # a matrix that groups of 32 do not divide
+            continue
+        carrying = build_model(*changed, device, torch.float32, reference=True)(ids)
+        logits = in_chunks(build_model(*changed, device, torch.float32), ids, 1)
+        yield compare(f"{mode} by token", carrying, logits, length, **exact)
+        shaken = build_model(changed[0], with_noise(state_dict, changed[1]), device, torch.float32, reference=True)(ids)
+        loss = (shaken - expected).abs().max().item()
+        loose = {"tolerance": 2 * loss, "reason": "twice what random errors of up to half a step change"}
+        yield compare(f"{mode} against plain", expected, logits, length, **loose)
 
 
 def print_table(title: str, rows: Iterator[Row]) -> bool:

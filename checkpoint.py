@@ -9,13 +9,13 @@ mean nothing. Decisions to know:
 - `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put in front of names, are taken off.
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
 
-Copy me: needs torch, and `model.py` and `fast_model.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py` and `quantize.py` beside it.
 """
 
 import os
 import pickle
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn as nn
 
 from fast_model import FastGPT, to_fast
 from model import GPT, GPTConfig
+from quantize import dequantize_weights, quantize_weights, swap_linears
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,13 +53,22 @@ def written_in_place(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_checkpoint(path, config: GPTConfig, state_dict: dict) -> None:
-    """Write a state dict in the reference's layout. Raises ValueError if it does not fit the config."""
+def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | None = None) -> None:
+    """Write a state dict in the reference's layout. Raises ValueError if it does not fit the config.
+
+    `method` is how its weights were quantized ("nearest", "gptq"); it is for people, and no reader looks at it.
+    """
     state_dict = strip_prefixes(state_dict)
     _check_fit(state_dict, config, path)
     # A view would drag its whole storage into the file.
     whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in state_dict.items()}
-    content = {"format_version": FORMAT_VERSION, "config": asdict(config), "quantization": None, "state_dict": whole}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "config": asdict(config),
+        "quantization": describe_quantization(state_dict),
+        "quantization_method": method,
+        "state_dict": whole,
+    }
     with written_in_place(path) as temporary:
         try:
             with open(temporary, "wb") as file:  # given a path, torch.save writes its name into the file
@@ -90,19 +100,47 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
         config = GPTConfig(**content["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a config that this code does not know: {error}; convert it again") from error
-    if content.get("quantization") is not None:
-        raise ValueError(f"{path} is quantized in a way that this code does not read: {content['quantization']}")
     state_dict = content["state_dict"]
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise ValueError(f"{path} has a state dict that is not one of tensors; convert the model again")
     state_dict = strip_prefixes(state_dict)
     _check_fit(state_dict, config, path)
+    if content.get("quantization") != describe_quantization(state_dict):
+        raise ValueError(f"{path} is quantized in a way that this code does not read: {content['quantization']}")
     return config, state_dict
+
+
+def describe_quantization(state_dict: dict) -> dict | None:
+    """What the file says of itself: mode, group size, and the weights left in full precision. None for a plain one."""
+    scales = {name.removesuffix("scales"): tensor for name, tensor in state_dict.items() if name.endswith(".scales")}
+    if not scales:
+        return None
+    module, scale = next(iter(scales.items()))
+    int4 = f"{module}zeros" in state_dict
+    kept = [name for name, tensor in state_dict.items() if name.endswith("weight") and tensor.is_floating_point()]
+    group_size = 2 * state_dict[f"{module}weight"].shape[1] // scale.shape[1] if int4 else None
+    return {"mode": "int4" if int4 else "int8", "group_size": group_size, "full_precision": kept}
+
+
+def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:
+    """Config and weights in which a tied head is a head of its own."""
+    if not config.tie_embeddings:
+        return config, state_dict
+    head = {"lm_head.weight": state_dict["transformer.wte.weight"]}
+    return replace(config, tie_embeddings=False), state_dict | head
+
+
+def quantize_model(config: GPTConfig, state_dict: dict, mode: str, group_size: int) -> tuple[GPTConfig, dict]:
+    """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own."""
+    config, state_dict = untie_head(config, state_dict)
+    return config, quantize_weights(state_dict, mode, group_size)
 
 
 def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
     with torch.device("meta"):
-        expected = GPT(config).state_dict()
+        model = GPT(config)
+        swap_linears(model, state_dict)
+    expected = model.state_dict()
     for name in sorted(expected.keys() | state_dict.keys()):
         if name not in state_dict:
             raise ValueError(f"{path} lacks the tensor {name}")
@@ -114,10 +152,14 @@ def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
 
 
 def build_model(config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False) -> nn.Module:
-    """A ready GPT (`reference`) or FastGPT in eval mode from a state dict in the reference's layout."""
-    state_dict = state_dict if reference else to_fast(state_dict, config)
+    """A ready FastGPT, or GPT (`reference`) with dequantized weights, from a state dict in the reference's layout."""
+    state_dict = dequantize_weights(state_dict) if reference else to_fast(state_dict, config)
     with torch.device("meta"):
         model = GPT(config) if reference else FastGPT(config)
-    placed = {name: tensor.to(device, dtype) for name, tensor in state_dict.items()}
+        swap_linears(model, state_dict)
+    placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in state_dict.items()}
     model.load_state_dict(placed, strict=True, assign=True)
+    for module in model.modules():
+        if hasattr(module, "prepare"):
+            module.prepare()
     return model.eval().requires_grad_(False)

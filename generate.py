@@ -9,7 +9,8 @@ Decisions to know:
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Text goes to stdout, the figures of the run to stderr.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py` and `tokenizer.py` beside it, with
+its libraries; for speed on a GPU `gpu_kernels.py` too.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 """
@@ -28,7 +29,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, build_model, read_checkpoint, written_in_place
+from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
+from quantize import GROUP_SIZES
 from tokenizer import load_tokenizer
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def to_probabilities(logits, sampling: Sampling):
     """Probabilities [B, V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k).values[..., -1:]
+        smallest = logits.topk(sampling.top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
@@ -253,8 +255,14 @@ def say(*words):
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    """The checkpoint's own; on a CPU float32: as fast as bfloat16 in README's table, and it agrees exactly."""
-    return torch.float32 if device == "cpu" else state_dict["transformer.wte.weight"].dtype
+    """The checkpoint's own; on a CPU float32, which decodes as fast as bfloat16 there and agrees to the last digits.
+
+    With int4 weights it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
+    """
+    if device != "cpu":
+        return state_dict["transformer.wte.weight"].dtype
+    quantization = describe_quantization(state_dict)
+    return torch.bfloat16 if quantization and quantization["mode"] == "int4" else torch.float32
 
 
 def default_device() -> str:
@@ -426,6 +434,8 @@ def main(
     reference: bool,
     device: str,
     precision: str | None,
+    quantize: str | None,
+    group_size: int,
     profile: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -440,6 +450,8 @@ def main(
     config, state_dict = read_checkpoint(checkpoint_path)
     bandwidth = read_bandwidth(device)
     start = time.perf_counter()
+    if quantize:
+        config, state_dict = quantize_model(config, state_dict, quantize, group_size)
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
     model = build_model(config, state_dict, device, dtype, reference)
     synchronize(device)
@@ -576,6 +588,8 @@ def parse_arguments():
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
+    add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading, without a second file")
+    add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of --quantize int4")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace")
     add("--json", type=Path, dest="json_path", metavar="FILE", help="write samples and figures for other programs")
     return parser.parse_args()

@@ -10,7 +10,7 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - Only byte-level BPE of the `smollm` kind is rebuilt. Other tokenizers split text otherwise, with other ids.
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
-Copy me: with model.py, fast_model.py and checkpoint.py on the path, and `pip install gguf tokenizers`.
+Copy me: with model.py, fast_model.py, quantize.py and checkpoint.py on the path, and `pip install gguf tokenizers`.
 """
 
 import argparse

@@ -205,8 +205,8 @@ def without(name):
 MISFITS = {
     "missing": (without("transformer.ln_f.weight"), ["transformer.ln_f.weight", "lacks"]),
     "left over": (WEIGHTS | {"lm_head.weight": torch.zeros(50, 64)}, ["lm_head.weight", "no place"]),
-    "misshapen": (WEIGHTS | {Q_PROJ: torch.zeros(64, 72)}, [Q_PROJ, "[64, 72]", "[72, 64]"]),
-    "a dimension short": (WEIGHTS | {Q_PROJ: torch.zeros(72 * 64)}, [Q_PROJ, "[4608]", "[72, 64]"]),
+    "misshapen": (WEIGHTS | {Q_PROJ: torch.zeros(64, 96)}, [Q_PROJ, "[64, 96]", "[96, 64]"]),
+    "a dimension short": (WEIGHTS | {Q_PROJ: torch.zeros(96 * 64)}, [Q_PROJ, "[6144]", "[96, 64]"]),
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import generate
+import quantize
 from checkpoint import read_checkpoint
 from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
 
@@ -323,6 +324,15 @@ def half_a_file(path):
     path.write_bytes(whole[: len(whole) // 2])
 
 
+def test_weights_quantized_while_loading_are_those_of_the_file(run, refused, folder, tiny_checkpoint):
+    quantize.main(folder / "model.pth", "int8", 32, None, 1, None, folder / "other.pth")
+    (folder / "other.pth").rename(folder / "model.pth")  # what a file is called means nothing
+    quantized = run("--quantize", "int8", *GREEDY)
+    assert run(folder=folder).data["bytes_per_step"] == quantized.data["bytes_per_step"] < run().data["bytes_per_step"]
+    assert run(*GREEDY, folder=folder).samples == quantized.samples
+    assert "is quantized already" in refused("--quantize", "int8", folder=folder)
+
+
 def directory(path):
     path.unlink()
     path.mkdir()
@@ -407,6 +417,7 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--top_k", "-1"], "top_k must be 0 or more"),
         (["--temperature", "-1"], "temperature and top_k must be 0 or more"),
         (["--temperature", "nan"], "temperature and top_k must be 0 or more"),
+        (["--quantize", "int4"], "transformer.h.0.attn.o_proj.weight has 48 columns, which groups of 32 do not divide"),
         (["--reference", "--compile"], "leave out --compile"),
         (["--reference", "--compile_prefill"], "leave out --compile"),
         (["--interactive", "--batch_size", "2"], "leave out --batch_size"),

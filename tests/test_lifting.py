@@ -13,24 +13,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+NEEDS_TRITON = {"gpu_kernels"}  # which is only where there are GPUs; the other files do without
 
 # What each file may import besides the standard library. Files that do not exist yet may stand here already.
 MAY_IMPORT = {
     "model": {"torch"},
-    "fast_model": {"torch", "model", "tp"},
-    "quantize": {"torch"},
+    "fast_model": {"torch", "model", "tp", "gpu_kernels"},
+    "gpu_kernels": {"torch", "triton"},
+    "quantize": {"torch", "gpu_kernels"},
     "tp": {"torch"},
     "tokenizer": set(),
     "checkpoint": {"torch", "model", "fast_model", "quantize", "tp"},
-    "generate": {"torch", "checkpoint", "tokenizer"},
+    "generate": {"torch", "checkpoint", "quantize", "tokenizer"},
     "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint"},
 }
 MAY_IMPORT["check_equivalence"] = {"torch", *MAY_IMPORT} - {"convert_hf_checkpoint"}
 # What it may import besides, inside a function where it is used.
-MAY_IMPORT_INSIDE = {"tokenizer": {"tokenizers", "sentencepiece", "jinja2"}, "check_equivalence": {"transformers"}}
+MAY_IMPORT_INSIDE = {
+    "tokenizer": {"tokenizers", "sentencepiece", "jinja2"},
+    "check_equivalence": {"transformers"},
+    "quantize": {"model", "checkpoint", "generate", "tqdm"},  # the command's: checkpoint.py imports this file
+}
 ENTRANCES = {"convert_hf_checkpoint", "check_equivalence", "scripts"}  # nobody imports these
 LIBRARIES = {"torch", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "transformers", "gguf"}
-LIBRARIES |= {"matplotlib", "huggingface_hub", "mistral_common"}
+LIBRARIES |= {"triton", "matplotlib", "huggingface_hub", "mistral_common"}
 
 each_file = pytest.mark.parametrize("name", FILES)
 
@@ -91,6 +97,7 @@ def test_nobody_imports_what_is_only_run():
 
 def test_the_imports_have_no_cycle():
     local = {name: set.union(*imports(path)) & FILES.keys() for name, path in FILES.items()}
+    local["quantize"] = imports(FILES["quantize"])[0] & FILES.keys()  # its command runs what imports it
     assert local["checkpoint"] >= {"model", "fast_model"}  # so that there is something to sort
     list(TopologicalSorter(local).static_order())  # raises CycleError
 
@@ -178,16 +185,17 @@ for name in NAMES:
 def changed_by_import(tmp_path_factory):
     """{file: what importing it changed}, with no library installed that is not imported at once by some file."""
     folder = tmp_path_factory.mktemp("all")
-    for path in FILES.values():
-        shutil.copy(path, folder)
+    for name, path in FILES.items():
+        if name not in NEEDS_TRITON:
+            shutil.copy(path, folder)
     (folder / "meddler.py").write_text(
         "import torch\n"
         "torch._inductor.config.coordinate_descent_tuning = True\n"
         "torch.set_float32_matmul_precision('high')\n"
         "torch.randn(1)\n"
     )
-    optional = LIBRARIES - set.union(*MAY_IMPORT.values())
-    code = f"NAMES = {['meddler', *FILES]}\n{IMPORT_EACH}"
+    optional = LIBRARIES - set.union(*(MAY_IMPORT[name] for name in MAY_IMPORT.keys() - NEEDS_TRITON))
+    code = f"NAMES = {['meddler', *FILES.keys() - NEEDS_TRITON]}\n{IMPORT_EACH}"
     lines = [line.split(",") for line in python(code, folder, without=optional).splitlines()]
     return {name: changed for name, *changed in lines}
 
@@ -197,7 +205,7 @@ def test_importing_something_that_meddles_is_noticed(changed_by_import):
     assert expected <= set(changed_by_import["meddler"])
 
 
-@each_file
+@pytest.mark.parametrize("name", sorted(FILES.keys() - NEEDS_TRITON))
 def test_importing_a_file_changes_nothing_and_needs_no_optional_library(changed_by_import, name):
     assert changed_by_import[name] == []
 
@@ -220,12 +228,12 @@ def lift(name, folder):
     return LIBRARIES - set(re.findall(r"\w+", line))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sorted(FILES.keys() - NEEDS_TRITON))
 def test_the_copy_line_names_all_that_a_file_needs(name, tmp_path):
-    without = lift(name, tmp_path)
+    without = lift(name, tmp_path) | {"triton"}
     code = f"import {name}\nprint({{sys.modules[name].__file__ for name in {list(FILES)} if name in sys.modules}})"
     out = python(code, tmp_path, without)
-    lifted = {str(file) for file in tmp_path.glob("*.py") if file.stem in FILES}
+    lifted = {str(file) for file in tmp_path.glob("*.py") if file.stem in FILES.keys() - NEEDS_TRITON}
     assert ast.literal_eval(out) == lifted  # each of them was needed
 
 

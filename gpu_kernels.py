@@ -1,0 +1,372 @@
+"""Triton kernels for a decode step on a GPU, where each was faster than what the compiler makes of plain PyTorch.
+
+One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without and with this file: bf16 167 and 192,
+int8 206 and 294; int4 in groups of 32 reaches 386. Decisions to know:
+
+- `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product;
+  for up to 64, int8 weights are converted inside a matrix product; otherwise weights are unpacked, then cuBLAS.
+- K and the group size are compile-time constants, and only the last tile of a row is masked.
+- Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
+  operation: 0x4300 is 128, and its last mantissa bits count by one.
+- int4 has a layout of its own here, made by `int4_layout` at load: word a of the 4 words of 32 columns holds column
+  4 i + a in nibble SHIFTS[i] / 4, so that the activations of a nibble are 4 neighbours, and two nibbles that one
+  operation turns into a pair of bf16 are 16 bits apart.
+- Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
+  2023, "Flash-Decoding").
+- On Hopper and newer a kernel starts while the one before it ends (programmatic dependent launch) and waits for its
+  results after fetching weights, which do not depend on them.
+
+`quantize.py` and `fast_model.py` have the plain twin of each.
+
+Copy me: needs torch and triton.
+
+Shapes: B batch, T tokens, N output rows, K input columns, G columns in a group, S cache slots, H query heads, KV kv
+heads, C head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)  # of nibble i in its word; i and i + 4 become a pair
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether these kernels run there: NVIDIA GPUs of compute capability 8.0 (Ampere) or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def launch_options(device: torch.device) -> dict:
+    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
+
+
+# --- Matrix-vector products -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _wait_for_inputs(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _matvec_kernel(
+    x_ptr, w_ptr, s_ptr, y_ptr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr
+):
+    """One row of float or int8 weights [N, K] a program."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    w_ptr += row.to(tl.int64) * K
+    WHOLE: tl.constexpr = K // BLOCK * BLOCK
+    w = tl.load(w_ptr + at, mask=at < K, other=0)
+    _wait_for_inputs(PDL)
+    total = w.to(tl.float32) * tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+    for first in range(BLOCK, WHOLE, BLOCK):
+        total += tl.load(w_ptr + first + at).to(tl.float32) * tl.load(x_ptr + first + at).to(tl.float32)
+    if BLOCK <= WHOLE and WHOLE < K:
+        w = tl.load(w_ptr + WHOLE + at, mask=WHOLE + at < K, other=0)
+        total += w.to(tl.float32) * tl.load(x_ptr + WHOLE + at, mask=WHOLE + at < K, other=0.0).to(tl.float32)
+    y = tl.sum(total, 0)
+    if SCALED:
+        y *= tl.load(s_ptr + row).to(tl.float32)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _int4_load(
+    w_ptr, s_ptr, z_ptr, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Words [rows, 4 BLOCKS], scales and zeros [rows, BLOCKS] of BLOCKS times 32 columns."""
+    at = first * 4 + tl.arange(0, BLOCKS * 4)
+    block = first + tl.arange(0, BLOCKS)
+    w_at = w_ptr + rows * (K // 8) + at
+    group = rows * (K // G) + block * 32 // G
+    if MASKED:
+        words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
+        scale = tl.load(s_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
+        zero = tl.load(z_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
+    else:
+        words, scale, zero = tl.load(w_at), tl.load(s_ptr + group), tl.load(z_ptr + group)
+    return words, scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def _int4_dot(
+    words, scale, zero, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Products [ROWS, BLOCKS] of what `_int4_load` gave."""
+    at = first * 4 + tl.arange(0, BLOCKS * 4)
+    x_ptr += at // 4 * 32 + at % 4
+    total = tl.zeros([ROWS, BLOCKS * 4], tl.float32)
+    x_sum = tl.zeros([BLOCKS * 4], tl.float32)
+    for i in tl.static_range(4):
+        pair = tl.inline_asm_elementwise(  # (word >> 4 i) & 0x000F000F | 0x43004300
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [words >> (4 * i), 0x000F000F, 0x43004300],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        if MASKED:
+            x_low = tl.load(x_ptr + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
+            x_high = tl.load(x_ptr + 16 + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
+        else:
+            x_low = tl.load(x_ptr + 4 * i).to(tl.float32)
+            x_high = tl.load(x_ptr + 16 + 4 * i).to(tl.float32)
+        total += (pair << 16).to(tl.float32, bitcast=True) * x_low
+        total += (pair & -65536).to(tl.float32, bitcast=True) * x_high
+        x_sum += x_low + x_high
+    product = tl.sum(tl.reshape(total, [ROWS, BLOCKS, 4]), 2)
+    x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
+    return (product - 136 * x_sum) * scale + x_sum * zero  # 136: the 128 of the trick, and the middle of 0..15
+
+
+@triton.jit
+def _int4_matvec_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    y_ptr,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
+    PART: tl.constexpr = not (EVEN and BLOCKS <= WHOLE)
+    words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, 0, K, G, BLOCKS, PART)
+    _wait_for_inputs(PDL)
+    total = _int4_dot(words, scale, zero, x_ptr, 0, K, ROWS, BLOCKS, PART)
+    for first in range(BLOCKS, WHOLE, BLOCKS):
+        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, first, K, G, BLOCKS, not EVEN)
+        total += _int4_dot(words, scale, zero, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
+    if BLOCKS <= WHOLE and WHOLE < K // 32:
+        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, WHOLE, K, G, BLOCKS, True)
+        total += _int4_dot(words, scale, zero, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
+    tl.store(y_ptr + rows, tl.sum(total, 1)[:, None].to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+# --- More than one token ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BT + tl.arange(0, BT)
+    in_rows, in_tokens = (rows < N)[:, None], (tokens < T)[None, :]
+    total = tl.zeros([BN, BT], tl.float32)
+    for first in range(0, K, BK):
+        at = first + tl.arange(0, BK)
+        x = tl.load(x_ptr + tokens[None, :] * K + at[:, None], mask=in_tokens & (at < K)[:, None], other=0.0)
+        w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + at, mask=in_rows & (at < K), other=0)
+        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+    y = total * tl.load(s_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(y_ptr + tokens[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=in_rows & in_tokens)
+
+
+@triton.jit
+def _int8_dequantize_kernel(w_ptr, s_ptr, out_ptr, total, K, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + at, mask=at < total, other=0).to(tl.float32)
+    scale = tl.load(s_ptr + at // K, mask=at < total, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (w * scale).to(out_ptr.dtype.element_ty), mask=at < total)
+
+
+@triton.jit
+def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr, BLOCK: tl.constexpr):
+    eight = (tl.program_id(0).to(tl.int64) * BLOCK // 8 + tl.arange(0, BLOCK // 8))[:, None]
+    at = 8 * eight + tl.arange(0, 8)[None, :]  # weights in their order, so that whole lines are written
+    word = tl.load(w_ptr + at // 32 * 4 + at % 4, mask=at < total, other=0)
+    scale = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
+    zero = tl.load(z_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
+    q = (word >> (at % 32 // 4 * 4).to(tl.int32)) & 15
+    tl.store(out_ptr + at, ((q.to(tl.float32) - 8) * scale + zero).to(out_ptr.dtype.element_ty), mask=at < total)
+
+
+def int4_layout(q: torch.Tensor) -> torch.Tensor:
+    """These kernels' bytes [N, K/2] of q [N, K], uint8 from 0 to 15."""
+    columns = q.unflatten(1, (-1, 8, 4)).int()  # [N, K/32, nibble, word]
+    words = columns[:, :, 0]
+    for i in range(1, 8):
+        words = words | columns[:, :, i] << SHIFTS[i]
+    return words.flatten(1).contiguous().view(torch.uint8)
+
+
+def dequantize(weight, scales, zeros, dtype):
+    """Weights [N, K] in one pass over packed ones."""
+    N, K = weight.shape[0], weight.shape[1] * (1 if zeros is None else 2)
+    out = torch.empty(N, K, dtype=dtype, device=weight.device)
+    grid = (triton.cdiv(out.numel(), 4096),)
+    if zeros is None:
+        _int8_dequantize_kernel[grid](weight, scales, out, out.numel(), K, BLOCK=4096)
+    else:
+        words, group = weight.view(torch.int32), K // scales.shape[1]
+        _int4_dequantize_kernel[grid](words, scales, zeros, out, out.numel(), G=group, BLOCK=4096)
+    return out
+
+
+@torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]."""
+    x = x.contiguous()
+    (T, K), N = x.shape, weight.shape[0]
+    if scales is not None and (T > 64 or T > 1 and zeros is not None):
+        weight, scales = dequantize(weight, scales, zeros, x.dtype), None
+    if T > 1 and scales is None:
+        return F.linear(x, weight)
+    y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    options = launch_options(x.device)
+    if T > 1:
+        BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
+        grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
+        _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
+    elif zeros is None:
+        block, warps = (1024, 4) if scales is None else (512, 2)
+        _matvec_kernel[(N,)](
+            x, weight, scales, y, K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options
+        )
+    else:
+        words, group = weight.view(torch.int32), K // scales.shape[1]
+        blocks = min(128, triton.next_power_of_2(K // 32))
+        _int4_matvec_kernel[(triton.cdiv(N, 8),)](
+            x, words, scales, zeros, y, N, K=K, G=group, ROWS=8, BLOCKS=blocks, EVEN=N % 8 == 0, num_warps=4, **options
+        )
+    return y
+
+
+@linear.register_fake
+def _(x, weight, scales=None, zeros=None):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+# --- Attention of a few new tokens to a cache -------------------------------------------------------------------------
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pos_ptr,
+    sums_ptr,
+    tops_ptr,
+    T,
+    S,
+    window,
+    scale,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The queries of one kv head against one part of its used slots: M rows are tokens times query heads."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    b, kv = head // KV, head % KV
+    R: tl.constexpr = H // KV
+    m, c = tl.arange(0, M), tl.arange(0, CP)
+    row = (b * T + m // R) * H + kv * R + m % R  # of q [B T H, C]
+    live, in_c = m // R < T, c < C
+    _wait_for_inputs(PDL)
+    q = tl.load(q_ptr + row[:, None] * C + c[None, :], mask=live[:, None] & in_c[None, :], other=0.0)
+    pos = tl.load(pos_ptr + b * T + m // R, mask=live, other=-1)
+    used = tl.max(pos, 0) + 1
+    per_split = tl.cdiv(tl.cdiv(used, SPLITS), BLOCK) * BLOCK
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, used)
+    top = tl.full([M], -1e30, tl.float32)  # not -inf, whose difference to itself is NaN
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, CP], tl.float32)
+    k_ptr += head.to(tl.int64) * S * C
+    v_ptr += head.to(tl.int64) * S * C
+    for first in range(begin, end, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        inside = slot < end
+        k = tl.load(k_ptr + slot[None, :] * C + c[:, None], mask=inside[None, :] & in_c[:, None], other=0.0)
+        score = tl.dot(q, k, input_precision="ieee") * scale
+        seen = inside[None, :] & (slot[None, :] <= pos[:, None]) & (slot[None, :] > pos[:, None] - window)
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        v = tl.load(v_ptr + slot[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
+        sums = sums * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(weight, 1)
+        top = higher
+    out = (head * SPLITS + split) * M + m
+    tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums)
+    tl.store(tops_ptr + 2 * out, top)
+    tl.store(tops_ptr + 2 * out + 1, total)
+
+
+@triton.jit
+def _join_splits_kernel(
+    sums_ptr,
+    tops_ptr,
+    y_ptr,
+    T,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of y [B T H, C]."""
+    row = tl.program_id(0)
+    b, t, h = row // (T * H), row // H % T, row % H
+    R: tl.constexpr = H // KV
+    split, c = tl.arange(0, SPLITS), tl.arange(0, CP)
+    at = ((b * KV + h // R) * SPLITS + split) * M + t * R + h % R
+    _wait_for_inputs(PDL)
+    top, total = tl.load(tops_ptr + 2 * at), tl.load(tops_ptr + 2 * at + 1)
+    weight = tl.exp2(top - tl.max(top, 0))
+    sums = tl.load(sums_ptr + at[:, None] * CP + c[None, :])
+    y = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(y_ptr + row * C + c, y.to(y_ptr.dtype.element_ty), mask=c < C)
+
+
+@torch.library.custom_op("gpt_twin::attention", mutates_args=(), device_types="cuda")
+def attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, input_pos: torch.Tensor, window: int
+) -> torch.Tensor:
+    """y [B, T, H, C] for q [B, T, H, C] at `input_pos` [B, T], caches [B, K, S, C], of which each row sees the last
+    `window` slots up to its own. T H / K is 64 at most.
+    """
+    q, input_pos = q.contiguous(), input_pos.contiguous()
+    B, T, H, C = q.shape
+    KV, S = k_cache.shape[1:3]
+    M = max(16, triton.next_power_of_2(T * H // KV))
+    CP = max(16, triton.next_power_of_2(C))
+    splits = max(1, 128 // triton.next_power_of_2(B * KV))  # about as many programs as multiprocessors
+    sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
+    tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
+    y = torch.empty_like(q)
+    options = launch_options(q.device)
+    shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
+    scale = C**-0.5 * 1.4426950408889634  # for powers of 2 instead of e
+    _attention_kernel[(B * KV, splits)](
+        q, k_cache, v_cache, input_pos, sums, tops, T, S, window, scale, **shape, BLOCK=64, num_warps=4, **options
+    )
+    _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, num_warps=4, **options)
+    return y
+
+
+@attention.register_fake
+def _(q, k_cache, v_cache, input_pos, window):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

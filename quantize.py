@@ -1,0 +1,404 @@
+"""int8 and int4 weights: one linear class per format, the swap that puts them into a model, and the command.
+
+    python quantize.py --checkpoint_path checkpoints/NAME/model.pth --mode int4 --group_size 32
+    python quantize.py --checkpoint_path checkpoints/NAME/model.pth --mode int4-gptq --calibration FILE
+
+Only weights are quantized, to the nearest grid point or by GPTQ; activations stay as they are. Decisions to know:
+
+- int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
+- Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
+  costs nothing.
+- Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
+  gets a quantized copy of the embedding, which ends the tie.
+- On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
+  are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
+- For a single token the packed weights are read once, as they are. For more they are dequantized, then multiplied.
+- int4-gptq is int4 with another choice of weights, made with a text: the file has the same form and is read the same.
+
+Copy me: needs torch, for speed on a GPU `gpu_kernels.py` beside it, and for the command the other files.
+
+Shapes: N output rows, K input columns, G columns in a group.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:
+    import gpu_kernels
+except ImportError:  # Triton is on GPU machines only
+    gpu_kernels = None
+
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+@torch.library.custom_op("gpt_twin::int4_linear_cpu", mutates_args=(), device_types="cpu")
+def int4_linear_cpu(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """PyTorch's int4 product of x [T, K], weights and scales laid out by `Int4Linear.prepare`; [T, N].
+
+    An operator of its own, because the compiler's rewriting of PyTorch's fails in a nested region (torch 2.13: "group
+    size must be a scalar").
+    """
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales)
+
+
+@int4_linear_cpu.register_fake
+def _(x, weight, scales, group_size):
+    return x.new_empty(x.shape[0], scales.shape[1])
+
+
+class Int8Linear(nn.Module):
+    """y = (x @ weight.T) * scales + bias, with weight int8 [N, K] and scales [N]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.on_kernels = False
+
+    @staticmethod
+    def quantize(weight) -> dict:
+        """{"weight", "scales"} of a weight [N, K]; the largest of a row becomes 127."""
+        weight = weight.float()
+        scales = (weight.abs().amax(1).clamp(min=1e-8) / 127).bfloat16()
+        q = (weight / scales.float()[:, None]).round().clamp(-127, 127)
+        return {"weight": q.to(torch.int8), "scales": scales}
+
+    @staticmethod
+    def dequantize(weight, scales):
+        """[N, K] in the dtype of the scales; in float32 the exact numbers."""
+        return weight.to(scales.dtype) * scales[:, None]
+
+    def prepare(self):
+        self.on_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
+
+    def forward(self, x):
+        if self.on_kernels:
+            y = gpu_kernels.linear(x.flatten(0, -2), self.weight, self.scales).view(*x.shape[:-1], -1)
+        elif x.numel() == x.shape[-1] and torch.compiler.is_compiling():  # one fused loop over the int8 weights
+            y = (self.weight * x.flatten().float()).sum(-1) * self.scales.float()
+            y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scales
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """weight uint8 [N, K/2], scales and zeros [N, K/G]: numbers (q - 8) * scale + zero with q of 4 bits.
+
+    Byte j of a row holds q of column 2 j in its low half and of column 2 j + 1 in its high half.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, group_size: int):
+        super().__init__()
+        groups = in_features // group_size
+        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(out_features, groups))
+        self.register_buffer("zeros", torch.empty(out_features, groups))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.group_size, self.kernel, self.cpu_scales = group_size, None, None
+
+    @staticmethod
+    def quantize(weight, group_size: int) -> dict:
+        """{"weight", "scales", "zeros"} of a weight [N, K]: the range of each group in 16 steps."""
+        groups = weight.float().unflatten(1, (-1, group_size))  # [N, K/G, G]
+        scales, zeros = Int4Linear.grid(groups)
+        q = Int4Linear.nearest(groups, scales[..., None], zeros[..., None])
+        return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales, "zeros": zeros}
+
+    @staticmethod
+    def grid(groups):
+        """(scales, zeros), bf16 [...], that spread 16 steps over the range of each group [..., G]."""
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = ((high - low).clamp(min=1e-8) / 15).bfloat16()
+        return scales, (low + 8 * scales.float()).bfloat16()
+
+    @staticmethod
+    def nearest(weight, scales, zeros):
+        """q, float32, from 0 to 15, of float32 weights."""
+        return ((weight - zeros.float()) / scales.float() + 8).round().clamp(0, 15)
+
+    @staticmethod
+    def pack(q):
+        """The bytes [N, K/2] of q [N, K]."""
+        q = q.to(torch.uint8)
+        return q[:, ::2] | q[:, 1::2] << 4
+
+    @staticmethod
+    def unpack(weight):
+        """q [N, K], uint8 from 0 to 15, of a packed weight [N, K/2]."""
+        return torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
+
+    @staticmethod
+    def dequantize(weight, scales, zeros):
+        """[N, K] in the dtype of the scales; in float32 the exact numbers."""
+        q = Int4Linear.unpack(weight).unflatten(1, (scales.shape[1], -1)).to(scales.dtype)
+        return ((q - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+
+    def prepare(self):
+        """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows."""
+        q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
+        if gpu_kernels is not None and gpu_kernels.runs_on(device):
+            self.weight, self.kernel = gpu_kernels.int4_layout(q), "gpu"
+        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0:
+            self.weight, self.kernel = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1), "cpu"
+            self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if self.kernel == "gpu":
+            y = gpu_kernels.linear(rows, self.weight, self.scales, self.zeros)
+        elif self.kernel == "cpu":
+            y = int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
+        else:
+            y = F.linear(rows, self.dequantize(self.weight, self.scales, self.zeros))
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a weight of the reference's state dict is one that the command quantizes."""
+    return name.endswith("_proj.weight") or name == "lm_head.weight"
+
+
+def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
+    """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
+
+    Raises ValueError if a weight does not divide into groups, or is quantized already.
+    """
+    quantized = {}
+    for name, tensor in state_dict.items():
+        if not is_quantized(name):
+            quantized[name] = tensor
+            continue
+        check_weight(name, tensor, mode, group_size)
+        parts = Int8Linear.quantize(tensor) if mode == "int8" else Int4Linear.quantize(tensor, group_size)
+        quantized |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+    return quantized
+
+
+def check_weight(name: str, tensor, mode: str, group_size: int | None) -> None:
+    """Raises ValueError if a weight cannot be quantized."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is quantized already; start from the plain checkpoint")
+    if mode != "int8" and tensor.shape[1] % group_size:
+        fits = ", ".join(str(size) for size in GROUP_SIZES if tensor.shape[1] % size == 0) or "none, so use int8"
+        raise ValueError(
+            f"{name} has {tensor.shape[1]} columns, which groups of {group_size} do not divide; of the group sizes "
+            f"these do: {fits}"
+        )
+
+
+def dequantize_weights(state_dict: dict) -> dict:
+    """A plain float32 state dict with exactly the numbers of a quantized one; of a plain one, itself."""
+    plain = {}
+    for name, tensor in state_dict.items():
+        module, _, kind = name.rpartition(".")
+        scales, zeros = state_dict.get(f"{module}.scales"), state_dict.get(f"{module}.zeros")
+        if kind == "weight" and zeros is not None:
+            plain[name] = Int4Linear.dequantize(tensor, scales.float(), zeros.float())
+        elif kind == "weight" and scales is not None:
+            plain[name] = Int8Linear.dequantize(tensor, scales.float())
+        elif kind not in ("scales", "zeros"):
+            plain[name] = tensor
+    return plain
+
+
+def swap_linears(model: nn.Module, state_dict: dict) -> None:
+    """Put a quantized module in the place of each nn.Linear that has scales in the state dict of this layout."""
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or f"{name}.scales" not in state_dict:
+            continue
+        size = linear.in_features, linear.out_features, linear.bias is not None
+        if f"{name}.zeros" in state_dict:
+            module = Int4Linear(*size, group_size=linear.in_features // state_dict[f"{name}.scales"].shape[1])
+        else:
+            module = Int8Linear(*size)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+# --- GPTQ -------------------------------------------------------------------------------------------------------------
+
+BLOCK = 128  # columns that are quantized before the rest of the matrix is updated; group sizes divide it or it them
+SEQUENCE = 512  # tokens of calibration text that are seen together
+
+
+def gptq(weight, hessian, group_size: int) -> dict:
+    """Int4Linear's parts of a weight [N, K] by GPTQ (Frantar et al. 2022).
+
+    `hessian` [K, K] is the sum of x x^T over inputs x. Column after column is rounded, and what that changes in the
+    outputs is made up for, as far as it can be, by the columns that are still to come.
+    """
+    columns = weight.float().T.contiguous()  # [K, N]
+    # The damping makes a column that no input reaches independent of the others, so that it is rounded to nearest.
+    damping = (hessian.diagonal().mean() / 100).clamp(min=1e-8)
+    damped = hessian + damping * torch.eye(len(columns), device=hessian.device)
+    # inverse(hessian) = upper.T @ upper. Flipped twice, the lower factor of the hessian is the upper of H = R R^T.
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    upper = torch.linalg.solve_triangular(factor, torch.eye(len(columns), device=hessian.device), upper=True)
+    q, errors = torch.empty_like(columns), torch.empty_like(columns)
+    scales, zeros = [], []
+    for start in range(0, len(columns), BLOCK):
+        end = min(start + BLOCK, len(columns))
+        for i in range(start, end):
+            if i % group_size == 0:  # the group as it is by now, which holds its share of the errors before it
+                scale, zero = Int4Linear.grid(columns[i : i + group_size].T)
+                scales.append(scale)
+                zeros.append(zero)
+            q[i] = Int4Linear.nearest(columns[i], scale, zero)
+            errors[i] = (columns[i] - ((q[i] - 8) * scale.float() + zero.float())) / upper[i, i]
+            columns[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i], alpha=-1)
+        columns[end:] -= upper[start:end, end:].T @ errors[start:end]
+    return {"weight": Int4Linear.pack(q.T), "scales": torch.stack(scales, 1), "zeros": torch.stack(zeros, 1)}
+
+
+def dequantize(parts: dict):
+    return Int4Linear.dequantize(parts["weight"], parts["scales"].float(), parts["zeros"].float())
+
+
+def output_error(weight, parts: dict, hessian) -> float:
+    """||x W^T - x Q^T||^2 / ||x W^T||^2 over the inputs x of a hessian."""
+    change = weight - dequantize(parts)
+    return ((change @ hessian * change).sum() / (weight @ hessian * weight).sum()).item()
+
+
+def input_hessians(module: nn.Module, xs) -> dict:
+    """{name: sum of x x^T [K, K] over its inputs x} of each nn.Linear in a module that is given xs [B, T, D]."""
+    inputs, hessians = {}, {}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, -2)}))
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    ]
+    for x in xs.split(1):
+        module(x)
+        for name, given in inputs.items():
+            same = next(other for other, seen in inputs.items() if seen.data_ptr() == given.data_ptr())  # q, k and v
+            if same != name:
+                hessians[name] = hessians[same]
+            elif name in hessians:
+                hessians[name].addmm_(given.T, given)
+            else:
+                hessians[name] = given.T @ given
+    for hook in hooks:
+        hook.remove()
+    return hessians
+
+
+@torch.no_grad()
+def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict:
+    """A state dict quantized by GPTQ of a plain one, whose head is not tied, calibrated with ids [B, T].
+
+    A layer at a time is in float32 on the device. What the quantized layers before it make of the ids is its input.
+    """
+    from tqdm import tqdm
+
+    from model import Block, make_norm
+
+    for name, tensor in state_dict.items():
+        if is_quantized(name):
+            check_weight(name, tensor, "int4", group_size)
+    quantized = {}
+
+    def load(make, prefix):
+        with torch.device("meta"):
+            module = make()
+        tensors = {name: state_dict[prefix + name].to(device, torch.float32) for name in module.state_dict()}
+        module.load_state_dict(tensors, assign=True)
+        return module
+
+    def quantize(module, prefix, hessians, title):
+        errors = []
+        for name, hessian in hessians.items():
+            linear = module.get_submodule(name)
+            rounded = Int4Linear.quantize(linear.weight, group_size)
+            parts = gptq(linear.weight, hessian, group_size)
+            errors.append([output_error(linear.weight, choice, hessian) for choice in (rounded, parts)])
+            linear.weight = nn.Parameter(dequantize(parts))  # a new one: the old may be the state dict's own
+            quantized.update({f"{prefix}{name}.{part}": tensor.cpu() for part, tensor in parts.items()})
+        nearest, by_gptq = torch.tensor(errors).mean(0).tolist()
+        tqdm.write(f"{title}: error {nearest:.2e} rounded to nearest, {by_gptq:.2e} by GPTQ")
+
+    ids = ids.to(device)
+    x = F.embedding(ids, state_dict["transformer.wte.weight"].to(device)).float()  # [B, T, D]
+    if config.rope_base is None:
+        x += state_dict["transformer.wpe.weight"][: ids.shape[1]].to(device)
+    for i in tqdm(range(config.n_layer), desc="layers"):
+        prefix = f"transformer.h.{i}."
+        block = load(lambda: Block(config), prefix)
+        quantize(block, prefix, input_hessians(block, x), f"layer {i}")
+        for row in x.split(1):
+            row.copy_(block(row))
+    x = load(lambda: make_norm(config), "transformer.ln_f.")(x).flatten(0, 1)
+    head = nn.ModuleDict({"lm_head": load(lambda: nn.Linear(config.dim, config.vocab_size, bias=False), "lm_head.")})
+    quantize(head, "", {"lm_head": x.T @ x}, "head")
+    return {name: tensor for name, tensor in state_dict.items() if not is_quantized(name)} | quantized
+
+
+def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
+    """ids [B, T] of sequences spread evenly over a text. Raises ValueError if the text does not fill one."""
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    ids = torch.tensor(tokenizer.encode(text))
+    length = min(block_size, SEQUENCE)
+    count = len(ids) // length
+    if not count:
+        raise ValueError(f"{file} has {len(ids)} tokens; calibration needs at least {length}")
+    kept = torch.linspace(0, count - 1, min(count, max(max_tokens // length, 1))).long()
+    return ids[: count * length].view(count, length)[kept]
+
+
+def main(
+    checkpoint_path: Path,
+    mode: str,
+    group_size: int,
+    calibration: Path | None,
+    calibration_tokens: int,
+    device: str | None,
+    out_path: Path | None,
+) -> None:
+    import checkpoint  # which imports this file
+
+    if (mode == "int4-gptq") != (calibration is not None) or calibration_tokens < 1:
+        raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
+    config, state_dict = checkpoint.read_checkpoint(checkpoint_path)
+    if calibration:
+        from generate import check_device, default_device, find_tokenizer
+
+        device = device or default_device()
+        check_device(device)
+        tokenizer = find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=True)
+        ids = read_calibration(calibration, tokenizer, config.block_size, calibration_tokens)
+        config, state_dict = checkpoint.untie_head(config, state_dict)
+        state_dict = gptq_weights(config, state_dict, group_size, ids, device)
+    else:
+        config, state_dict = checkpoint.quantize_model(config, state_dict, mode, group_size)
+    label = mode if mode == "int8" else f"{mode}_g{group_size}"
+    out = out_path or checkpoint_path.with_name(f"{checkpoint_path.stem}_{label}.pth")
+    checkpoint.write_checkpoint(out, config, state_dict, method="gptq" if calibration else "nearest")
+    print(f"wrote {out}: {checkpoint_path.stat().st_size / 1e6:.0f} MB became {out.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
+    add("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
+    add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns, int4 and int4-gptq only")
+    add("--calibration", type=Path, metavar="FILE", help="UTF-8 text, int4-gptq only")
+    add("--calibration_tokens", type=int, default=16384, help="at most this many tokens of it are used")
+    add("--device", help="where int4-gptq computes; default: cuda or mps if there is one, else cpu")
+    add("--out_path", type=Path, help="default: model_int8.pth or model_int4_g32.pth beside it")
+    try:
+        main(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

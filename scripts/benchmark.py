@@ -1,0 +1,518 @@
+"""How fast this device runs a model, held against what the device can do: a suite of rows, a JSON file, a plot.
+
+    python scripts/benchmark.py decode --shape llama-2-7b --weights bfloat16 int8 int4
+    python scripts/benchmark.py decode --checkpoint_path checkpoints/NAME/model.pth --hf DIR --temperature 0
+    python scripts/benchmark.py prefill --shape llama-3.1-8b --tokens 512 2048 8192
+    python scripts/benchmark.py context --shape llama-3.1-8b --used 128 2048 8192 32768 --slots 131072
+    python scripts/benchmark.py batch --shape llama-3.1-8b --sizes 1 4 16 64
+    python scripts/benchmark.py forward --shape gpt-1.2b
+    python scripts/benchmark.py plot --json_path FILE --png FILE
+
+Decisions to know:
+
+- Weights are random and made on the device, unless --checkpoint_path gives real ones. Speed does not depend on them.
+- Before any row the device's own limits are measured: bytes read and bf16 (on a CPU float32) operations per second.
+  A row's floor is the time in which its bytes can be read or its operations done, whichever is longer.
+- A row counts if its logits are finite and its greedy tokens are those of the eager model. Where one is not, eager
+  logits of the two tokens must lie within 2% of the largest, as two roundings of one number may; else it is an error.
+- Samples of all rows are taken in turn, so that a machine that is slower for a minute is so for all of them.
+- Compiling is cold in a cache of its own that is empty, and warm after it; neither is inside another figure.
+
+Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
+
+Shapes: B batch, T tokens.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from check_equivalence import transformers_model
+from checkpoint import DTYPES, build_model, quantize_model, read_checkpoint, written_in_place
+from convert_hf_checkpoint import config_from_hf
+from generate import (
+    Sampling,
+    bytes_per_step,
+    cache_slots,
+    check_device,
+    compile_options,
+    compiled_prefill,
+    decode_step,
+    default_device,
+    generate,
+    peak_memory,
+    positive,
+    prefill,
+    read_bandwidth,
+    synchronize,
+)
+from model import GPT, GPTConfig
+
+LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES = {
+    "llama-2-7b": GPTConfig(**LLAMA, block_size=4096, vocab_size=32000, n_kv_head=32, hidden_dim=11008),
+    "llama-3.1-8b": GPTConfig(
+        **LLAMA,
+        block_size=131072,
+        vocab_size=128256,
+        n_kv_head=8,
+        hidden_dim=14336,
+        rope_base=500000.0,
+        rope_scaling=LLAMA3_SCALING,
+    ),
+    "gpt-1.2b": GPTConfig(
+        block_size=1024,
+        vocab_size=2562,
+        n_layer=24,
+        n_head=16,
+        n_kv_head=16,
+        head_dim=128,
+        dim=2048,
+        hidden_dim=8192,
+        norm="layer",
+        activation="gelu",
+        gated=False,
+        rope_base=None,
+    ),
+    "smollm2-135m": GPTConfig(
+        block_size=8192,
+        vocab_size=49152,
+        n_layer=30,
+        n_head=9,
+        n_kv_head=3,
+        head_dim=64,
+        dim=576,
+        hidden_dim=1536,
+        rope_base=100000.0,
+        tie_embeddings=True,
+    ),
+}
+WEIGHTS = (*DTYPES, "int8", "int4")
+
+
+# --- What is measured -------------------------------------------------------------------------------------------------
+
+
+def random_state(config: GPTConfig, device: str) -> dict:
+    """bf16 weights of a model whose activations stay near 1."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    generator = torch.Generator(device).manual_seed(0)
+    state_dict = {}
+    for name, shape in shapes.items():
+        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        if len(shape) == 2:
+            state_dict[name] = values.normal_(0, shape[1] ** -0.5, generator=generator)
+        else:
+            state_dict[name] = values.fill_(0 if name.endswith("bias") else 1)
+    return state_dict
+
+
+def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
+    """A model with weights of one of WEIGHTS. int8 and int4 compute in bf16; on a CPU int8 in float32, as it is there
+    by default."""
+    if weights in DTYPES:
+        return build_model(config, state_dict, device, DTYPES[weights], reference)
+    dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
+    return build_model(*quantize_model(config, state_dict, weights, group_size), device, dtype)
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of the best of some products of square matrices."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(timed(device, torch.mm, a, b) for _ in range(8))
+
+
+def timed(device: str, action, *arguments, **more) -> float:
+    """Seconds until it is done, on the device too."""
+    synchronize(device)
+    start = time.perf_counter()
+    action(*arguments, **more)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def operations_per_token(model) -> int:
+    """Two for each weight that multiplies; attention is not counted."""
+    config = model.config
+    attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
+    mlp = (3 if config.gated else 2) * config.hidden_dim
+    return 2 * config.dim * (config.n_layer * (attention + mlp) + config.vocab_size)
+
+
+def slot_bytes(model) -> int:
+    """Bytes of the keys and values of one token."""
+    config = model.config
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim * model.wte.weight.element_size()
+
+
+def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
+    """ids [B, count]."""
+    ids = generate(model, prompt, count, Sampling(temperature=0), decode_step=step)
+    return torch.tensor(list(ids), device=prompt.device).T
+
+
+@torch.no_grad()
+def check_tokens(model, prompt, ids, name: str) -> str:
+    """How greedy `ids` [B, N] agree with the eager model on the same text. Raises ValueError if they do not."""
+    text = torch.cat([prompt, ids], dim=1)
+    positions = torch.arange(text.shape[1], device=text.device).expand(*text.shape)
+    logits = [model(prompt)[:, -1]]
+    for i in range(prompt.shape[1], text.shape[1] - 1):
+        logits.append(model(text[:, i : i + 1], positions[:, i : i + 1])[:, -1])
+    logits = torch.stack(logits, dim=1).float()  # [B, N, V]
+    if not logits.isfinite().all():
+        raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
+    best = logits.amax(-1)
+    behind = (best - logits.gather(-1, ids[..., None])[..., 0]).max().item()
+    if behind > 0.02 * logits.abs().max().item():
+        raise ValueError(f"{name}: a greedy token is not the eager model's, which has it {behind:.3g} behind its best")
+    return "same" if behind == 0 else f"within {behind:.1e}"
+
+
+def compile_times(device: str, action, *arguments) -> tuple[float, float, object]:
+    """(cold, warm, step): seconds of the first action with a compiled decode step, its cache empty and then full."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for _ in range(2):
+            torch.compiler.reset()
+            step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(device))
+            seconds.append(timed(device, action, *arguments, step=step))
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return *seconds, step
+
+
+# --- The suites: each yields rows, dictionaries with `name` and what was measured -------------------------------------
+
+
+def row_of(name: str, seconds: list[float], floor: float, **more) -> dict:
+    """`seconds` of each sample of one unit of work (a step, a prompt, a pass)."""
+    middle = statistics.median(seconds)
+    return {
+        "name": name,
+        "seconds": middle,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "floor_seconds": floor,
+        "share_of_floor": floor / middle,
+        **more,
+    }
+
+
+def print_row(row: dict) -> None:
+    rate = f"{row['tokens'] / row['seconds']:10.2f} tokens/s" if "tokens" in row else ""
+    spread = f"{row['fastest'] * 1e3:.2f} to {row['slowest'] * 1e3:.2f}"
+    shown = {"first_token": "s to the first", "cold": "s cold", "warm": "s warm", "peak_memory": "GB"}
+    rest = [f"{row[k] / (1e9 if k == 'peak_memory' else 1):.2f} {unit}" for k, unit in shown.items() if k in row]
+    rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
+    print(
+        f"{row['name']:34}{row['seconds'] * 1e3:9.2f} ms ({spread}){rate}  {row['share_of_floor']:4.0%} of the floor  "
+        + ", ".join(rest),
+        flush=True,
+    )
+
+
+def decode(
+    models: dict,
+    limits: dict,
+    device: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    samples: int,
+    **_,
+):
+    """Decode steps of batch size 1, prefill and compilation apart."""
+    prepared, times, first = {}, {}, {}
+    sampling = Sampling(temperature)
+    for name, model in models.items():
+        prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
+        model.setup_caches(1, cache_slots(prompt_tokens + new_tokens, model.config))
+        cold, warm, step = compile_times(device, greedy, model, prompt, 3)
+        agrees = check_tokens(model, prompt, greedy(model, prompt, 24, step), name)
+        for _ in generate(model, prompt, 4, sampling, decode_step=step):  # compiles the sampling
+            pass
+        prepared[name] = model, prompt, step, {"cold": cold, "warm": warm, "agrees": agrees}
+        times[name], first[name] = [], []
+    for _ in range(samples):
+        for name, (model, prompt, step, _) in prepared.items():
+            start = time.perf_counter()
+            marks = [
+                time.perf_counter() - start for _ in generate(model, prompt, new_tokens, sampling, decode_step=step)
+            ]
+            times[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
+            first[name].append(marks[0])
+    for name, (model, _, _, more) in prepared.items():
+        step_bytes = bytes_per_step(model)
+        floor = step_bytes / limits["bytes_per_second"]
+        more |= {"tokens": 1, "first_token": statistics.median(first[name]), "bytes_per_token": step_bytes}
+        more |= {"operations_per_token": operations_per_token(model), "peak_memory": peak_memory(device)}
+        yield row_of(name, times[name], floor, **more)
+
+
+def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples: int, **_):
+    """Time to the first token of prompts of several lengths, eager and compiled."""
+    for name, model in models.items():
+        model.setup_caches(1, min(max(tokens), model.config.block_size))
+        torch.compiler.reset()
+        for kind, run in (("eager", prefill), ("compiled", compiled_prefill())):
+            for count in tokens:
+                prompt = torch.arange(count, device=device)[None] % model.config.vocab_size
+                with torch.no_grad():
+                    run(model, prompt, None)
+                    seconds = [timed(device, run, model, prompt, None) for _ in range(samples)]
+                operations = operations_per_token(model) * count
+                floor = max(
+                    operations / limits["operations_per_second"], bytes_per_step(model) / limits["bytes_per_second"]
+                )
+                yield row_of(
+                    f"{name} {kind}, {count} tokens", seconds, floor, tokens=count, peak_memory=peak_memory(device)
+                )
+
+
+def steps_at(model, used: int, batch: int, count: int, step) -> None:
+    """`count` decode steps of all rows, of which each has `used` tokens in the cache; whose are no matter for speed."""
+    device = model.wte.weight.device
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    input_pos = torch.full((batch, 1), used, device=device)
+    for _ in range(count):
+        token, input_pos = (t.clone() for t in step(model, token, input_pos, None, Sampling(temperature=0)))
+
+
+@torch.no_grad()
+def contexts(models: dict, limits: dict, device: str, used: list[int], slots: int, samples: int, **_):
+    """Decode steps with so many tokens in a cache of so many slots."""
+    for name, model in models.items():
+        model.setup_caches(1, min(slots, model.config.block_size))
+        for layer in model.layers:
+            layer.attn.k_cache.normal_()
+            layer.attn.v_cache.normal_()
+        cold, warm, step = compile_times(device, steps_at, model, 0, 1, 3)
+        weights = bytes_per_step(model) - model.max_seq_length * slot_bytes(model)
+        for count in used:
+            count = min(count, model.max_seq_length - 34)
+            steps_at(model, count, 1, 3, step)
+            seconds = [timed(device, steps_at, model, count, 1, 32, step) / 32 for _ in range(samples)]
+            floor = (weights + count * slot_bytes(model)) / limits["bytes_per_second"]
+            more = {"used": count, "slots": model.max_seq_length, "cold": cold, "warm": warm}
+            yield row_of(f"{name}, {count} of {model.max_seq_length}", seconds, floor, tokens=1, **more)
+
+
+@torch.no_grad()
+def batches(models: dict, limits: dict, device: str, sizes: list[int], samples: int, **_):
+    """Decode steps of several rows with 256 tokens each in the cache."""
+    for name, model in models.items():
+        for size in sizes:
+            model.setup_caches(size, min(512, model.config.block_size))
+            cold, warm, step = compile_times(device, steps_at, model, 0, size, 3)
+            seconds = [timed(device, steps_at, model, 256, size, 32, step) / 32 for _ in range(samples)]
+            weights = bytes_per_step(model) - size * model.max_seq_length * slot_bytes(model)
+            floor = (weights + size * 256 * slot_bytes(model)) / limits["bytes_per_second"]
+            more = {"cold": cold, "warm": warm, "peak_memory": peak_memory(device)}
+            yield row_of(f"{name}, batch {size}", seconds, floor, tokens=size, **more)
+
+
+@torch.no_grad()
+def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[int], samples: int, **_):
+    """One pass over a batch: the reference, the fast model, and it compiled; latency, memory, kernels launched."""
+    for name, model in models.items():
+        ids = torch.arange(tokens[0], device=device).expand(batch, -1) % model.config.vocab_size
+        reference = GPT(model.config).to(device, model.wte.weight.dtype).eval()
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        floor = operations_per_token(model) * ids.numel() / limits["operations_per_second"]
+        for kind, run in (("model.py", reference), ("fast_model.py", model), ("compiled", compiled)):
+            run(ids)
+            if device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = [timed(device, run, ids) for _ in range(samples)]
+            more = {"peak_memory": peak_memory(device)}
+            with torch.profiler.profile() as profiler:
+                timed(device, run, ids)
+            more["kernels"] = sum(event.device_type != torch.autograd.DeviceType.CPU for event in profiler.events())
+            yield row_of(f"{name} {kind}", seconds, floor, tokens=ids.numel(), **more)
+
+
+SUITES = {"decode": decode, "prefill": prefills, "context": contexts, "batch": batches, "forward": forwards}
+
+
+def transformers_row(
+    folder: Path, limits: dict, device: str, prompt_tokens: int, new_tokens: int, samples: int
+) -> dict:
+    """The same decode steps by transformers, eager and in bf16."""
+    model = transformers_model(folder).to(device, torch.bfloat16)
+    prompt = torch.arange(prompt_tokens, device=device)[None]
+
+    def run(count):
+        return timed(device, model.generate, prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+
+    run(4)
+    seconds = [(run(new_tokens) - run(1)) / (new_tokens - 1) for _ in range(samples)]
+    floor = sum(p.nbytes for p in model.parameters()) / limits["bytes_per_second"]
+    return row_of("transformers, eager bfloat16", seconds, floor, tokens=1)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+
+
+def commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True
+        )
+    except OSError:
+        return None
+    return done.stdout.decode().strip() or None
+
+
+def read_shape(shape: str) -> GPTConfig:
+    """A name of SHAPES, or a Hugging Face config.json."""
+    if shape in SHAPES:
+        return SHAPES[shape]
+    if not Path(shape).is_file():
+        raise ValueError(f"{shape} is neither a config.json nor one of {', '.join(SHAPES)}")
+    try:
+        return config_from_hf(json.loads(Path(shape).read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{shape} is not JSON: {error}") from error
+
+
+def plot(json_path: Path, png: Path) -> None:
+    """A bar for each row's time, and the line of its floor in it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
+    content = json.loads(json_path.read_text(encoding="utf-8"))
+    rows = content["rows"][::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [row["name"] for row in rows]
+    axes.barh(names, [row["seconds"] * 1e3 for row in rows], color="tab:blue", label="measured, median")
+    axes.barh(names, [row["floor_seconds"] * 1e3 for row in rows], color="tab:orange", height=0.3, label="floor")
+    axes.set_xlabel("milliseconds")
+    axes.set_title(f"{content['suite']}, {content['hardware']}, torch {content['torch']}", fontsize=10)
+    axes.legend()
+    with written_in_place(png) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def main(
+    suite: str,
+    shape: str | None,
+    checkpoint_path: Path | None,
+    weights: list[str],
+    group_size: int,
+    hf: Path | None,
+    device: str,
+    json_path: Path | None,
+    png: Path | None,
+    samples: int,
+    **numbers,
+) -> None:
+    if suite == "plot":
+        if not json_path or not png:
+            raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
+        return plot(json_path, png)
+    if (shape is None) == (checkpoint_path is None):
+        raise ValueError("give either --shape or --checkpoint_path")
+    check_device(device)
+    if checkpoint_path:
+        config, state_dict = read_checkpoint(checkpoint_path)
+    else:
+        config = read_shape(shape)
+        state_dict = random_state(config, device)
+    weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
+    if suite == "forward":
+        weights = weights[:1] if len(weights) == 1 else ["bfloat16"]
+    rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
+    print(f"{hardware(device)}, torch {torch.__version__}")
+    multiplies = limits["operations_per_second"] / 1e12
+    print(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
+    models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
+    del state_dict
+    for kind, model in models.items():
+        size, count = bytes_per_step(model), operations_per_token(model)
+        slowest = max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
+        print(
+            f"  {kind}: {size / 1e9:.3f} GB and {count / 1e9:.2f} GFLOP a token, so {1 / slowest:.0f} tokens/s at most"
+        )
+    rows = []
+    if hf:
+        lengths = {name: numbers[name] for name in ("prompt_tokens", "new_tokens")}
+        rows.append(transformers_row(hf, limits, device, samples=samples, **lengths))
+        print_row(rows[0])
+    for row in SUITES[suite](models, limits, device, samples=samples, **numbers):
+        print_row(row)
+        rows.append(row)
+    if json_path:
+        content = {"suite": suite, "hardware": hardware(device), "torch": torch.__version__, "commit": commit()}
+        content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows}
+        with written_in_place(json_path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Measure a suite of rows, or plot one that was measured.")
+    add = parser.add_argument
+    add("suite", choices=(*SUITES, "plot"))
+    add("--shape", help=f"{', '.join(SHAPES)}, or a Hugging Face config.json: random weights of this shape")
+    add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, instead of --shape")
+    add("--weights", nargs="+", choices=WEIGHTS, help="default: all, on a GPU without float32 and float16")
+    add("--group_size", type=int, default=32, help="columns in a group of int4")
+    add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
+    add("--samples", type=positive, default=5, help="of each row")
+    add("--prompt_tokens", type=positive, default=5, help="decode")
+    add("--new_tokens", type=positive, default=200, help="decode")
+    add("--temperature", type=float, default=Sampling.temperature, help="decode; 0 is greedy, else top-k is 200")
+    add("--tokens", type=positive, nargs="+", default=[512, 2048, 8192], help="prefill: prompts; forward: of each row")
+    add("--used", type=positive, nargs="+", default=[128, 2048, 8192, 32768], help="context: tokens in the cache")
+    add("--slots", type=positive, default=131072, help="context: cache slots")
+    add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")
+    add("--batch", type=positive, default=32, help="forward: rows")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    add("--json_path", type=Path, metavar="FILE", help="write limits and rows; for plot, read them")
+    add("--png", type=Path, metavar="FILE", help="plot: the picture to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parse_arguments()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

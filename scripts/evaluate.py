@@ -1,0 +1,309 @@
+"""How good a checkpoint is: perplexity of a text, distance from another checkpoint, tasks of EleutherAI's harness.
+
+    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model.pth --text FILE
+    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model_int8.pth --text FILE --against OTHER/model.pth
+    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model.pth --tasks hellaswag --limit 100
+
+Decisions to know:
+
+- A window of W tokens predicts the token after each of its own, and only tokens that no window before it predicted.
+  So every token but the first is predicted once, after at least W - stride + 1 tokens except in the first window.
+  Hugging Face's page on perplexity gives one token less, and with stride = W it skips a token per window.
+- Perplexities of two tokenizers do not compare; bits per byte do. The bytes are those of the predicted tokens.
+- KL(other || this) takes the other checkpoint, in float32, for the truth: nats lost by using this one instead.
+- Models run eager and without a cache. Of their logits a few rows at a time become float32.
+- The harness's requests are encoded and cut as its own Hugging Face backend does it, one request at a time.
+
+Copy me: needs torch, tqdm, the root's `generate.py` with what that needs, and for `--tasks` lm_eval.
+
+Shapes: R rows (positions of one window), V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import DTYPES, build_model, read_checkpoint, written_in_place
+from generate import (
+    Answer,
+    Sampling,
+    cache_slots,
+    check_device,
+    default_device,
+    default_dtype,
+    find_tokenizer,
+    generate,
+    positive,
+)
+
+ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
+
+
+def windows(ids: list[int], window: int, stride: int, full: bool = False) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs (inputs, targets); the targets follow the last inputs. `full`: the last window begins early, to be full."""
+    last = len(ids) - 1  # nothing follows the last token
+    begin = done = 0
+    while done < last:
+        end = min(begin + window, last)
+        yield ids[max(0, end - window) if full else begin : end], ids[done + 1 : end + 1]
+        begin, done = begin + stride, end
+
+
+def log_probabilities(model, inputs: list[int], count: int) -> Iterator[torch.Tensor]:
+    """Log-probabilities [R, V] of the token after each of the last `count` inputs, at most ROWS rows at a time."""
+    if 0 < model.max_seq_length < len(inputs):  # generate() left a cache, which a forward pass fills
+        model.setup_caches(1, cache_slots(len(inputs), model.config))
+    logits = model(torch.tensor([inputs], device=model.wte.weight.device))[0, -count:]
+    for rows in logits.split(ROWS):
+        yield rows.float().log_softmax(-1)
+
+
+def measure(model, ids: list[int], window: int, stride: int, other=None) -> dict:
+    """Figures of the model on a text's ids, and with `other` of the distance between the two."""
+    losses, divergences, agreements = [], [], []
+    for inputs, targets in tqdm(list(windows(ids, window, stride)), unit="window", disable=None):
+        parts = torch.tensor(targets, device=model.wte.weight.device).split(ROWS)
+        theirs = log_probabilities(other, inputs, len(targets)) if other else [None] * len(parts)
+        for part, log_q, log_p in zip(parts, log_probabilities(model, inputs, len(targets)), theirs, strict=True):
+            losses.append(-log_q.gather(1, part[:, None])[:, 0])
+            if other:
+                agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
+                divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    losses = torch.cat(losses).cpu().double()  # the sum of a million float32 loses digits; MPS has no float64
+    figures = {"tokens": len(losses), "window": window, "stride": stride}
+    figures |= {"nats_per_token": losses.mean().item(), "perplexity": losses.mean().exp().item()}
+    if other:
+        kl = torch.cat(divergences).cpu().double()
+        figures |= {"kl_mean": kl.mean().item(), "kl_99_percent": torch.quantile(kl, 0.99).item()}
+        figures["top_1_agreement"] = torch.cat(agreements).double().mean().item()
+    return figures
+
+
+# --- EleutherAI's harness ---------------------------------------------------------------------------------------------
+
+
+def read_options(options: dict) -> tuple[list[str], int, Sampling]:
+    """(stop strings, new tokens, sampling) of a task's generation_kwargs, with the harness's defaults.
+
+    Raises ValueError if something is asked for that is not here.
+    """
+    rest = dict(options)
+    stop = rest.pop("until", [])
+    stop = [string for string in ([stop] if isinstance(stop, str) else stop) if string]
+    lengths = [rest.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+    length = next((n for n in lengths if n is not None), 256)
+    temperature = rest.pop("temperature", 1.0 if rest.get("do_sample") else 0.0)
+    temperature = temperature if rest.pop("do_sample", True) else 0.0
+    sampling = Sampling(temperature, rest.pop("top_k", 0), rest.pop("top_p", 1.0))
+    if rest.pop("num_beams", 1) != 1 or rest:
+        raise ValueError(f"a task asks for generation with {options}, which is more than generate() does")
+    return stop, length, sampling
+
+
+def make_adapter(base: type, model, tokenizer):
+    """The model as the harness sees one. `base` is lm_eval.api.model.LM, given so that this file needs no lm_eval."""
+    context_size = model.config.block_size
+    added, plain = tokenizer.encode("a"), tokenizer.encode("a", bos=False)
+    bos = added[: added.index(plain[0])]  # often none; an EOS that some add at the end must not precede a continuation
+    named = [tokenizer.token_id(tokenizer.named_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
+    start = bos or [id for id in named if id is not None][:1]  # before a text with nothing before it, as in the harness
+    if not start:
+        raise ValueError("the tokenizer names neither BOS nor EOS, one of which the harness starts a text with")
+
+    def encode(text: str) -> list[int]:
+        return bos + tokenizer.encode(text, bos=False)
+
+    def score(inputs: list[int], targets: list[int]) -> tuple[float, bool]:
+        """(log-probability of the targets, whether each is the most likely token)."""
+        total, greedy = 0.0, True
+        parts = torch.tensor(targets, device=model.wte.weight.device).split(ROWS)
+        for part, log_q in zip(parts, log_probabilities(model, inputs, len(targets)), strict=True):
+            total += log_q.gather(1, part[:, None]).sum().item()
+            greedy = greedy and torch.equal(log_q.argmax(-1), part)
+        return total, greedy
+
+    class Adapter(base):
+        def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+            results = []
+            for context, continuation in tqdm([request.args for request in requests], disable=None):
+                # A space is part of the token after it, so the context is encoded without its last ones. What is
+                # scored is the rest of the ids of the whole, even where the two merge: so the harness does it.
+                prompt, whole = encode(context.rstrip()), encode(context + continuation)
+                targets = whole[len(prompt) :]
+                if not targets:  # merged into a token of the context; the harness's own backend crashes
+                    prompt, targets = whole[:-1], whole[-1:]
+                inputs = ((prompt or start) + targets[:-1])[-context_size:]
+                results.append(score(inputs, targets[-len(inputs) :]))
+            return results
+
+        def loglikelihood_rolling(self, requests) -> list[float]:
+            results = []
+            for (text,) in tqdm([request.args for request in requests], disable=None):
+                ids = start + tokenizer.encode(text, bos=False)
+                pairs = windows(ids, context_size, context_size, full=True)
+                results.append(math.fsum(score(*pair)[0] for pair in pairs))
+            return results
+
+        def generate_until(self, requests) -> list[str]:
+            texts = []
+            for seed, request in enumerate(tqdm(requests, disable=None)):  # repeats of a request must not be the same
+                context, options = request.args
+                stop, length, sampling = read_options(options)
+                # Of a prompt too long the end is kept, and room for the answer; if that never fits, half a context.
+                kept = context_size - length if length < context_size else max(context_size // 2, 1)
+                ids = (encode(context) or start)[-kept:]
+                answer = Answer(ids, tokenizer, tokenizer.eos_ids, stop, goes_on=True)
+                prompt = torch.tensor([ids], device=model.wte.weight.device)
+                for (id,) in generate(model, prompt, length, sampling, tokenizer.eos_ids, seed):
+                    answer.push(id)
+                    if answer.stop_reason:
+                        break
+                answer.finish()
+                texts.append(answer.text)
+            return texts
+
+    return Adapter()
+
+
+def import_harness():
+    try:
+        import lm_eval.api.model
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError as error:
+        raise ValueError(f"--tasks needs EleutherAI's harness ({error}): pip install lm_eval") from error
+    return lm_eval
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], int]:
+    """The first ids of a text, and the bytes of those that are predicted. Raises ValueError if none are."""
+    try:
+        text = file.read_bytes().decode()  # read_text would turn \r\n into \n
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    # The text is encoded once, with the BOS that the tokenizer itself adds or does not add, and then cut into windows.
+    # No window but the first begins with a BOS, and the first token of the text is never predicted.
+    ids = tokenizer.encode(text)[:max_tokens]
+    byte_count = sum(len(tokenizer.token_bytes(id)) for id in ids[1:])
+    if not byte_count:  # special tokens have none
+        raise ValueError(f"{file} has {len(ids)} tokens and no text after the first; at least 2 tokens are needed")
+    return ids, byte_count
+
+
+def load(path: Path, device: str, precision: str | None):
+    config, state_dict = read_checkpoint(path)
+    tokenizer = find_tokenizer(path.parent, config.vocab_size, needed=True)
+    dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
+    return build_model(config, state_dict, device, dtype), tokenizer
+
+
+def check_same_tokens(model, tokenizer, path: Path, other, other_tokenizer, other_path: Path) -> None:
+    """Raises ValueError if an id is not the same token in both models."""
+    sizes = model.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the vocabularies differ: {path} has {sizes[0]} tokens, {other_path} {sizes[1]}")
+    for id in range(sizes[0]):
+        pieces = tokenizer.piece(id), other_tokenizer.piece(id)
+        if pieces[0] != pieces[1]:
+            tokens = f"{pieces[0]!r} beside {path} and {pieces[1]!r} beside {other_path}"
+            raise ValueError(f"the tokenizers differ: token {id} is {tokens}")
+
+
+def run_tasks(harness, model, tokenizer, tasks: list[str], limit: int | None) -> dict:
+    """Print the harness's tables and return its results. Raises ValueError if it does not know a task."""
+    manager = harness.tasks.TaskManager()
+    unknown = [name for name in tasks if name not in manager.all_tasks and not Path(name).is_file()]
+    if unknown:
+        raise ValueError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    adapter = make_adapter(harness.api.model.LM, model, tokenizer)
+    results = harness.simple_evaluate(adapter, tasks=tasks, limit=limit, task_manager=manager)
+    for column in ("results", "groups"):
+        if results.get(column):
+            print(harness.utils.make_table(results, column))
+    return {"limit": limit, "results": results["results"]}
+
+
+def main(
+    checkpoint_path: Path,
+    text: Path | None,
+    against: Path | None,
+    window: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    tasks: list[str] | None,
+    limit: int | None,
+    device: str,
+    precision: str | None,
+    json_path: Path | None,
+) -> None:
+    if tasks and against:
+        raise ValueError("--against compares on a text; give --text instead of --tasks")
+    harness = import_harness() if tasks else None
+    check_device(device)
+    model, tokenizer = load(checkpoint_path, device, precision)
+    if tasks:
+        figures = run_tasks(harness, model, tokenizer, tasks, limit)
+    else:
+        other, context = None, model.config.block_size
+        if against:
+            other, other_tokenizer = load(against, device, "float32")
+            check_same_tokens(model, tokenizer, checkpoint_path, other, other_tokenizer, against)
+            context = min(context, other.config.block_size)
+        window = window or min(1024, context)
+        stride = stride or max(window // 2, 1)
+        if window > context:
+            raise ValueError(f"--window {window} is more than the context of {context} tokens")
+        if stride > window:
+            raise ValueError(f"--stride {stride} is more than the window of {window} tokens: it would skip tokens")
+        ids, byte_count = read_ids(text, tokenizer, max_tokens)
+        start = time.perf_counter()
+        figures = {"text": str(text), "against": against and str(against), **measure(model, ids, window, stride, other)}
+        figures["seconds"] = time.perf_counter() - start
+        figures["bits_per_byte"] = figures["nats_per_token"] * figures["tokens"] / math.log(2) / byte_count
+        print(f"tokens:      {figures['tokens']} predicted, in windows of {window} with stride {stride}")
+        print(f"perplexity:  {figures['perplexity']:.4f}, {figures['bits_per_byte']:.4f} bits per byte")
+        if against:
+            print(f"KL:          {figures['kl_mean']:.3e} nats a token, 99% are below {figures['kl_99_percent']:.3e}")
+            print(f"top-1:       {figures['top_1_agreement']:.2%} have the same most likely token")
+        print(f"seconds:     {figures['seconds']:.1f}")
+    if json_path:
+        figures |= {"checkpoint_path": str(checkpoint_path), "device": device, "torch": torch.__version__}
+        figures["precision"] = str(model.wte.weight.dtype).removeprefix("torch.")
+        with written_in_place(json_path) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1, default=str))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Perplexity, distance from another model, tasks.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer in the same folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to predict")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm_eval")
+    add("--against", type=Path, metavar="OTHER", help="the model.pth whose distribution is taken for the truth")
+    add("--window", type=positive, help="tokens; default: 1024, or the context if that is less")
+    add("--stride", type=positive, help="tokens from a window's beginning to the next; default: half a window")
+    add("--max_tokens", type=positive, help="only the first tokens of the text")
+    add("--limit", type=positive, help="only the first documents of each task")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
+    add("--json", type=Path, dest="json_path", metavar="FILE", help="write the figures for other programs")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parse_arguments()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

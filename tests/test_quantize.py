@@ -1,0 +1,151 @@
+"""quantize.py: what it rounds to, what it refuses, and that every way to compute with it agrees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from check_equivalence import FAMILIES, check_model, in_chunks, random_weights
+from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, write_checkpoint
+from fast_model import to_fast, to_reference
+from quantize import Int4Linear, Int8Linear, dequantize_weights, quantize_weights
+
+SHAPES = [(1, 32), (16, 64), (17, 96), (48, 256)]
+
+
+def weight(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 7)])  # int8 takes an odd number of columns too
+def test_int8_is_off_by_at_most_half_a_step(shape):
+    plain = weight(shape)
+    parts = Int8Linear.quantize(plain)
+    off = (Int8Linear.dequantize(parts["weight"], parts["scales"].float()) - plain).abs()
+    # The scale itself is rounded to bf16, so that the largest of a row may be cut off by 1/256 of itself.
+    assert (off <= parts["scales"].float()[:, None] / 2 + plain.abs() / 256).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", quantize.GROUP_SIZES)
+def test_int4_is_off_by_at_most_half_a_step(shape, group_size):
+    if shape[1] % group_size:
+        pytest.skip("the groups do not divide this shape")
+    plain = weight(shape)
+    parts = Int4Linear.quantize(plain, group_size)
+    scales, zeros = parts["scales"].float(), parts["zeros"].float()
+    off = (Int4Linear.dequantize(parts["weight"], scales, zeros) - plain).abs().unflatten(1, (-1, group_size))
+    slack = scales / 16 + zeros.abs() / 128  # scale and zero point are rounded to bf16
+    assert (off <= (scales / 2 + slack)[..., None]).all()
+
+
+def test_constant_and_zero_weights_stay_what_they_are():
+    for value in (0.0, 0.5, -2.0):
+        plain = torch.full((4, 32), value)
+        state = quantize_weights({"a_proj.weight": plain}, "int4", 32)
+        assert torch.allclose(dequantize_weights(state)["a_proj.weight"], plain, atol=1e-6)
+        state = quantize_weights({"a_proj.weight": plain}, "int8", None)
+        assert torch.allclose(dequantize_weights(state)["a_proj.weight"], plain, rtol=1e-2, atol=1e-6)
+
+
+def test_a_byte_holds_the_even_column_low_and_the_odd_one_high():
+    q = Int4Linear.unpack(torch.tensor([[0x21, 0xF0]], dtype=torch.uint8))
+    assert q.tolist() == [[1, 2, 0, 15]]
+
+
+@pytest.mark.parametrize("group_size", quantize.GROUP_SIZES)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("rows", [32, 48, 33])  # 33: not a multiple of 16, which PyTorch's kernel wants
+def test_the_cpu_kernels_layout_is_that_of_dequantize(group_size, tokens, rows):
+    parts = Int4Linear.quantize(weight((rows, 512)), group_size)
+    layer = Int4Linear(512, rows, bias=True, group_size=group_size)
+    layer.load_state_dict(parts | {"bias": weight((rows,), 1)}, assign=True)
+    layer.prepare()
+    assert layer.kernel == ("cpu" if rows % 16 == 0 else None)
+    x = weight((1, tokens, 512), 2).bfloat16()
+    plain = Int4Linear.dequantize(*(parts[name].double() if name != "weight" else parts[name] for name in parts))
+    expected = x.double() @ plain.T + layer.bias.double()
+    assert ((layer(x) - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_computes_with_the_same_numbers(mode, dtype):
+    torch.compiler.reset()
+    config = FAMILIES["qwen2"]
+    config, state = quantize_model(config, random_weights(config), mode, 32)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = build_model(config, state, "cpu", torch.float32, reference=True)(ids)
+        model = build_model(config, state, "cpu", dtype)
+        logits = in_chunks(model, ids, 1, torch.compile(model, fullgraph=True, dynamic=False)).float()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert (logits - expected).norm() < tolerance * expected.norm()
+
+
+def swapped_nibbles(state):
+    return {name: t >> 4 | t << 4 if t.dtype == torch.uint8 else t for name, t in state.items()}
+
+
+def shifted_scales(state):
+    return {name: t.roll(1, -1) if name.endswith("scales") else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("mode, spoil", [("int4", swapped_nibbles), ("int4", shifted_scales), ("int8", shifted_scales)])
+def test_broken_packing_fails_the_check(monkeypatch, mode, spoil):
+    config = FAMILIES["llama-2"]
+    config, state = quantize_model(config, random_weights(config), mode, 32)
+    assert all(row.passed for row in check_model(config, state, compiled=False))
+    monkeypatch.setattr("checkpoint.to_fast", lambda state, config: to_fast(spoil(state), config))
+    assert not all(row.passed for row in check_model(config, state, compiled=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_fusing_commutes_with_quantizing(family, mode):
+    config = FAMILIES[family]
+    if mode == "int4" and family in ("llama-3.1", "qwen3"):
+        pytest.skip("120 columns are not groups of 32")
+    config, state = quantize_model(config, random_weights(config), mode, 32)
+    back = to_reference(to_fast(state, config), config)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("mode, group_size", [("int8", None), ("int4", 32)])
+def test_a_file_says_what_it_is(tmp_path, mode, group_size):
+    config = FAMILIES["gpt-2"]
+    config, state = quantize_model(config, random_weights(config), mode, 32)
+    write_checkpoint(tmp_path / "any name.pth", config, state)
+    content = torch.load(tmp_path / "any name.pth", weights_only=True)
+    said = content["quantization"]
+    assert (said["mode"], said["group_size"]) == (mode, group_size)
+    assert "transformer.wte.weight" in said["full_precision"] and "lm_head.weight" not in said["full_precision"]
+    assert not content["config"]["tie_embeddings"]  # a tied head gets a quantized copy of its own
+    read_config, read_state = read_checkpoint(tmp_path / "any name.pth")
+    assert read_config == config and describe_quantization(read_state) == said
+
+
+def run(*arguments):
+    command = [sys.executable, "quantize.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=Path(quantize.__file__).parent, capture_output=True, text=True)
+
+
+def test_the_command_writes_a_smaller_file_beside_and_refuses_to_do_it_twice(tiny_checkpoint):
+    done = run("--checkpoint_path", tiny_checkpoint / "model.pth", "--mode", "int8")
+    assert done.returncode == 0, done.stderr
+    out = tiny_checkpoint / "model_int8.pth"
+    assert describe_quantization(read_checkpoint(out)[1])["mode"] == "int8"
+    assert out.stat().st_size < (tiny_checkpoint / "model.pth").stat().st_size
+    again = run("--checkpoint_path", out, "--mode", "int8")
+    assert again.returncode == 2 and "is quantized already" in again.stderr and "Traceback" not in again.stderr
+    out.unlink()
+
+
+def test_groups_that_do_not_divide_are_refused_by_name(tiny_checkpoint):
+    end = run("--checkpoint_path", tiny_checkpoint / "model.pth", "--mode", "int4", "--group_size", "64")
+    assert end.returncode == 2 and end.stderr.count("\n") == 1
+    assert "transformer.h.0.attn.q_proj.weight has 32 columns" in end.stderr
+    assert not list(tiny_checkpoint.glob("*int4*"))
