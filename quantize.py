@@ -36,19 +36,21 @@ except ImportError:  # Triton is on GPU machines only
 GROUP_SIZES = (32, 64, 128, 256)
 
 
-@torch.library.custom_op("gpt_twin::int4_linear_cpu", mutates_args=(), device_types="cpu")
-def int4_linear_cpu(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
-    """PyTorch's int4 product of x [T, K], weights and scales laid out by `Int4Linear.prepare`; [T, N].
-
-    An operator of its own, because the compiler's rewriting of PyTorch's fails in a nested region (torch 2.13: "group
-    size must be a scalar").
-    """
+def int4_linear_cpu(x, weight, scales, group_size: int):
+    """PyTorch's int4 product of x [T, K], weights and scales laid out by `Int4Linear.prepare`; [T, N]."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales)
 
 
-@int4_linear_cpu.register_fake
-def _(x, weight, scales, group_size):
-    return x.new_empty(x.shape[0], scales.shape[1])
+# An operator of its own, because the compiler's rewriting of PyTorch's fails in a nested region (torch 2.13: "group
+# size must be a scalar"). `torch.library.custom_op` takes 50 us a call, as much as the product itself.
+if not hasattr(torch.ops.gpt_twin, "int4_linear_cpu"):  # the command imports this file a second time
+    torch.library.define(
+        "gpt_twin::int4_linear_cpu", "(Tensor x, Tensor weight, Tensor scales, int group_size) -> Tensor"
+    )
+    torch.library.impl("gpt_twin::int4_linear_cpu", "cpu", int4_linear_cpu)
+    torch.library.register_fake(
+        "gpt_twin::int4_linear_cpu", lambda x, weight, scales, group_size: x.new_empty(x.shape[0], scales.shape[1])
+    )
 
 
 class Int8Linear(nn.Module):
@@ -154,7 +156,7 @@ class Int4Linear(nn.Module):
         if self.kernel == "gpu":
             y = gpu_kernels.linear(rows, self.weight, self.scales, self.zeros)
         elif self.kernel == "cpu":
-            y = int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
+            y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
         else:
             y = F.linear(rows, self.dequantize(self.weight, self.scales, self.zeros))
         y = y.view(*x.shape[:-1], -1)
