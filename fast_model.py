@@ -67,27 +67,61 @@ def on_gpu_kernels(x) -> bool:
     return gpu_kernels is not None and gpu_kernels.runs_on(x.device) and not torch.is_grad_enabled()
 
 
+def is_single_token(x) -> bool:
+    return x.numel() == x.shape[-1]
+
+
+def matvec(x, weight):
+    """weight @ x for x [D]: a reading of the weights, which the general products do at half speed."""
+    if on_gpu_kernels(x):
+        return gpu_kernels.linear(x[None], weight)[0]
+    if x.is_cuda:
+        return F.linear(x[None], weight)[0]
+    if torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
+        return (weight * x).sum(-1)
+    return torch.mv(weight, x)
+
+
 def linear(x, weight, bias=None):
-    """F.linear, which for a single token is a reading of the weights: the general products do it at half speed."""
-    if x.numel() != x.shape[-1]:
-        y = F.linear(x, weight)  # the bias by itself: addmm in a nested region makes a dynamic T constant (torch 2.13)
-    elif on_gpu_kernels(x):
-        y = gpu_kernels.linear(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-    elif x.is_cuda:
-        y = F.linear(x, weight)
-    elif torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
-        y = (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    if is_single_token(x):
+        y = matvec(x.flatten(), weight).view(*x.shape[:-1], -1)
     else:
-        y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+        y = F.linear(x, weight)  # the bias by itself: addmm in a nested region makes a dynamic T constant (torch 2.13)
     return y if bias is None else y + bias
+
+
+def add_norm(x, update, norm):
+    """x + update, and its norm."""
+    if isinstance(norm, nn.RMSNorm) and is_single_token(x) and on_gpu_kernels(x):
+        return gpu_kernels.add_norm(x, update, norm.weight, norm.eps)
+    x = x + update
+    return x, norm(x)
+
+
+def quantize_heads(x):
+    """x [..., C] as int8 and bf16 scales [...], which the int8 cache holds; the largest of each head becomes 127."""
+    x = x.float()
+    scales = (x.abs().amax(-1).clamp(min=1e-8) / 127).bfloat16()
+    return (x / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def store(cache, values, input_pos):
+    """Write values [B, K, T, ...] into their slots of a cache [B, K, S, ...]; without positions, from the first on."""
+    B, K, T = values.shape[:3]
+    if input_pos is None:  # a slice would make a dynamic T constant where it equals S
+        cache[:B].index_copy_(2, torch.arange(T, device=values.device), values)
+    else:
+        row = torch.arange(B, device=values.device)[:, None, None]
+        head = torch.arange(K, device=values.device)[:, None]
+        cache.index_put_((row, head, input_pos[:, None]), values)  # indices broadcast to [B, K, T]
 
 
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(C)) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
     if q.shape[2] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling() or mask is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    # A single token on a CPU: fused loops, which read 16-bit caches as fast as 32-bit ones. SDPA takes up to 10 times
-    # as long (SmolLM2, 256 slots: float32 53 to 65 tokens/s, bf16 44 to 70).
+    # A single token on a CPU: fused loops, which read 16-bit caches as fast as 32-bit ones. A layer's SDPA takes 84 us
+    # in float32 and 213 in bf16 there (SmolLM2, 256 slots).
     q = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, 1, C]
     scores = (q.float() * k[:, :, None].float()).sum(-1) / q.shape[-1] ** 0.5  # [B, K, H/K, S]
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -111,34 +145,43 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = make_norm(config, config.head_dim, "rms")
             self.k_norm = make_norm(config, config.head_dim, "rms")
-        self.register_buffer("k_cache", None, persistent=False)  # [B, K, S, C], once allocated
-        self.register_buffer("v_cache", None, persistent=False)
+        for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # see FastGPT.setup_caches
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv(x).split(self.sizes, dim=-1))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if input_pos is not None and T * self.queries_per_kv <= 64 and on_gpu_kernels(x):
+            caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
+            window = self.window or self.k_cache.shape[2]
+            return self.out(gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window).view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, K, T, C]
-
-        if self.k_cache is not None and input_pos is None:
-            slots = torch.arange(T, device=x.device)  # a slice would make a dynamic T constant where it equals S
-            self.k_cache[:B].index_copy_(2, slots, k)
-            self.v_cache[:B].index_copy_(2, slots, v)
-        elif input_pos is not None:
-            row = torch.arange(B, device=x.device)[:, None, None]
-            head = torch.arange(k.shape[1], device=x.device)[:, None]
-            at = (row, head, input_pos[:, None])  # broadcast to [B, K, T]
-            self.k_cache.index_put_(at, k)
-            self.v_cache.index_put_(at, v)
-            k, v = self.k_cache[:B], self.v_cache[:B]
-            if T * self.queries_per_kv <= 64 and on_gpu_kernels(x):
-                window = self.window or self.k_cache.shape[2]
-                return self.out(gpu_kernels.attention(q, k, v, input_pos, window).view(B, T, -1))
+        k, v = self.through_cache(k.transpose(1, 2), v.transpose(1, 2), input_pos)
         y = attention(q.transpose(1, 2), k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def through_cache(self, k, v, input_pos):
+        """Store the new k and v [B, K, T, C], if there is a cache; with positions, return all there is [B, K, S, C]."""
+        if self.k_cache is None:
+            return k, v
+        if self.k_scale_cache is None:
+            store(self.k_cache, k, input_pos)
+            store(self.v_cache, v, input_pos)
+        else:
+            for values, cache, scales in ((k, self.k_cache, self.k_scale_cache), (v, self.v_cache, self.v_scale_cache)):
+                numbers, scale = quantize_heads(values)
+                store(cache, numbers, input_pos)
+                store(scales, scale, input_pos)
+        if input_pos is None:
+            return k, v
+        k_cache, v_cache = self.k_cache[: len(k)], self.v_cache[: len(v)]
+        if self.k_scale_cache is not None:
+            k_cache = (k_cache.float() * self.k_scale_cache[: len(k), ..., None].float()).to(k.dtype)
+            v_cache = (v_cache.float() * self.v_scale_cache[: len(v), ..., None].float()).to(v.dtype)
+        return k_cache, v_cache
 
 
 class MLP(nn.Module):
@@ -153,6 +196,8 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.gate_up(x)
         if self.gated:
+            if isinstance(self.act, nn.SiLU) and is_single_token(x) and on_gpu_kernels(x):
+                return self.down(gpu_kernels.silu_gate(x))
             gate, up = x.chunk(2, dim=-1)
             return self.down(self.act(gate) * up)
         return self.down(self.act(x))
@@ -169,9 +214,9 @@ class Block(nn.Module):
     @torch.compiler.nested_compile_region
     def forward(self, x, update, rope, mask, input_pos):
         """x and what is to be added to it: the next norm does that in its own kernel, which this region ends before."""
-        x = x + update
-        x = x + self.attn(self.norm_1(x), rope, mask, input_pos)
-        return x, self.mlp(self.norm_2(x))
+        x, normed = add_norm(x, update, self.norm_1)
+        x, normed = add_norm(x, self.attn(normed, rope, mask, input_pos), self.norm_2)
+        return x, self.mlp(normed)
 
 
 class FastGPT(nn.Module):
@@ -187,19 +232,25 @@ class FastGPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.max_batch_size = self.max_seq_length = 0
+        self.int8_cache = False  # set it before setup_caches
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
 
+        With `int8_cache` set, keys and values are int8, with a bf16 scale for each head of each token.
         Raises ValueError if that is more than the model's context.
         """
         config, weight = self.config, self.wte.weight
         if max_seq_length > config.block_size:
             raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
         shape = (max_batch_size, config.n_kv_head, max_seq_length, config.head_dim)
+        dtype = torch.int8 if self.int8_cache else weight.dtype
         for layer in self.layers:
-            layer.attn.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            layer.attn.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            for name in "kv":
+                cache = torch.zeros(shape, dtype=dtype, device=weight.device)
+                scales = torch.zeros(shape[:3], dtype=torch.bfloat16, device=weight.device) if self.int8_cache else None
+                setattr(layer.attn, f"{name}_cache", cache)
+                setattr(layer.attn, f"{name}_scale_cache", scales)
         if config.rope_base is not None:
             self.rope = rope_table(config, max_seq_length, weight.device)
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
@@ -250,7 +301,9 @@ class FastGPT(nn.Module):
         update = torch.zeros_like(x)
         for layer in self.layers:
             x, update = layer(x, update, rope, mask, input_pos)
-        x = self.norm_f((x + update)[:, -1:] if last_only else x + update)
+        if last_only:
+            x, update = x[:, -1:], update[:, -1:]
+        x = add_norm(x, update, self.norm_f)[1]
         return linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
 
 

@@ -9,7 +9,7 @@ int8 206 and 294; int4 in groups of 32 reaches 386. Decisions to know:
 - Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
   operation: 0x4300 is 128, and its last mantissa bits count by one.
 - int4 has a layout of its own here, made by `int4_layout` at load: word a of the 4 words of 32 columns holds column
-  4 i + a in nibble SHIFTS[i] / 4, so that the activations of a nibble are 4 neighbours, and two nibbles that one
+  4 i + a in nibble i, so that the activations of a nibble are 4 neighbours, and two nibbles that one
   operation turns into a pair of bf16 are 16 bits apart.
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding").
@@ -28,8 +28,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-
-SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)  # of nibble i in its word; i and i + 4 become a pair
 
 
 def runs_on(device: torch.device) -> bool:
@@ -197,7 +195,7 @@ def int4_layout(q: torch.Tensor) -> torch.Tensor:
     columns = q.unflatten(1, (-1, 8, 4)).int()  # [N, K/32, nibble, word]
     words = columns[:, :, 0]
     for i in range(1, 8):
-        words = words | columns[:, :, i] << SHIFTS[i]
+        words = words | columns[:, :, i] << 4 * i
     return words.flatten(1).contiguous().view(torch.uint8)
 
 
@@ -250,7 +248,106 @@ def _(x, weight, scales=None, zeros=None):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+# --- The residual sum with the norm after it, and the gate of a feed-forward ------------------------------------------
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _wait_for_inputs(PDL)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = x.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + at, rounded, mask=inside)
+    x = rounded.to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    tl.store(y_ptr + at, (x * weight).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
+def add_norm(
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + update and its RMS norm, for a single token of D numbers."""
+    x, update, D = x.contiguous(), update.contiguous(), weight.shape[0]
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    options = launch_options(x.device)
+    _add_norm_kernel[(1,)](
+        x, update, weight, total, y, eps, D=D, BLOCK=triton.next_power_of_2(D), num_warps=8, **options
+    )
+    return total, y
+
+
+@add_norm.register_fake
+def _(x, update, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
+        x, memory_format=torch.contiguous_format
+    )
+
+
+@triton.jit
+def _silu_gate_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _wait_for_inputs(PDL)
+    gate = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + N + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=at < N)
+
+
+@torch.library.custom_op("gpt_twin::silu_gate", mutates_args=(), device_types="cuda")
+def silu_gate(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of a single token's x [..., 2 N], gate before up."""
+    x, N = x.contiguous(), x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], N)
+    _silu_gate_kernel[(triton.cdiv(N, 512),)](x, y, N, BLOCK=512, num_warps=4, **launch_options(x.device))
+    return y
+
+
+@silu_gate.register_fake
+def _(x):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
 # --- Attention of a few new tokens to a cache -------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotate(x, other, cos, sin, first_half):
+    """RoPE of x, whose other half's partners are `other`; rounded once."""
+    return (x.to(tl.float32) * cos + tl.where(first_half, -other.to(tl.float32), other.to(tl.float32)) * sin).to(
+        x.dtype
+    )
+
+
+@triton.jit
+def _to_int8(x):
+    """Numbers [C, N] to int8 and bf16 scales [N], as `fast_model.quantize_heads` does it."""
+    x = x.to(tl.float32)
+    scale = (tl.maximum(tl.max(tl.abs(x), 0), 1e-8) / 127).to(tl.bfloat16)
+    q = x / scale.to(tl.float32)[None, :]
+    q = (q + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
+    return tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int8), scale
+
+
+@triton.jit
+def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl.constexpr):
+    """Online softmax over one more tile of slots: k [CP, N], v [N, CP], scales [N] if SCALED, seen [M, N]."""
+    score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+    if SCALED:
+        score *= k_scale.to(tl.float32)[None, :]
+    score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(weight, 1)
+    if SCALED:
+        weight *= v_scale.to(tl.float32)[None, :]
+    sums = sums * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+    return higher, total, sums
 
 
 @triton.jit
@@ -258,55 +355,104 @@ def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    rope_ptr,
     pos_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     sums_ptr,
     tops_ptr,
     T,
     S,
     window,
+    q_stride,
+    k_stride,
+    v_stride,
     scale,
     H: tl.constexpr,
     KV: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
     M: tl.constexpr,
+    NEW: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROPE: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The queries of one kv head against one part of its used slots: M rows are tokens times query heads."""
+    """The queries of one kv head against one part of its older slots: M rows are tokens times query heads.
+
+    The first part's program takes the new tokens too, and stores their keys and values.
+    """
     head, split = tl.program_id(0), tl.program_id(1)
     b, kv = head // KV, head % KV
     R: tl.constexpr = H // KV
     m, c = tl.arange(0, M), tl.arange(0, CP)
-    row = (b * T + m // R) * H + kv * R + m % R  # of q [B T H, C]
-    live, in_c = m // R < T, c < C
+    other_half = tl.where(c < C // 2, c + C // 2, c - C // 2)
+    token = m // R
+    live, in_c = token < T, c < C
+    k_cache_ptr += head.to(tl.int64) * S * C
+    v_cache_ptr += head.to(tl.int64) * S * C
+    k_scale_ptr += head.to(tl.int64) * S
+    v_scale_ptr += head.to(tl.int64) * S
     _wait_for_inputs(PDL)
-    q = tl.load(q_ptr + row[:, None] * C + c[None, :], mask=live[:, None] & in_c[None, :], other=0.0)
-    pos = tl.load(pos_ptr + b * T + m // R, mask=live, other=-1)
-    used = tl.max(pos, 0) + 1
-    per_split = tl.cdiv(tl.cdiv(used, SPLITS), BLOCK) * BLOCK
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, used)
+    q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
+    in_q = live[:, None] & in_c[None, :]
+    q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
+    if ROPE:
+        angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
+        cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
+        q = _rotate(q, tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0), cos, sin, (c < C // 2)[None, :])
+    pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
+    older = tl.load(pos_ptr + b * T)
+    oldest = tl.maximum(0, older + 1 - window)
+    per_split = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
+    begin = oldest + split * per_split
+    end = tl.minimum(begin + per_split, older)
     top = tl.full([M], -1e30, tl.float32)  # not -inf, whose difference to itself is NaN
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, CP], tl.float32)
-    k_ptr += head.to(tl.int64) * S * C
-    v_ptr += head.to(tl.int64) * S * C
     for first in range(begin, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         inside = slot < end
-        k = tl.load(k_ptr + slot[None, :] * C + c[:, None], mask=inside[None, :] & in_c[:, None], other=0.0)
-        score = tl.dot(q, k, input_precision="ieee") * scale
-        seen = inside[None, :] & (slot[None, :] <= pos[:, None]) & (slot[None, :] > pos[:, None] - window)
-        score = tl.where(seen, score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - higher[:, None])
-        fade = tl.exp2(top - higher)
-        v = tl.load(v_ptr + slot[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
-        sums = sums * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(weight, 1)
-        top = higher
+        k = tl.load(k_cache_ptr + slot[None, :] * C + c[:, None], mask=inside[None, :] & in_c[:, None], other=0)
+        v = tl.load(v_cache_ptr + slot[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=0)
+        k_scale, v_scale = None, None
+        if SCALED:
+            k_scale = tl.load(k_scale_ptr + slot, mask=inside, other=0.0)
+            v_scale = tl.load(v_scale_ptr + slot, mask=inside, other=0.0)
+        seen = inside[None, :] & (slot[None, :] > pos[:, None] - window)
+        top, total, sums = _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED)
+    if split == 0:
+        t = tl.arange(0, NEW)
+        at = tl.load(pos_ptr + b * T + t, mask=t < T, other=0)
+        in_new = (t < T)[None, :] & in_c[:, None]  # [CP, NEW]
+        k_at = k_ptr + (b * T + t)[None, :] * k_stride + kv * C
+        v_at = v_ptr + (b * T + t)[None, :] * v_stride + kv * C
+        k_new = tl.load(k_at + c[:, None], mask=in_new, other=0.0)
+        v_new = tl.load(v_at + c[:, None], mask=in_new, other=0.0)
+        if ROPE:
+            turn = rope_ptr + (b * T + t)[None, :] * C + c[:, None] % (C // 2)
+            cos_new = tl.load(turn, mask=in_new, other=0.0)
+            sin_new = tl.load(turn + C // 2, mask=in_new, other=0.0)
+            other_new = tl.load(k_at + other_half[:, None], mask=in_new, other=0.0)
+            k_new = _rotate(k_new, other_new, cos_new, sin_new, c[:, None] < C // 2)
+        seen_new = (t < T)[None, :] & (at[None, :] <= pos[:, None]) & (at[None, :] > pos[:, None] - window)
+        slots = at[None, :] * C + c[:, None]
+        if SCALED:
+            k_int8, k_s = _to_int8(k_new)
+            v_int8, v_s = _to_int8(v_new)
+            tl.store(k_scale_ptr + at, k_s, mask=t < T)
+            tl.store(v_scale_ptr + at, v_s, mask=t < T)
+            tl.store(k_cache_ptr + slots, k_int8, mask=in_new)
+            tl.store(v_cache_ptr + slots, v_int8, mask=in_new)
+            top, total, sums = _attend(q, k_int8, tl.trans(v_int8), k_s, v_s, seen_new, top, total, sums, scale, SCALED)
+        else:
+            tl.store(k_cache_ptr + slots, k_new, mask=in_new)
+            tl.store(v_cache_ptr + slots, v_new, mask=in_new)
+            top, total, sums = _attend(q, k_new, tl.trans(v_new), None, None, seen_new, top, total, sums, scale, SCALED)
     out = (head * SPLITS + split) * M + m
     tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums)
     tl.store(tops_ptr + 2 * out, top)
@@ -343,30 +489,70 @@ def _join_splits_kernel(
 
 @torch.library.custom_op("gpt_twin::attention", mutates_args=(), device_types="cuda")
 def attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, input_pos: torch.Tensor, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: torch.Tensor | None,
+    input_pos: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
+    window: int,
 ) -> torch.Tensor:
-    """y [B, T, H, C] for q [B, T, H, C] at `input_pos` [B, T], caches [B, K, S, C], of which each row sees the last
-    `window` slots up to its own. T H / K is 64 at most.
+    """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
+    by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
+    [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
+    `window` slots up to its own. T H / KV is 64 at most.
+
+    It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
+    2.13). Nothing else in a graph may read them after it.
     """
-    q, input_pos = q.contiguous(), input_pos.contiguous()
     B, T, H, C = q.shape
     KV, S = k_cache.shape[1:3]
+    q, k, v = (t if t.stride()[2:] == (C, 1) and t.stride(0) == T * t.stride(1) else t.contiguous() for t in (q, k, v))
+    input_pos = input_pos.contiguous()
+    rope = None if rope is None else rope.contiguous()
     M = max(16, triton.next_power_of_2(T * H // KV))
     CP = max(16, triton.next_power_of_2(C))
     splits = max(1, 128 // triton.next_power_of_2(B * KV))  # about as many programs as multiprocessors
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
     tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
-    y = torch.empty_like(q)
+    y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
     options = launch_options(q.device)
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
     scale = C**-0.5 * 1.4426950408889634  # for powers of 2 instead of e
     _attention_kernel[(B * KV, splits)](
-        q, k_cache, v_cache, input_pos, sums, tops, T, S, window, scale, **shape, BLOCK=64, num_warps=4, **options
+        q,
+        k,
+        v,
+        rope,
+        input_pos,
+        k_cache,
+        v_cache,
+        k_cache if k_scales is None else k_scales,
+        v_cache if v_scales is None else v_scales,
+        sums,
+        tops,
+        T,
+        S,
+        window,
+        q.stride(1),
+        k.stride(1),
+        v.stride(1),
+        scale,
+        **shape,
+        NEW=max(16, triton.next_power_of_2(T)),
+        BLOCK=64,
+        ROPE=rope is not None,
+        SCALED=k_scales is not None,
+        num_warps=4,
+        **options,
     )
     _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, num_warps=4, **options)
     return y
 
 
 @attention.register_fake
-def _(q, k_cache, v_cache, input_pos, window):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window):
+    return q.new_empty(q.shape)

@@ -1,5 +1,7 @@
 """What only a GPU shows: CUDA graphs, and the host that runs ahead. Skipped without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,24 +71,64 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         assert close(y, x.double() @ expected[0].double().T, dtype), tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_small_kernels_give_what_the_plain_path_gives(dtype):
+    import gpu_kernels
+
+    for size in (100, 4096):
+        x, update, weight = torch.randn(3, 1, 1, size, device="cuda", dtype=dtype)
+        total, y = gpu_kernels.add_norm(x, update, weight[0, 0], 1e-5)
+        assert torch.equal(total, x + update)
+        expected = torch.nn.functional.rms_norm(total.double(), (size,), weight[0, 0].double(), 1e-5)
+        assert close(y, expected, dtype)
+        gate, up = torch.cat([x, update], dim=-1).double().chunk(2, dim=-1)
+        y = gpu_kernels.silu_gate(torch.cat([x, update], dim=-1))
+        assert close(y, torch.nn.functional.silu(gate) * up, dtype)
+
+
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (6, 3, 20)])
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (2, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_attention_kernel_gives_what_the_plain_path_gives(heads, kv_heads, size, batch, tokens, dtype):
-    import gpu_kernels
-
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_attention_kernel_gives_what_the_plain_path_gives(heads, kv_heads, size, batch, tokens, dtype, int8_cache):
     slots = 1000
-    k, v = torch.randn(2, batch, kv_heads, slots, size, device="cuda", dtype=dtype)
-    q = torch.randn(batch, tokens, heads, size, device="cuda", dtype=dtype)
-    for first, window in ((0, slots), (70, slots), (70, 24), (slots - tokens, slots), (slots - tokens, 24)):
+    config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size)
+    model = build_model(config, random_weights(config), "cuda", dtype)
+    model.int8_cache = int8_cache
+    model.setup_caches(batch, slots)
+    attn = model.layers[0].attn
+    if int8_cache:
+        attn.k_cache.random_(-127, 128)
+        attn.v_cache.random_(-127, 128)
+        attn.k_scale_cache.uniform_(0.005, 0.02)
+        attn.v_scale_cache.uniform_(0.005, 0.02)
+    else:
+        attn.k_cache.normal_()
+        attn.v_cache.normal_()
+    x = torch.randn(batch, tokens, config.dim, device="cuda", dtype=dtype)
+    before = {name: cache.clone() for name, cache in attn.named_buffers()}
+    for first, window in ((0, None), (70, None), (70, 24), (slots - tokens, None), (slots - tokens, 24)):
         start = torch.tensor([max(0, first - 40 * row) for row in range(batch)], device="cuda")
         input_pos = start[:, None] + torch.arange(tokens, device="cuda")
-        y = gpu_kernels.attention(q, k, v, input_pos, window)
-        seen = torch.arange(slots, device="cuda") <= input_pos[:, None, :, None]
-        seen &= torch.arange(slots, device="cuda") > input_pos[:, None, :, None] - window
-        wide = (t.double() for t in (q.transpose(1, 2), k, v))
-        expected = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True)
-        assert close(y, expected.transpose(1, 2), dtype), (first, window)
+        mask = torch.arange(slots, device="cuda") <= input_pos[:, None, :, None]
+        if window:
+            mask &= torch.arange(slots, device="cuda") > input_pos[:, None, :, None] - window
+        attn.window = window
+        results = []
+        for gradients in (False, True):  # with gradients the plain path is taken
+            for name, cache in before.items():
+                getattr(attn, name).copy_(cache)
+            with torch.set_grad_enabled(gradients):
+                y = attn(x, model.rope[input_pos].unsqueeze(2), mask, input_pos)
+            results.append((y, {name: cache.clone() for name, cache in attn.named_buffers()}))
+        (y, stored), (expected, expected_stored) = results
+        # a quantized number may be rounded the other way: 1 of 127 in one of many
+        tolerance = 2e-3 if int8_cache and dtype == torch.float32 else (1e-5 if dtype == torch.float32 else 1e-2)
+        assert (y - expected).norm() <= tolerance * expected.norm(), (first, window)
+        for name, cache in expected_stored.items():
+            changed = (stored[name].double() - cache.double()).abs()
+            allowed = 1 if cache.dtype == torch.int8 else 1e-2 * cache.double().abs().max()
+            assert changed.max() <= allowed and (changed > 0).double().mean() < 0.01, (name, first)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
