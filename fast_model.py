@@ -129,6 +129,9 @@ def attention(q, k, v, mask):
 
 
 class Linear(nn.Linear):
+    def weight_parts(self):
+        return (self.weight,)
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -188,16 +191,18 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.gated = config.gated
+        self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
         width = config.hidden_dim * (2 if config.gated else 1)
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.act = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}[config.activation]
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
+        if self.silu_gated and is_single_token(x) and on_gpu_kernels(x):
+            y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.weight_parts(), gated=True)
+            return self.down(y.view(*x.shape[:-1], -1))
         x = self.gate_up(x)
         if self.gated:
-            if isinstance(self.act, nn.SiLU) and is_single_token(x) and on_gpu_kernels(x):
-                return self.down(gpu_kernels.silu_gate(x))
             gate, up = x.chunk(2, dim=-1)
             return self.down(self.act(gate) * up)
         return self.down(self.act(x))

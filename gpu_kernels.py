@@ -51,25 +51,55 @@ def _wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def _matvec_kernel(
-    x_ptr, w_ptr, s_ptr, y_ptr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr
-):
-    """One row of float or int8 weights [N, K] a program."""
-    row = tl.program_id(0)
+def _row_dot(x_ptr, w_ptr, w, K: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of weights, of which the first tile `w` is there, times x."""
     at = tl.arange(0, BLOCK)
-    w_ptr += row.to(tl.int64) * K
     WHOLE: tl.constexpr = K // BLOCK * BLOCK
-    w = tl.load(w_ptr + at, mask=at < K, other=0)
-    _wait_for_inputs(PDL)
     total = w.to(tl.float32) * tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
     for first in range(BLOCK, WHOLE, BLOCK):
         total += tl.load(w_ptr + first + at).to(tl.float32) * tl.load(x_ptr + first + at).to(tl.float32)
     if BLOCK <= WHOLE and WHOLE < K:
         w = tl.load(w_ptr + WHOLE + at, mask=WHOLE + at < K, other=0)
         total += w.to(tl.float32) * tl.load(x_ptr + WHOLE + at, mask=WHOLE + at < K, other=0.0).to(tl.float32)
-    y = tl.sum(total, 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _silu_gate(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up; both are rounded first, as they are where they are stored in between."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _matvec_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up."""
+    row, N = tl.program_id(0), tl.num_programs(0)
+    at = tl.arange(0, BLOCK)
+    w_ptr += row.to(tl.int64) * K
+    w = tl.load(w_ptr + at, mask=at < K, other=0)
+    if GATED:
+        up_ptr = w_ptr + N.to(tl.int64) * K
+        w_up = tl.load(up_ptr + at, mask=at < K, other=0)
+    _wait_for_inputs(PDL)
+    y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + row).to(tl.float32)
+    if GATED:
+        up = _row_dot(x_ptr, up_ptr, w_up, K, BLOCK)
+        if SCALED:
+            up *= tl.load(s_ptr + N + row).to(tl.float32)
+        y = _silu_gate(y, up, y_ptr.dtype.element_ty)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
 
 
@@ -124,6 +154,35 @@ def _int4_dot(
 
 
 @triton.jit
+def _int4_rows_dot(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    words,
+    scale,
+    zero,
+    rows,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Rows of weights, of which the first tile is there, times x."""
+    WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
+    total = _int4_dot(words, scale, zero, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE))
+    for first in range(BLOCKS, WHOLE, BLOCKS):
+        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, first, K, G, BLOCKS, not EVEN)
+        total += _int4_dot(words, scale, zero, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
+    if BLOCKS <= WHOLE and WHOLE < K // 32:
+        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, WHOLE, K, G, BLOCKS, True)
+        total += _int4_dot(words, scale, zero, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
+    return tl.sum(total, 1)[:, None]
+
+
+@triton.jit
 def _int4_matvec_kernel(
     x_ptr,
     w_ptr,
@@ -136,21 +195,23 @@ def _int4_matvec_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     EVEN: tl.constexpr,
+    GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """ROWS of N rows a program; GATED: those as gate, and as many from row N on as up."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
-    PART: tl.constexpr = not (EVEN and BLOCKS <= WHOLE)
+    PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
     words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, 0, K, G, BLOCKS, PART)
+    if GATED:
+        up_words, up_scale, up_zero = _int4_load(w_ptr, s_ptr, z_ptr, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
     _wait_for_inputs(PDL)
-    total = _int4_dot(words, scale, zero, x_ptr, 0, K, ROWS, BLOCKS, PART)
-    for first in range(BLOCKS, WHOLE, BLOCKS):
-        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, first, K, G, BLOCKS, not EVEN)
-        total += _int4_dot(words, scale, zero, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
-    if BLOCKS <= WHOLE and WHOLE < K // 32:
-        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, WHOLE, K, G, BLOCKS, True)
-        total += _int4_dot(words, scale, zero, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
-    tl.store(y_ptr + rows, tl.sum(total, 1)[:, None].to(y_ptr.dtype.element_ty), mask=rows < N)
+    y = _int4_rows_dot(x_ptr, w_ptr, s_ptr, z_ptr, words, scale, zero, rows, N, K, G, ROWS, BLOCKS, EVEN)
+    if GATED:
+        up = _int4_rows_dot(
+            x_ptr, w_ptr, s_ptr, z_ptr, up_words, up_scale, up_zero, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN
+        )
+        y = _silu_gate(y, up, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -214,41 +275,49 @@ def dequantize(weight, scales, zeros, dtype):
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]."""
+    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G].
+
+    `gated`, for T = 1: y [1, N/2], silu(first half) * second half.
+    """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
     if scales is not None and (T > 64 or T > 1 and zeros is not None):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     if T > 1 and scales is None:
         return F.linear(x, weight)
+    N = N // 2 if gated else N
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    options = launch_options(x.device)
+    options = {"GATED": gated} | launch_options(x.device)
     if T > 1:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
     elif zeros is None:
-        block, warps = (1024, 4) if scales is None else (512, 2)
+        block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N,)](
             x, weight, scales, y, K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options
         )
     else:
         words, group = weight.view(torch.int32), K // scales.shape[1]
         blocks = min(128, triton.next_power_of_2(K // 32))
-        _int4_matvec_kernel[(triton.cdiv(N, 8),)](
-            x, words, scales, zeros, y, N, K=K, G=group, ROWS=8, BLOCKS=blocks, EVEN=N % 8 == 0, num_warps=4, **options
-        )
+        rows = 4 if gated else 8
+        shape = {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
+        _int4_matvec_kernel[(triton.cdiv(N, rows),)](x, words, scales, zeros, y, N, **shape, num_warps=4, **options)
     return y
 
 
 @linear.register_fake
-def _(x, weight, scales=None, zeros=None):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x, weight, scales=None, zeros=None, gated=False):
+    return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
-# --- The residual sum with the norm after it, and the gate of a feed-forward ------------------------------------------
+# --- The residual sum and the norm after it ---------------------------------------------------------------------------
 
 
 @triton.jit
@@ -287,29 +356,6 @@ def _(x, update, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
         x, memory_format=torch.contiguous_format
     )
-
-
-@triton.jit
-def _silu_gate_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _wait_for_inputs(PDL)
-    gate = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + N + at, mask=at < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=at < N)
-
-
-@torch.library.custom_op("gpt_twin::silu_gate", mutates_args=(), device_types="cuda")
-def silu_gate(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of a single token's x [..., 2 N], gate before up."""
-    x, N = x.contiguous(), x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], N)
-    _silu_gate_kernel[(triton.cdiv(N, 512),)](x, y, N, BLOCK=512, num_warps=4, **launch_options(x.device))
-    return y
-
-
-@silu_gate.register_fake
-def _(x):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
 # --- Attention of a few new tokens to a cache -------------------------------------------------------------------------

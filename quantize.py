@@ -12,7 +12,8 @@ Only weights are quantized, to the nearest grid point or by GPTQ; activations st
   gets a quantized copy of the embedding, which ends the tie.
 - On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
-- For a single token the packed weights are read once, as they are. For more they are dequantized, then multiplied.
+- For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied;
+  PyTorch's int4 operator on CPUs, and for up to 64 tokens the int8 kernel on GPUs, convert them inside the product.
 - int4-gptq is int4 with another choice of weights, made with a text: the file has the same form and is read the same.
 
 Copy me: needs torch, for speed on a GPU `gpu_kernels.py` beside it, and for the command the other files.
@@ -61,7 +62,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.on_kernels = False
+        self.on_gpu_kernels = False
 
     @staticmethod
     def quantize(weight) -> dict:
@@ -77,11 +78,14 @@ class Int8Linear(nn.Module):
         return weight.to(scales.dtype) * scales[:, None]
 
     def prepare(self):
-        self.on_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
+        self.on_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
+
+    def weight_parts(self):
+        return self.weight, self.scales
 
     def forward(self, x):
-        if self.on_kernels:
-            y = gpu_kernels.linear(x.flatten(0, -2), self.weight, self.scales).view(*x.shape[:-1], -1)
+        if self.on_gpu_kernels:
+            y = gpu_kernels.linear(x.flatten(0, -2), *self.weight_parts()).view(*x.shape[:-1], -1)
         elif x.numel() == x.shape[-1] and torch.compiler.is_compiling():  # one fused loop over the int8 weights
             y = (self.weight * x.flatten().float()).sum(-1) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -103,7 +107,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.empty(out_features, groups))
         self.register_buffer("zeros", torch.empty(out_features, groups))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.group_size, self.kernel, self.cpu_scales = group_size, None, None
+        self.group_size, self.on_gpu_kernels, self.cpu_scales = group_size, False, None
 
     @staticmethod
     def quantize(weight, group_size: int) -> dict:
@@ -146,16 +150,19 @@ class Int4Linear(nn.Module):
         """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows."""
         q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.weight, self.kernel = gpu_kernels.int4_layout(q), "gpu"
+            self.weight, self.on_gpu_kernels = gpu_kernels.int4_layout(q), True
         elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0:
-            self.weight, self.kernel = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1), "cpu"
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
+
+    def weight_parts(self):
+        return self.weight, self.scales, self.zeros
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if self.kernel == "gpu":
-            y = gpu_kernels.linear(rows, self.weight, self.scales, self.zeros)
-        elif self.kernel == "cpu":
+        if self.on_gpu_kernels:
+            y = gpu_kernels.linear(rows, *self.weight_parts())
+        elif self.cpu_scales is not None:
             y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
         else:
             y = F.linear(rows, self.dequantize(self.weight, self.scales, self.zeros))
@@ -260,13 +267,13 @@ def gptq(weight, hessian, group_size: int) -> dict:
     return {"weight": Int4Linear.pack(q.T), "scales": torch.stack(scales, 1), "zeros": torch.stack(zeros, 1)}
 
 
-def dequantize(parts: dict):
+def dequantize_int4(parts: dict):
     return Int4Linear.dequantize(parts["weight"], parts["scales"].float(), parts["zeros"].float())
 
 
 def output_error(weight, parts: dict, hessian) -> float:
     """||x W^T - x Q^T||^2 / ||x W^T||^2 over the inputs x of a hessian."""
-    change = weight - dequantize(parts)
+    change = weight - dequantize_int4(parts)
     return ((change @ hessian * change).sum() / (weight @ hessian * weight).sum()).item()
 
 
@@ -315,14 +322,14 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
         module.load_state_dict(tensors, assign=True)
         return module
 
-    def quantize(module, prefix, hessians, title):
+    def quantize_linears(module, prefix, hessians, title):
         errors = []
         for name, hessian in hessians.items():
             linear = module.get_submodule(name)
             rounded = Int4Linear.quantize(linear.weight, group_size)
             parts = gptq(linear.weight, hessian, group_size)
             errors.append([output_error(linear.weight, choice, hessian) for choice in (rounded, parts)])
-            linear.weight = nn.Parameter(dequantize(parts))  # a new one: the old may be the state dict's own
+            linear.weight = nn.Parameter(dequantize_int4(parts))  # a new one: the old may be the state dict's own
             quantized.update({f"{prefix}{name}.{part}": tensor.cpu() for part, tensor in parts.items()})
         nearest, by_gptq = torch.tensor(errors).mean(0).tolist()
         tqdm.write(f"{title}: error {nearest:.2e} rounded to nearest, {by_gptq:.2e} by GPTQ")
@@ -334,12 +341,12 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
     for i in tqdm(range(config.n_layer), desc="layers"):
         prefix = f"transformer.h.{i}."
         block = load(lambda: Block(config), prefix)
-        quantize(block, prefix, input_hessians(block, x), f"layer {i}")
+        quantize_linears(block, prefix, input_hessians(block, x), f"layer {i}")
         for row in x.split(1):
             row.copy_(block(row))
     x = load(lambda: make_norm(config), "transformer.ln_f.")(x).flatten(0, 1)
     head = nn.ModuleDict({"lm_head": load(lambda: nn.Linear(config.dim, config.vocab_size, bias=False), "lm_head.")})
-    quantize(head, "", {"lm_head": x.T @ x}, "head")
+    quantize_linears(head, "", {"lm_head": x.T @ x}, "head")
     return {name: tensor for name, tensor in state_dict.items() if not is_quantized(name)} | quantized
 
 
