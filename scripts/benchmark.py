@@ -13,10 +13,15 @@ Decisions to know:
 - Weights are random and made on the device, unless --checkpoint_path gives real ones. Speed does not depend on them.
 - Before any row the device's own limits are measured: bytes read and bf16 (on a CPU float32) operations per second.
   A row's floor is the time in which its bytes can be read or its operations done, whichever is longer.
-- A row counts if its logits are finite and its greedy tokens are those of the eager model. Where one is not, eager
-  logits of the two tokens must lie within 2% of the largest, as two roundings of one number may; else it is an error.
-- Samples of all rows are taken in turn, so that a machine that is slower for a minute is so for all of them.
-- Compiling is cold in a cache of its own that is empty, and warm after it; neither is inside another figure.
+- A row counts if its logits are finite and its greedy tokens are those of the plain run: in `decode`, `context` and
+  `batch` of the eager step on the same cache, in `prefill` of the eager prefill, in `forward` at every position those
+  of `model.py`. Where one is not, the plain run's logits of the two tokens must lie within 2% of its largest, as two
+  roundings of one number may; else it is an error.
+- A sample in which something would be compiled is an error. Of `prefill` at most the first two lengths compile.
+- `decode` takes the samples of all rows in turn, so that a machine that is slower for a minute is so for all of them;
+  the other suites take them row by row.
+- `decode`, `context` and `batch` say how long compiling takes, cold in a cache of its own that is empty, then warm.
+- Memory is the run's, with all models on the device; in `forward`, on an NVIDIA GPU, each row's, which is alone there.
 
 Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
 
@@ -24,6 +29,7 @@ Shapes: B batch, T tokens.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -32,12 +38,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from check_equivalence import transformers_model
-from checkpoint import DTYPES, build_model, quantize_model, read_checkpoint, written_in_place
+from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
 from convert_hf_checkpoint import config_from_hf
 from generate import (
     Sampling,
@@ -56,6 +64,7 @@ from generate import (
     synchronize,
 )
 from model import GPT, GPTConfig
+from quantize import GROUP_SIZES
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
 LLAMA3_SCALING = {
@@ -89,18 +98,6 @@ SHAPES = {
         gated=False,
         rope_base=None,
     ),
-    "smollm2-135m": GPTConfig(
-        block_size=8192,
-        vocab_size=49152,
-        n_layer=30,
-        n_head=9,
-        n_kv_head=3,
-        head_dim=64,
-        dim=576,
-        hidden_dim=1536,
-        rope_base=100000.0,
-        tie_embeddings=True,
-    ),
 }
 WEIGHTS = (*DTYPES, "int8", "int4")
 
@@ -124,12 +121,14 @@ def random_state(config: GPTConfig, device: str) -> dict:
 
 
 def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
-    """A model with weights of one of WEIGHTS. int8 and int4 compute in bf16; on a CPU int8 in float32, as it is there
-    by default."""
+    """A model with weights of one of WEIGHTS, or the `reference` with the same, dequantized. int8 and int4 compute in
+    bf16; on a CPU int8 in float32, as it is there by default."""
     if weights in DTYPES:
-        return build_model(config, state_dict, device, DTYPES[weights], reference)
-    dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
-    return build_model(*quantize_model(config, state_dict, weights, group_size), device, dtype)
+        dtype = DTYPES[weights]
+    else:
+        dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
+        config, state_dict = quantize_model(config, state_dict, weights, group_size)
+    return build_model(config, state_dict, device, dtype, reference)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
@@ -168,37 +167,62 @@ def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
     return torch.tensor(list(ids), device=prompt.device).T
 
 
-@torch.no_grad()
-def check_tokens(model, prompt, ids, name: str) -> str:
-    """How greedy `ids` [B, N] agree with the eager model on the same text. Raises ValueError if they do not."""
-    text = torch.cat([prompt, ids], dim=1)
-    positions = torch.arange(text.shape[1], device=text.device).expand(*text.shape)
-    logits = [model(prompt)[:, -1]]
-    for i in range(prompt.shape[1], text.shape[1] - 1):
-        logits.append(model(text[:, i : i + 1], positions[:, i : i + 1])[:, -1])
-    logits = torch.stack(logits, dim=1).float()  # [B, N, V]
-    if not logits.isfinite().all():
+def check_tokens(ids, expected, name: str) -> str:
+    """How greedy `ids` [...] agree with the plain run's logits [..., V]. Raises ValueError if they do not."""
+    if not expected.isfinite().all():
         raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
-    best = logits.amax(-1)
-    behind = (best - logits.gather(-1, ids[..., None])[..., 0]).max().item()
-    if behind > 0.02 * logits.abs().max().item():
-        raise ValueError(f"{name}: a greedy token is not the eager model's, which has it {behind:.3g} behind its best")
+    expected = expected.float()
+    best = expected.amax(-1)
+    behind = (best - expected.gather(-1, ids[..., None])[..., 0]).max().item()
+    if behind > 0.02 * expected.abs().max().item():
+        raise ValueError(f"{name}: a greedy token is not the plain run's, which has it {behind:.3g} behind its best")
     return "same" if behind == 0 else f"within {behind:.1e}"
 
 
+def check_logits(logits, expected, name: str) -> str:
+    """The same for the tokens that `logits` [..., V] make likeliest; they have to be finite too."""
+    if not logits.isfinite().all():
+        raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
+    return check_tokens(logits.argmax(-1), expected, name)
+
+
+@torch.no_grad()
+def check_steps(model, ids, start: int, name: str) -> str:
+    """The same for the tokens of compiled steps, `ids` [B, N] of which the first stands at the position `start`.
+
+    The compiled step's own logits stay inside it; a NaN among them wins its argmax, and so shows as a wrong token.
+    """
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(*ids.shape)
+    logits = [model(ids[:, i : i + 1], positions[:, i : i + 1])[:, -1] for i in range(ids.shape[1] - 1)]
+    return check_tokens(ids[:, 1:], torch.stack(logits, dim=1), name)
+
+
+def compile_step(device: str, folder: str, action, *arguments) -> tuple[float, object]:
+    """(seconds, step): the first action with a decode step compiled now, the compiler's files in `folder`."""
+    with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton"):
+        step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(device))
+        return timed(device, action, *arguments, step=step), step
+
+
 def compile_times(device: str, action, *arguments) -> tuple[float, float, object]:
-    """(cold, warm, step): seconds of the first action with a compiled decode step, its cache empty and then full."""
+    """(cold, warm, step): `compile_step` with an empty folder and a full one. Makes all other steps compile again."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
         for _ in range(2):
             torch.compiler.reset()
-            step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(device))
-            seconds.append(timed(device, action, *arguments, step=step))
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            took, step = compile_step(device, folder, action, *arguments)
+            seconds.append(took)
     return *seconds, step
+
+
+def count_kernels(events) -> int:
+    """Kernels among a profiler's events, which on the device's side has copies, fills and named ranges too."""
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.startswith(("Memcpy", "Memset"))
+        for event in events
+    )
 
 
 # --- The suites: each yields rows, dictionaries with `name` and what was measured -------------------------------------
@@ -223,6 +247,8 @@ def print_row(row: dict) -> None:
     spread = f"{row['fastest'] * 1e3:.2f} to {row['slowest'] * 1e3:.2f}"
     shown = {"first_token": "s to the first", "cold": "s cold", "warm": "s warm", "peak_memory": "GB"}
     rest = [f"{row[k] / (1e9 if k == 'peak_memory' else 1):.2f} {unit}" for k, unit in shown.items() if k in row]
+    rest += [f"{row['kernels']} kernels"] if "kernels" in row else []
+    rest += [f"cache {row['cache_share']:.0%} of that floor"] if "cache_share" in row else []
     rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
     print(
         f"{row['name']:34}{row['seconds'] * 1e3:9.2f} ms ({spread}){rate}  {row['share_of_floor']:4.0%} of the floor  "
@@ -242,79 +268,113 @@ def decode(
     **_,
 ):
     """Decode steps of batch size 1, prefill and compilation apart."""
-    prepared, times, first = {}, {}, {}
+    prepared, times, first, cold = {}, {}, {}, {}
     sampling = Sampling(temperature)
-    for name, model in models.items():
-        prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
-        model.setup_caches(1, cache_slots(prompt_tokens + new_tokens, model.config))
-        cold, warm, step = compile_times(device, greedy, model, prompt, 3)
-        agrees = check_tokens(model, prompt, greedy(model, prompt, 24, step), name)
-        for _ in generate(model, prompt, 4, sampling, decode_step=step):  # compiles the sampling
-            pass
-        prepared[name] = model, prompt, step, {"cold": cold, "warm": warm, "agrees": agrees}
-        times[name], first[name] = [], []
-    for _ in range(samples):
-        for name, (model, prompt, step, _) in prepared.items():
-            start = time.perf_counter()
-            marks = [
-                time.perf_counter() - start for _ in generate(model, prompt, new_tokens, sampling, decode_step=step)
-            ]
-            times[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
-            first[name].append(marks[0])
-    for name, (model, _, _, more) in prepared.items():
+    prompt = torch.arange(prompt_tokens, device=device)[None] % next(iter(models.values())).config.vocab_size
+    # Two steps for each model, greedy and sampling; 8 is the default for one function.
+    with tempfile.TemporaryDirectory() as folder, torch._dynamo.config.patch(recompile_limit=2 * len(WEIGHTS)):
+        for name, model in models.items():
+            model.setup_caches(1, cache_slots(prompt_tokens + new_tokens, model.config))
+            torch.compiler.reset()
+            cold[name], _ = compile_step(device, f"{folder}/{name}", greedy, model, prompt, 3)
+        torch.compiler.reset()  # not below: it would take away the steps of the models before
+        for name, model in models.items():
+            warm, step = compile_step(device, f"{folder}/{name}", greedy, model, prompt, 3)
+            agrees = check_steps(model, greedy(model, prompt, 24, step), prompt_tokens, name)
+            for _ in generate(model, prompt, 4, sampling, decode_step=step):  # compiles the sampling
+                pass
+            prepared[name] = model, step, {"cold": cold[name], "warm": warm, "agrees": agrees}
+            times[name], first[name] = [], []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(samples):
+            for name, (model, step, _) in prepared.items():
+                start = time.perf_counter()
+                steps = generate(model, prompt, new_tokens, sampling, decode_step=step)
+                marks = [time.perf_counter() - start for _ in steps]
+                times[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
+                first[name].append(marks[0])
+    for name, (model, _, more) in prepared.items():
         step_bytes = bytes_per_step(model)
         floor = step_bytes / limits["bytes_per_second"]
         more |= {"tokens": 1, "first_token": statistics.median(first[name]), "bytes_per_token": step_bytes}
-        more |= {"operations_per_token": operations_per_token(model), "peak_memory": peak_memory(device)}
+        more |= {"operations_per_token": operations_per_token(model)}
         yield row_of(name, times[name], floor, **more)
 
 
+def first_token(run, model, prompt) -> int:
+    return run(model, prompt, None).argmax(-1).item()
+
+
+@torch.no_grad()
 def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples: int, **_):
-    """Time to the first token of prompts of several lengths, eager and compiled."""
+    """Time until the first token after prompts of several lengths is on the host, eager and compiled."""
     for name, model in models.items():
         model.setup_caches(1, min(max(tokens), model.config.block_size))
         torch.compiler.reset()
+        expected = {}
         for kind, run in (("eager", prefill), ("compiled", compiled_prefill())):
-            for count in tokens:
+            for i, count in enumerate(tokens):
+                title = f"{name} {kind}, {count} tokens"
                 prompt = torch.arange(count, device=device)[None] % model.config.vocab_size
-                with torch.no_grad():
-                    run(model, prompt, None)
-                    seconds = [timed(device, run, model, prompt, None) for _ in range(samples)]
+                # A single token and a prompt longer than the window have graphs of their own.
+                may_compile = i < 2 or count == 1 or model.config.sliding_window
+                with torch.compiler.set_stance("default" if may_compile else "fail_on_recompile"):
+                    logits = run(model, prompt, None)
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    seconds = [timed(device, first_token, run, model, prompt) for _ in range(samples)]
+                agrees = check_logits(logits, expected.setdefault(count, logits), title)
                 operations = operations_per_token(model) * count
                 floor = max(
                     operations / limits["operations_per_second"], bytes_per_step(model) / limits["bytes_per_second"]
                 )
-                yield row_of(
-                    f"{name} {kind}, {count} tokens", seconds, floor, tokens=count, peak_memory=peak_memory(device)
-                )
+                yield row_of(title, seconds, floor, tokens=count, agrees=agrees)
 
 
-def steps_at(model, used: int, batch: int, count: int, step) -> None:
-    """`count` decode steps of all rows, of which each has `used` tokens in the cache; whose are no matter for speed."""
+def noisy_caches(model, rows: int, slots: int) -> None:
+    """Full caches, so that reads are real ones, and no two rows see the same."""
+    model.setup_caches(rows, min(slots, model.config.block_size))
+    for layer in model.layers:
+        layer.attn.k_cache.normal_()
+        layer.attn.v_cache.normal_()
+
+
+def steps_at(model, used: int, batch: int, count: int, step) -> torch.Tensor:
+    """ids [B, 1 + count]: a token at the position `used` of each row, and those of `count` greedy steps after it."""
     device = model.wte.weight.device
-    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    ids = [torch.arange(batch, device=device)[:, None] % model.config.vocab_size]
     input_pos = torch.full((batch, 1), used, device=device)
     for _ in range(count):
-        token, input_pos = (t.clone() for t in step(model, token, input_pos, None, Sampling(temperature=0)))
+        token, input_pos = (t.clone() for t in step(model, ids[-1], input_pos, None, Sampling(temperature=0)))
+        ids.append(token)
+    return torch.cat(ids, dim=1)
+
+
+def sample_steps(model, used: int, batch: int, samples: int, device: str, step, name: str) -> tuple[list[float], str]:
+    """Seconds of a step in each sample, and how their tokens agree with the eager step's."""
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ids = steps_at(model, used, batch, 8, step)
+        seconds = [timed(device, steps_at, model, used, batch, 32, step) / 32 for _ in range(samples)]
+    return seconds, check_steps(model, ids, used, name)
 
 
 @torch.no_grad()
 def contexts(models: dict, limits: dict, device: str, used: list[int], slots: int, samples: int, **_):
     """Decode steps with so many tokens in a cache of so many slots."""
     for name, model in models.items():
-        model.setup_caches(1, min(slots, model.config.block_size))
-        for layer in model.layers:
-            layer.attn.k_cache.normal_()
-            layer.attn.v_cache.normal_()
+        noisy_caches(model, 1, slots)
         cold, warm, step = compile_times(device, steps_at, model, 0, 1, 3)
         weights = bytes_per_step(model) - model.max_seq_length * slot_bytes(model)
         for count in used:
             count = min(count, model.max_seq_length - 34)
-            steps_at(model, count, 1, 3, step)
-            seconds = [timed(device, steps_at, model, count, 1, 32, step) / 32 for _ in range(samples)]
-            floor = (weights + count * slot_bytes(model)) / limits["bytes_per_second"]
-            more = {"used": count, "slots": model.max_seq_length, "cold": cold, "warm": warm}
-            yield row_of(f"{name}, {count} of {model.max_seq_length}", seconds, floor, tokens=1, **more)
+            title = f"{name}, {count} of {model.max_seq_length}"
+            seconds, agrees = sample_steps(model, count, 1, samples, device, step, title)
+            cache = count * slot_bytes(model)
+            floor = (weights + cache) / limits["bytes_per_second"]
+            more = {"weights": name, "used": count, "slots": model.max_seq_length, "cold": cold, "warm": warm}
+            more |= {"cache_share": cache / (weights + cache), "agrees": agrees}
+            yield row_of(title, seconds, floor, tokens=1, **more)
+        torch.compiler.reset()  # CUDA graphs hold the cache
+        model.setup_caches(1, 1)  # the next model needs its memory
 
 
 @torch.no_grad()
@@ -322,34 +382,48 @@ def batches(models: dict, limits: dict, device: str, sizes: list[int], samples: 
     """Decode steps of several rows with 256 tokens each in the cache."""
     for name, model in models.items():
         for size in sizes:
-            model.setup_caches(size, min(512, model.config.block_size))
+            noisy_caches(model, size, 512)
+            title = f"{name}, batch {size}"
             cold, warm, step = compile_times(device, steps_at, model, 0, size, 3)
-            seconds = [timed(device, steps_at, model, 256, size, 32, step) / 32 for _ in range(samples)]
+            seconds, agrees = sample_steps(model, 256, size, samples, device, step, title)
             weights = bytes_per_step(model) - size * model.max_seq_length * slot_bytes(model)
             floor = (weights + size * 256 * slot_bytes(model)) / limits["bytes_per_second"]
-            more = {"cold": cold, "warm": warm, "peak_memory": peak_memory(device)}
-            yield row_of(f"{name}, batch {size}", seconds, floor, tokens=size, **more)
+            yield row_of(title, seconds, floor, tokens=size, cold=cold, warm=warm, agrees=agrees)
+            torch.compiler.reset()  # CUDA graphs hold the cache
+            model.setup_caches(1, 1)  # the next size or model needs its memory
 
 
 @torch.no_grad()
 def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[int], samples: int, **_):
-    """One pass over a batch: the reference, the fast model, and it compiled; latency, memory, kernels launched."""
-    for name, model in models.items():
-        ids = torch.arange(tokens[0], device=device).expand(batch, -1) % model.config.vocab_size
-        reference = GPT(model.config).to(device, model.wte.weight.dtype).eval()
-        torch.compiler.reset()
-        compiled = torch.compile(model, fullgraph=True, dynamic=False)
-        floor = operations_per_token(model) * ids.numel() / limits["operations_per_second"]
-        for kind, run in (("model.py", reference), ("fast_model.py", model), ("compiled", compiled)):
-            run(ids)
-            if device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats(device)
+    """One pass over a batch: the reference, the fast model, and it compiled; latency, memory, kernels launched.
+
+    `models` has one function that builds the model, so that each of the three is alone on the device.
+    """
+    ((name, build),) = models.items()
+    expected = None
+    for kind in ("model.py", "fast_model.py", "compiled"):
+        title = f"{name} {kind}"
+        model = build(reference=kind == "model.py")
+        run = torch.compile(model, fullgraph=True, dynamic=False) if kind == "compiled" else model
+        ids = torch.arange(batch * tokens[0], device=device).view(batch, -1) % model.config.vocab_size
+        logits = run(ids).cpu()  # not on the device, where it would count as the next one's memory
+        expected = logits if expected is None else expected
+        more = {"tokens": ids.numel(), "agrees": check_logits(logits, expected, title)}
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.compiler.set_stance("fail_on_recompile"):
             seconds = [timed(device, run, ids) for _ in range(samples)]
-            more = {"peak_memory": peak_memory(device)}
+        if device.startswith("cuda"):
+            more["peak_memory"] = peak_memory(device)
             with torch.profiler.profile() as profiler:
                 timed(device, run, ids)
-            more["kernels"] = sum(event.device_type != torch.autograd.DeviceType.CPU for event in profiler.events())
-            yield row_of(f"{name} {kind}", seconds, floor, tokens=ids.numel(), **more)
+            more["kernels"] = count_kernels(profiler.events())
+        floor = operations_per_token(model) * ids.numel() / limits["operations_per_second"]
+        del model, run
+        torch.compiler.reset()
+        gc.collect()  # what was compiled refers to itself
+        torch.cuda.empty_cache()
+        yield row_of(title, seconds, floor, **more)
 
 
 SUITES = {"decode": decode, "prefill": prefills, "context": contexts, "batch": batches, "forward": forwards}
@@ -410,20 +484,38 @@ def read_shape(shape: str) -> GPTConfig:
         raise ValueError(f"{shape} is not JSON: {error}") from error
 
 
+def draw_bars(axes, rows: list[dict]) -> None:
+    """A bar for each row's time, and its floor in it."""
+    names = [row["name"] for row in rows[::-1]]
+    axes.barh(names, [row["seconds"] * 1e3 for row in rows[::-1]], color="tab:blue", label="measured, median")
+    axes.barh(names, [row["floor_seconds"] * 1e3 for row in rows[::-1]], color="tab:orange", height=0.3, label="floor")
+    axes.set_xlabel("milliseconds")
+
+
+def draw_lines(axes, rows: list[dict]) -> None:
+    """A line of time over used tokens for each kind of weights, and its floor."""
+    for i, name in enumerate(dict.fromkeys(row["weights"] for row in rows)):
+        own = sorted((row for row in rows if row["weights"] == name), key=lambda row: row["used"])
+        used = [row["used"] for row in own]
+        axes.plot(used, [row["seconds"] * 1e3 for row in own], f"C{i}o-", label=f"{name}, median")
+        axes.plot(used, [row["floor_seconds"] * 1e3 for row in own], f"C{i}--", label=f"{name}, floor")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel("milliseconds a token")
+
+
 def plot(json_path: Path, png: Path) -> None:
-    """A bar for each row's time, and the line of its floor in it."""
+    """The rows of a suite against their floors."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
     content = json.loads(json_path.read_text(encoding="utf-8"))
-    rows = content["rows"][::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    lines = content["suite"] == "context"
+    figure = Figure(figsize=(9, 5 if lines else 1.2 + 0.45 * len(content["rows"])), layout="constrained")
     axes = figure.subplots()
-    names = [row["name"] for row in rows]
-    axes.barh(names, [row["seconds"] * 1e3 for row in rows], color="tab:blue", label="measured, median")
-    axes.barh(names, [row["floor_seconds"] * 1e3 for row in rows], color="tab:orange", height=0.3, label="floor")
-    axes.set_xlabel("milliseconds")
+    (draw_lines if lines else draw_bars)(axes, content["rows"])
     axes.set_title(f"{content['suite']}, {content['hardware']}, torch {content['torch']}", fontsize=10)
     axes.legend()
     with written_in_place(png) as temporary:
@@ -449,28 +541,36 @@ def main(
         return plot(json_path, png)
     if (shape is None) == (checkpoint_path is None):
         raise ValueError("give either --shape or --checkpoint_path")
+    if hf and suite != "decode":
+        raise ValueError(f"--hf is a row of the suite decode; leave it out of {suite}")
+    if suite == "forward":
+        weights = weights or ["float32" if device == "cpu" else "bfloat16"]
+        if len(weights) > 1:
+            raise ValueError(f"forward takes one kind of weights, not {len(weights)}; run it once for each")
+    weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
     check_device(device)
     if checkpoint_path:
         config, state_dict = read_checkpoint(checkpoint_path)
+        if describe_quantization(state_dict):
+            raise ValueError(f"{checkpoint_path} is quantized already; give the model.pth that it was made from")
     else:
         config = read_shape(shape)
         state_dict = random_state(config, device)
-    weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
-    if suite == "forward":
-        weights = weights[:1] if len(weights) == 1 else ["bfloat16"]
     rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
     print(f"{hardware(device)}, torch {torch.__version__}")
     multiplies = limits["operations_per_second"] / 1e12
     print(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
-    models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
+    if suite == "forward":
+        state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
+        models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
+    else:
+        models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
+        for kind, model in models.items():
+            size, count = bytes_per_step(model), operations_per_token(model)
+            most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
+            print(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
     del state_dict
-    for kind, model in models.items():
-        size, count = bytes_per_step(model), operations_per_token(model)
-        slowest = max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
-        print(
-            f"  {kind}: {size / 1e9:.3f} GB and {count / 1e9:.2f} GFLOP a token, so {1 / slowest:.0f} tokens/s at most"
-        )
     rows = []
     if hf:
         lengths = {name: numbers[name] for name in ("prompt_tokens", "new_tokens")}
@@ -479,9 +579,12 @@ def main(
     for row in SUITES[suite](models, limits, device, samples=samples, **numbers):
         print_row(row)
         rows.append(row)
+    memory = {} if suite == "forward" else {"peak_memory": peak_memory(device)}
+    if memory:
+        print(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
     if json_path:
         content = {"suite": suite, "hardware": hardware(device), "torch": torch.__version__, "commit": commit()}
-        content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows}
+        content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
         with written_in_place(json_path) as temporary:
             temporary.write_text(json.dumps(content, indent=1))
 
@@ -492,14 +595,14 @@ def parse_arguments():
     add("suite", choices=(*SUITES, "plot"))
     add("--shape", help=f"{', '.join(SHAPES)}, or a Hugging Face config.json: random weights of this shape")
     add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, instead of --shape")
-    add("--weights", nargs="+", choices=WEIGHTS, help="default: all, on a GPU without float32 and float16")
-    add("--group_size", type=int, default=32, help="columns in a group of int4")
+    add("--weights", nargs="+", choices=WEIGHTS, help="default: bfloat16, int8, int4, on a CPU float32; forward: one")
+    add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of int4")
     add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
     add("--samples", type=positive, default=5, help="of each row")
     add("--prompt_tokens", type=positive, default=5, help="decode")
     add("--new_tokens", type=positive, default=200, help="decode")
     add("--temperature", type=float, default=Sampling.temperature, help="decode; 0 is greedy, else top-k is 200")
-    add("--tokens", type=positive, nargs="+", default=[512, 2048, 8192], help="prefill: prompts; forward: of each row")
+    add("--tokens", type=positive, nargs="+", default=[512, 2048, 8192], help="prefill; forward takes the first")
     add("--used", type=positive, nargs="+", default=[128, 2048, 8192, 32768], help="context: tokens in the cache")
     add("--slots", type=positive, default=131072, help="context: cache slots")
     add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")

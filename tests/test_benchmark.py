@@ -2,15 +2,21 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import build_model
+from checkpoint import build_model, quantize_model, write_checkpoint
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
@@ -48,28 +54,186 @@ def test_a_suite_prints_limits_then_rows_and_writes_both(config_json, tmp_path):
     assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
     assert row["floor_seconds"] == pytest.approx(row["bytes_per_token"] / content["limits"]["bytes_per_second"])
     assert row["cold"] > row["warm"] > 0 and row["agrees"].startswith(("same", "within"))
+    assert content["peak_memory"] > 1e6 and "peak_memory" not in row
+    assert done.stdout.splitlines()[-1].startswith(f"memory: {content['peak_memory'] / 1e9:.2f} GB at most")
 
 
-def tiny(dtype=torch.float32):
-    config = FAMILIES["llama-2"]
-    return build_model(config, random_weights(config), "cpu", dtype)
+CONFIG = FAMILIES["llama-2"]
 
 
-def test_a_token_that_is_not_the_eager_models_does_not_count():
-    model, prompt = tiny(), torch.tensor([[1, 2, 3]])
-    ids = benchmark.greedy(model, prompt, 8)
-    assert benchmark.check_tokens(model, prompt, ids, "row") == "same"
-    ids[0, 5] = (ids[0, 5] + 1) % model.config.vocab_size
-    with pytest.raises(ValueError, match="row: a greedy token is not the eager model's"):
-        benchmark.check_tokens(model, prompt, ids, "row")
+def tiny(dtype=torch.float32, seed=0):
+    return build_model(CONFIG, random_weights(CONFIG, seed), "cpu", dtype)
 
 
-def test_a_logit_that_is_no_number_does_not_count():
-    model, prompt = tiny(), torch.tensor([[1, 2, 3]])
-    ids = benchmark.greedy(model, prompt, 3)
-    model.norm_f.weight[0] = float("nan")
+def build_tiny(reference=False, seed=0):
+    return benchmark.make_model(CONFIG, random_weights(CONFIG, seed), "float32", 32, "cpu", reference)
+
+
+NUMBERS = {"device": "cpu", "samples": 2, "prompt_tokens": 3, "new_tokens": 30, "temperature": 0.8, "batch": 2}
+NUMBERS |= {"tokens": [20, 30, 40, 50], "used": [40, 100], "slots": 256, "sizes": [1, 3]}
+STEPS = ("decode", "context", "batch")
+
+
+def measure(suite, models=None, **numbers):
+    models = models or {"float32": build_tiny if suite == "forward" else tiny()}
+    return list(benchmark.SUITES[suite](models, LIMITS, **NUMBERS | numbers))
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """torch.compile traces, guards and recompiles as ever, and then runs PyTorch's own operators: seconds less."""
+    compile = torch.compile
+
+    def traced(function, fullgraph, dynamic=None, options=None):
+        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+def test_a_row_says_how_its_tokens_agree(suite, no_kernels, capsys):
+    rows = measure(suite)
+    names = {
+        "decode": ["float32"],
+        "prefill": [f"float32 {kind}, {n} tokens" for kind in ("eager", "compiled") for n in (20, 30, 40, 50)],
+        "context": ["float32, 40 of 256", "float32, 100 of 256"],
+        "batch": ["float32, batch 1", "float32, batch 3"],
+        "forward": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
+    }
+    assert [row["name"] for row in rows] == names[suite]
+    for row in rows:
+        assert row["agrees"].startswith(("same", "within")) and 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+        assert not {"peak_memory", "kernels"} & row.keys()  # of one row on a CPU neither can be said
+        benchmark.print_row(row)
+        assert row["name"] in capsys.readouterr().out
+
+
+def test_a_tokens_share_of_the_cache_grows_with_those_used(no_kernels, capsys):
+    rows = measure("context")
+    model = tiny()
+    weights = benchmark.bytes_per_step(model)  # there is no cache yet
+    for row, used in zip(rows, (40, 100), strict=True):
+        cache = used * benchmark.slot_bytes(model)
+        assert row["cache_share"] == pytest.approx(cache / (weights + cache))
+        assert row["floor_seconds"] == pytest.approx((weights + cache) / LIMITS["bytes_per_second"])
+    benchmark.print_row(rows[1])
+    assert f"cache {rows[1]['cache_share']:.0%} of that floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", STEPS)
+def test_a_compiled_token_that_is_not_the_eager_models_does_not_count(suite, no_kernels, monkeypatch):
+    def wrong_step(model, token, input_pos, noise, sampling):
+        return model(token, input_pos)[:, -1].argmin(-1, keepdim=True), input_pos + 1
+
+    monkeypatch.setattr(benchmark, "decode_step", wrong_step)
+    with pytest.raises(ValueError, match="float32.*: a greedy token is not the plain run's"):
+        measure(suite)
+
+
+def test_a_compiled_prefill_that_is_not_the_eager_one_does_not_count(no_kernels, monkeypatch):
+    monkeypatch.setattr(benchmark, "compiled_prefill", lambda: lambda *arguments: -benchmark.prefill(*arguments))
+    with pytest.raises(ValueError, match="float32 compiled, 20 tokens: a greedy token is not"):
+        measure("prefill")
+
+
+def test_a_fast_model_that_is_not_the_reference_does_not_count():
+    with pytest.raises(ValueError, match="float32 fast_model.py: a greedy token is not"):
+        measure("forward", {"float32": lambda reference: build_tiny(reference, seed=int(reference))})
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+def test_a_logit_that_is_no_number_does_not_count(suite, no_kernels):
+    def build(reference=False):
+        model = build_tiny(reference)
+        (model.transformer.ln_f if reference else model.norm_f).weight[0] = float("nan")
+        return model
+
     with pytest.raises(ValueError, match="not a finite number"):
-        benchmark.check_tokens(model, prompt, ids, "row")
+        measure(suite, {"float32": build if suite == "forward" else build()})
+
+
+def test_a_logit_of_the_compiled_run_alone_is_checked_too():
+    expected = torch.tensor([[1.0, 2.0]])
+    assert benchmark.check_logits(expected, expected, "row") == "same"
+    with pytest.raises(ValueError, match="row: a logit is not a finite number"):
+        benchmark.check_logits(torch.tensor([[float("-inf"), 2.0]]), expected, "row")
+
+
+def test_the_samples_of_several_models_compile_nothing(no_kernels):
+    state_dict = random_weights(CONFIG)
+    models = {kind: benchmark.make_model(CONFIG, state_dict, kind, 32, "cpu") for kind in benchmark.WEIGHTS}
+    rows = measure("decode", models, samples=1)  # or set_stance("fail_on_recompile") raises
+    assert [row["name"] for row in rows] == list(benchmark.WEIGHTS)
+
+
+def test_a_prefill_that_compiles_for_each_length_is_an_error(no_kernels, monkeypatch):
+    static = torch.compile(benchmark.prefill, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(benchmark, "compiled_prefill", lambda: static)
+    assert len(measure("prefill", tokens=[20, 30])) == 4
+    with pytest.raises(RuntimeError, match="fail_on_recompile"):
+        measure("prefill")
+
+
+@pytest.mark.parametrize("suite", ("context", "batch"))
+def test_a_step_that_compiles_in_a_sample_is_an_error(suite, no_kernels, monkeypatch):
+    never_run = torch.compile(benchmark.decode_step, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(benchmark, "compile_times", lambda *_: (torch.compiler.reset(), 0, never_run))
+    with pytest.raises(RuntimeError, match="fail_on_recompile"):
+        measure(suite)
+
+
+@pytest.mark.parametrize("suite", ("context", "batch"))
+def test_caches_are_given_back_after_what_holds_them(suite, no_kernels, monkeypatch):
+    model, done = tiny(), []
+    setup_caches, reset = model.setup_caches, torch.compiler.reset
+    monkeypatch.setattr(model, "setup_caches", lambda *sizes: (done.append(sizes), setup_caches(*sizes)))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (done.append("reset"), reset()))
+    measure(suite, {"float32": model})
+    rows = {"context": [1], "batch": [1, 3]}[suite]
+    slots = {"context": 256, "batch": 512}[suite]
+    assert done == [step for n in rows for step in ((n, slots), "reset", "reset", "reset", (1, 1))]
+
+
+def test_forward_has_one_model_at_a_time(no_kernels):
+    alive = []
+
+    def build(reference):
+        assert not any(model() for model in alive)
+        model = build_tiny(reference)
+        alive.append(weakref.ref(model))
+        return model
+
+    assert len(measure("forward", {"float32": build})) == 3
+
+
+@pytest.mark.parametrize("weights", ("bfloat16", "int8", "int4"))
+def test_the_reference_carries_the_models_weights(weights):
+    ids = torch.arange(40).view(2, 20)
+    build = partial(benchmark.make_model, CONFIG, random_weights(CONFIG), weights, 32, "cpu")
+    expected, logits = build(reference=True)(ids), build()(ids)
+    assert type(build(reference=True)) is GPT and expected.dtype == logits.dtype
+    assert (expected - logits).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_kernels_are_neither_copies_nor_ranges():
+    def event(name, device=torch.autograd.DeviceType.CUDA, is_user_annotation=False):
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=is_user_annotation)
+
+    events = [event("gemm"), event("aten::mm", torch.autograd.DeviceType.CPU), event("Memset (Device)")]
+    events += [event("Memcpy DtoD (Device -> Device)"), event("CompiledFxGraph", is_user_annotation=True)]
+    assert benchmark.count_kernels(events) == 1
+
+
+def test_the_compilers_folder_is_put_back_after_an_error(no_kernels, tmp_path):
+    def action(step):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+        raise ZeroDivisionError
+
+    before = dict(os.environ)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.compile_step("cpu", str(tmp_path), action)
+    assert dict(os.environ) == before
 
 
 def test_a_cached_token_has_the_bytes_that_the_cache_has():
@@ -88,26 +252,54 @@ def test_operations_are_two_for_each_weight_that_multiplies(family):
     assert benchmark.operations_per_token(model) == 2 * (weights + head)
 
 
-def test_prefill_and_forward_measure_each_way_of_running():
-    numbers = {"device": "cpu", "samples": 2, "tokens": [20]}
-    rows = list(benchmark.prefills({"float32": tiny()}, LIMITS, **numbers))
-    assert [row["name"] for row in rows] == ["float32 eager, 20 tokens", "float32 compiled, 20 tokens"]
-    rows += benchmark.forwards({"float32": tiny()}, LIMITS, batch=2, **numbers)
-    assert all(row["seconds"] > 0 and 0 < row["share_of_floor"] for row in rows)
-    assert [row["tokens"] for row in rows[2:]] == [40, 40, 40]
+def mistake(monkeypatch, *arguments):
+    """What the command says before it ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])
+    with pytest.raises(ValueError) as raised:
+        benchmark.main(**vars(benchmark.parse_arguments()))
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (("decode",), "give either --shape or --checkpoint_path"),
-        (("decode", "--shape", "llama-9"), "llama-9 is neither a config.json nor one of llama-2-7b"),
         (("plot", "--png", "x.png"), "plot needs --json_path"),
+        (("batch", "--shape", "x", "--hf", "y"), "--hf is a row of the suite decode; leave it out of batch"),
+        (("forward", "--shape", "x", "--weights", "int8", "int4"), "forward takes one kind of weights, not 2"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, words):
-    done = run(*arguments)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_a_mistake_is_one_sentence(arguments, words, monkeypatch):
+    assert words in mistake(monkeypatch, *arguments)
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path, monkeypatch):
+    config, state_dict = quantize_model(CONFIG, random_weights(CONFIG), "int8", 32)
+    write_checkpoint(tmp_path / "model_int8.pth", config, state_dict)
+    assert "model_int8.pth is quantized already; give" in mistake(
+        monkeypatch, "decode", "--checkpoint_path", tmp_path / "model_int8.pth"
+    )
+
+
+def test_the_command_says_its_mistakes_and_exits_with_2():
+    done = run("decode", "--shape", "llama-9")
+    assert done.returncode == 2 and "llama-9 is neither a config.json nor one of llama-2-7b" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("decode", "--shape", "x", "--group_size", 48)
+    assert done.returncode == 2 and "invalid choice: 48" in done.stderr
+
+
+def test_forward_is_in_float32_on_a_cpu_and_says_nothing_of_the_runs_memory(
+    config_json, tmp_path, no_kernels, monkeypatch, capsys
+):
+    for name in ("read_bandwidth", "matrix_rate"):
+        monkeypatch.setattr(benchmark, name, lambda *_: 1e10)
+    arguments = ["forward", "--shape", config_json, "--tokens", 20, "--batch", 2, "--json_path", tmp_path / "rows.json"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])
+    benchmark.main(**vars(benchmark.parse_arguments()))
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"].split()[0] for row in content["rows"]] == ["float32"] * 3
+    assert "peak_memory" not in content and "memory" not in capsys.readouterr().out
 
 
 def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
@@ -120,3 +312,16 @@ def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
         assert "pip install matplotlib" in str(error) and importlib.util.find_spec("matplotlib") is None
     else:
         assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_contexts_plot_is_lines_over_the_tokens_used():
+    rows = [
+        benchmark.row_of(f"{name}, {used}", [used / 1e3], used / 2e3, weights=name, used=used)
+        for name in ("bf16", "int8")
+        for used in (8, 4)
+    ]
+    axes = Mock()
+    benchmark.draw_lines(axes, rows)
+    lines = {call.kwargs["label"]: call.args[:2] for call in axes.plot.call_args_list}
+    assert lines["int8, median"] == ([4, 8], [4, 8]) and lines["bf16, floor"] == ([4, 8], [2, 4]) and len(lines) == 4
+    axes.set_xscale.assert_called_once_with("log", base=2)
