@@ -277,9 +277,10 @@ def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples
         for kind, run in (("eager", prefill), ("compiled", compiled_prefill())):
             for count in tokens:
                 prompt = torch.arange(count, device=device)[None] % model.config.vocab_size
+                last = torch.tensor([count - 1], device=device)
                 with torch.no_grad():
-                    run(model, prompt, None)
-                    seconds = [timed(device, run, model, prompt, None) for _ in range(samples)]
+                    run(model, prompt, None, last)
+                    seconds = [timed(device, run, model, prompt, None, last) for _ in range(samples)]
                 operations = operations_per_token(model) * count
                 floor = max(
                     operations / limits["operations_per_second"], bytes_per_step(model) / limits["bytes_per_second"]

@@ -84,7 +84,7 @@ BROKEN = {
         "gpt-2",
     ),
     "a norm left out": ("fast_model", "self.mlp(self.norm_2(x))", "self.mlp(x)", "llama-2"),
-    "the last norm left out": ("fast_model", "x = self.norm_f((x", "x = ((x", "qwen2"),
+    "the last norm left out": ("fast_model", "x = self.norm_f(x)", "pass", "qwen2"),
     "qk norm left out": ("fast_model", "self.qk_norm = config.qk_norm", "self.qk_norm = False", "qwen3"),
     "another norm_eps": ("fast_model", "eps=config.norm_eps", "eps=1e-6", "llama-2"),
     "another scale of the scores": ("model", "math.sqrt(cfg.head_dim)", "math.sqrt(cfg.dim // cfg.n_head)", "qwen2"),
@@ -116,6 +116,7 @@ BROKEN = {
         "llama-2",
     ),
     "prompt not cached": ("fast_model", "self.v_cache[:B].index_copy_(2, slots, v)", "pass", "llama-2"),
+    "the last logits of each row": ("fast_model", "idx.device), last]", "idx.device), -1]", "llama-2"),
     "all rows in one": ("fast_model", "row = torch.arange(B,", "row = 0 * torch.arange(B,", "llama-2"),
     "a single token": (
         "fast_model",
