@@ -137,6 +137,22 @@ def rows_alone(model, ids):
     return torch.cat([in_chunks(model, row[None], 1) for row in ids])
 
 
+def different_lengths(model, ids, expected):
+    """Prompts of different lengths, padded; each row goes on from its own end. Logits before that are `expected`'s."""
+    B, T = ids.shape
+    row = torch.arange(B, device=ids.device)
+    last = row * (T // B)
+    model.setup_caches(B, T)
+    logits = expected.clone()
+    padding = torch.arange(T, device=ids.device) > last[:, None]
+    following = model(ids.masked_fill(padding, 0)[:, : last[-1] + 1], last=last)
+    for _ in range(T):
+        logits[row, last] = following[:, 0]
+        last = (last + 1).clamp(max=T - 1)  # a row at its end says the same again
+        following = model(ids[row, last][:, None], last[:, None])
+    return logits
+
+
 def compiled_steps(model, ids):
     forward = torch.compile(model, fullgraph=True, dynamic=False, options=compile_options(ids.device.type))
     in_chunks(model, ids, 1, forward)
@@ -147,10 +163,10 @@ def compiled_steps(model, ids):
 def compiled_at_once(model, ids):
     """The last logits alone are a prefill's; a second length must not compile again, nor one that fills the cache."""
     model.setup_caches(*ids.shape)
-    forward = compiled_prefill(lambda model, ids, input_pos: model(ids, input_pos))
-    forward(model, ids[:, :-2].contiguous(), None)
+    forward = compiled_prefill(lambda model, ids, input_pos, last: model(ids, input_pos, last))
+    forward(model, ids[:, :-2].contiguous(), None, None)
     with torch.compiler.set_stance("fail_on_recompile"):
-        return forward(model, ids, None)
+        return forward(model, ids, None, None)
 
 
 # --- The check --------------------------------------------------------------------------------------------------------
@@ -203,6 +219,7 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     yield compare("token by token", expected, in_chunks(fast, ids, 1), length, **exact)
     yield compare("in chunks of 7", expected, in_chunks(fast, ids, 7), length, **exact)
     yield compare("each row alone", expected, rows_alone(fast, ids), length, **exact)
+    yield compare("different lengths", expected, different_lengths(fast, ids, expected), length, **exact)
     if compiled:
         torch.compiler.reset()  # models of other shapes are no recompilations of this one
         yield compare("compiled steps", expected, compiled_steps(fast, ids), length, **exact)

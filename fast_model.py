@@ -267,8 +267,8 @@ class FastGPT(nn.Module):
             self.rope = rope_table(self.config, self.max_seq_length, self.wte.weight.device)
         return self
 
-    def forward(self, idx, input_pos=None, last_only: bool = False):
-        """Logits [B, T, V] for ids [B, T], or [B, 1, V] of the last token alone with `last_only`.
+    def forward(self, idx, input_pos=None, last=None):
+        """Logits [B, T, V] for ids [B, T], or [B, 1, V] of one token of each row, whose indices in T are `last` [B].
 
         `input_pos` [B, T] are the tokens' positions, each row its own; each token attends to all cached slots up to its
         own. Positions at or past `max_seq_length` are an index error. None means a sequence from position 0 on, which
@@ -306,8 +306,9 @@ class FastGPT(nn.Module):
         update = torch.zeros_like(x)
         for layer in self.layers:
             x, update = layer(x, update, rope, mask, input_pos)
-        if last_only:
-            x, update = x[:, -1:], update[:, -1:]
+        if last is not None:
+            rows = torch.arange(B, device=idx.device)
+            x, update = x[rows, last][:, None], update[rows, last][:, None]  # [B, 1, D]
         x = add_norm(x, update, self.norm_f)[1]
         return linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
 

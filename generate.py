@@ -3,8 +3,10 @@
 Decisions to know:
 
 - `generate()` yields token ids and does nothing else: no tokenizer, no clock, no printing. Both models fit it.
-- Random numbers come from one torch.Generator and enter the decode step as a tensor: the same seed draws the same
-  numbers eager and compiled, and no global random state is touched.
+- Random numbers come from one torch.Generator a row and enter the decode step as a tensor: the same seed draws the
+  same numbers eager and compiled, a row of a batch draws those it draws alone, no global random state is touched.
+- Prompts of different lengths are padded on the right. No token sees the padding: each attends to slots up to its own
+  position, and a row's new tokens overwrite the padded slots before they come into view.
 - The compiled decode step is a value that is passed along. Prefill is eager unless `--compile_prefill`.
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Text goes to stdout, the figures of the run to stderr.
@@ -24,7 +26,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -74,15 +76,16 @@ def sample(logits, noise, sampling: Sampling):
 # --- Generation -------------------------------------------------------------------------------------------------------
 
 
-def prefill(model, prompt, input_pos):
-    """Logits [B, V] that follow the prompt [B, T]; fills the cache."""
-    return model(prompt, input_pos, last_only=True)[:, -1]
+def prefill(model, prompt, input_pos, last):
+    """Logits [B, V] that follow the tokens at the indices `last` [B] of the prompt [B, T]; fills the cache."""
+    return model(prompt, input_pos, last)[:, 0]
 
 
 def decode_step(model, token, input_pos, noise, sampling: Sampling):
     """The token [B, 1] after `token` [B, 1], which stands at `input_pos` [B, 1], and its own position."""
     logits = model(token, input_pos)[:, -1]
-    return sample(logits, noise, sampling), input_pos + 1
+    following = (input_pos + 1).clamp(max=model.max_seq_length - 1)  # a row that has ended is computed with the others
+    return sample(logits, noise, sampling), following
 
 
 def compile_options(device: str) -> dict:
@@ -96,28 +99,32 @@ def compiled_prefill(prefill=prefill):
     """`prefill` as one compiled graph for prompts of any length; a single token gets a graph of its own."""
     compiled = torch.compile(prefill, fullgraph=True)
 
-    def run(model, prompt, input_pos):
+    def run(model, prompt, input_pos, last):
         for ids in (prompt, input_pos):  # not dynamic=True: it would make numbers such as norm_eps dynamic too
             if ids is not None and ids.shape[1] > 1:
                 torch._dynamo.mark_dynamic(ids, 1)
-        return compiled(model, prompt, input_pos)
+        return compiled(model, prompt, input_pos, last)
 
     return run
 
 
-def _tokens_of_reference(model, prompt, new_noise, sampling):
-    while True:
-        token = sample(model(prompt)[:, -1], new_noise(), sampling)
+def _tokens_of_reference(model, prompt, lengths, new_noise, sampling):
+    (B, T), context = prompt.shape, model.config.block_size
+    row = torch.arange(B, device=prompt.device)
+    ids = torch.nn.functional.pad(prompt, (0, context - T))
+    for end in count(T):
+        token = sample(model(ids[:, : min(end, context)])[row, lengths - 1], new_noise(), sampling)
         yield token
-        prompt = torch.cat([prompt, token], dim=1)
+        ids[row, lengths.clamp(max=context - 1)] = token[:, 0]
+        lengths = (lengths + 1).clamp(max=context)
 
 
-def _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step):
+def _tokens_of_fast(model, prompt, lengths, new_noise, sampling, cached, prefill, decode_step):
     B, T = prompt.shape
     input_pos = torch.arange(cached, T, device=prompt.device).expand(B, -1) if cached else None
-    token = sample(prefill(model, prompt[:, cached:], input_pos), new_noise(), sampling)
+    token = sample(prefill(model, prompt[:, cached:], input_pos, lengths - cached - 1), new_noise(), sampling)
     yield token
-    input_pos = torch.full((B, 1), T, device=prompt.device)
+    input_pos = lengths[:, None].clamp(max=model.max_seq_length - 1)
     while True:
         token, input_pos = decode_step(model, token, input_pos, new_noise(), sampling)
         token, input_pos = token.clone(), input_pos.clone()  # the next replay of a CUDA graph overwrites its outputs
@@ -139,11 +146,11 @@ def _to_host(tokens, on_gpu: bool):
         group = following or list(islice(tokens, 8 if on_gpu else 1))
 
 
-def check_length(tokens: int, context: int) -> None:
+def check_length(tokens: int, context: int, name: str = "the prompt") -> None:
     if tokens == 0:
-        raise ValueError("the prompt is empty; give at least one token")
+        raise ValueError(f"{name} is empty; give at least one token")
     if tokens > context:
-        raise ValueError(f"the prompt has {tokens} tokens, more than the context of {context}; shorten it")
+        raise ValueError(f"{name} has {tokens} tokens, more than the context of {context}; shorten it")
 
 
 def cache_slots(tokens: int, config) -> int:
@@ -162,41 +169,54 @@ def generate(
     cached: int = 0,
     prefill=prefill,
     decode_step=decode_step,
+    lengths: list[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue the ids `prompt` [B, T]; yields the next id of each row, as a list of B.
 
-    A row ends with the first of `eos_ids`, which is yielded, and is None from then on; the iteration ends when all rows
-    have, or when the context is full. `cached` leading tokens of the prompt are taken to be in the model's cache
-    already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be compiled versions.
-    Raises ValueError, at the first token, if the prompt is empty, too long, or not of this vocabulary.
+    Row r is the first `lengths[r]` of its ids, by default all T; what follows them is not seen. It draws from the seed
+    `seed` + r, as it would alone with that seed. It ends with the first of `eos_ids`, which is yielded, or when its
+    context is full, and is None from then on; the iteration ends when all rows have. `cached` leading tokens of each
+    row are taken to be in the model's cache already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be
+    compiled versions. Raises ValueError, at the first token, if the prompt is empty, too long, or not of this
+    vocabulary.
     """
     B, T = prompt.shape
     config, device = model.config, prompt.device
     check_length(T, config.block_size)
-    if not 0 <= cached < T:
-        raise ValueError(f"{cached} tokens cannot be cached of a prompt of {T}; the last one has to be computed")
+    lengths = [T] * B if lengths is None else lengths
+    if len(lengths) != B or not 1 <= min(lengths) <= max(lengths) <= T:
+        raise ValueError(f"the lengths {lengths} do not fit {B} prompts of up to {T} tokens; give one of 1 to {T} each")
+    if not 0 <= cached < min(lengths):
+        shortest = min(lengths)
+        raise ValueError(f"{cached} tokens cannot be cached of a prompt of {shortest}; the last one has to be computed")
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
         raise ValueError(f"the prompt has ids outside the vocabulary of {config.vocab_size}; use its own tokenizer")
-    new = min(max_new_tokens, config.block_size - T + 1)  # the last token needs no slot: nothing comes after it
-    generator = torch.Generator(device).manual_seed(seed)
+    # The last token needs no slot: nothing comes after it.
+    new = [min(max_new_tokens, config.block_size - length + 1) for length in lengths]
+    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(B)]
 
     def new_noise():
         if sampling.temperature == 0:
             return None
-        return torch.empty(B, config.vocab_size, device=device).exponential_(generator=generator)
+        noise = torch.empty(B, config.vocab_size, device=device)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+        return noise
 
+    ends = torch.tensor(lengths, device=device)
     if hasattr(model, "setup_caches"):
-        if T + new - 1 > model.max_seq_length or B > model.max_batch_size:
-            model.setup_caches(B, cache_slots(T + new - 1, config))
+        slots = min(T + max_new_tokens - 1, config.block_size)
+        if slots > model.max_seq_length or B > model.max_batch_size:
+            model.setup_caches(B, cache_slots(slots, config))
             cached = 0  # the new cache is empty
-        tokens = _tokens_of_fast(model, prompt, new_noise, sampling, cached, prefill, decode_step)
+        tokens = _tokens_of_fast(model, prompt, ends, new_noise, sampling, cached, prefill, decode_step)
     else:
-        tokens = _tokens_of_reference(model, prompt, new_noise, sampling)
+        tokens = _tokens_of_reference(model, prompt, ends, new_noise, sampling)
 
     running = [True] * B
-    for ids in _to_host(islice(tokens, new), on_gpu=device.type == "cuda"):
+    for done, ids in enumerate(_to_host(islice(tokens, max(new)), on_gpu=device.type == "cuda"), start=1):
         yield [id if run else None for id, run in zip(ids, running, strict=True)]
-        running = [run and id not in eos_ids for id, run in zip(ids, running, strict=True)]
+        running = [run and id not in eos_ids and done < n for id, run, n in zip(ids, running, new, strict=True)]
         if not any(running):
             return
 
@@ -332,12 +352,19 @@ def compiler_cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
-def warm_up(model, prompt, max_new_tokens: int, sampling, steps: dict) -> dict:
+def pad(rows: list[list[int]], device: str) -> tuple[torch.Tensor, list[int]]:
+    """The rows' ids [B, T], padded on the right with 0, and the length of each."""
+    prompt = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return prompt.to(device), [len(row) for row in rows]
+
+
+def warm_up(model, rows, max_new_tokens: int, sampling, steps: dict, device: str) -> dict:
     """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind."""
     if steps:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()
-    for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps):
+    prompt, lengths = pad(rows, device)
+    for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps, lengths=lengths):
         pass
     seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
     if steps:
@@ -364,24 +391,36 @@ def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def read_prompts(file: Path) -> dict[str, str]:
+    """The lines that are not blank, by their names in messages. Raises ValueError if there is none, or no UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 and form feeds
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    prompts = {f"line {number} of {file}": line for number, line in enumerate(lines, 1) if line.strip()}
+    if not prompts:
+        raise ValueError(f"{file} has no prompt; write one a line")
+    return prompts
+
+
 def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, device, show) -> dict:
     """Fill the answers, one a batch row, and return the figures. `show` gets the first row's text as it comes."""
-    prompt = torch.tensor([answer.prompt_ids for answer in answers], device=device)
+    prompt, lengths = pad([answer.prompt_ids for answer in answers], device)
     eos_ids = answers[0].eos_ids
     times = []
     start = time.perf_counter()
-    for ids in generate(model, prompt, max_new_tokens, sampling, eos_ids, seed, cached, **steps):
+    for ids in generate(model, prompt, max_new_tokens, sampling, eos_ids, seed, cached, **steps, lengths=lengths):
         times.append(time.perf_counter() - start)
         for answer, id in zip(answers, ids, strict=True):
-            if answer.stop_reason is None:
+            if answer.stop_reason is None and id is not None:
                 piece = answer.push(id)
                 if answer is answers[0]:
                     show(piece)
-        if all(answer.stop_reason for answer in answers):
+        if all(answer.stop_reason or id is None for answer, id in zip(answers, ids, strict=True)):
             break
     for answer in answers:
         rest = answer.finish()
@@ -390,10 +429,10 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
     rows, steps_taken, seconds = len(answers), len(times) - 1, times[-1] - times[0]
     decoded = sum(len(answer.token_ids) for answer in answers) - rows  # the first of each row belongs to the prefill
     return {
-        "prompt_tokens": prompt.shape[1],
+        "prompt_tokens": sum(lengths),
         "cached_tokens": cached,
         "time_to_first_token_seconds": times[0],
-        "prefill_tokens_per_second": (prompt.shape[1] - cached) * rows / times[0],
+        "prefill_tokens_per_second": (sum(lengths) - cached * rows) / times[0],
         "decode_steps": steps_taken,
         "decode_steps_per_second": steps_taken / seconds if steps_taken else None,
         "decode_tokens_per_second": decoded / seconds if steps_taken else None,
@@ -416,7 +455,8 @@ def report(run: dict, step_bytes: int, bandwidth: float) -> None:
 
 def main(
     checkpoint_path: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
     interactive: bool,
     chat: bool,
     num_samples: int,
@@ -444,9 +484,13 @@ def main(
         raise ValueError("--reference runs model.py, which is not compiled; leave out --compile")
     if interactive and batch_size > 1:
         raise ValueError("--interactive holds one conversation; leave out --batch_size")
+    if prompt_file and (prompt is not None or interactive or batch_size > 1):
+        raise ValueError("--prompt_file gives every row its prompt; leave out --prompt, --interactive and --batch_size")
     if "" in stop:
         raise ValueError("--stop needs strings of at least one character")
     check_device(device)
+    prompt = "Hello, my name is" if prompt is None else prompt
+    prompts = read_prompts(prompt_file) if prompt_file else {"the prompt": prompt}
     config, state_dict = read_checkpoint(checkpoint_path)
     bandwidth = read_bandwidth(device)
     start = time.perf_counter()
@@ -457,7 +501,7 @@ def main(
     synchronize(device)
     load_seconds = time.perf_counter() - start
 
-    synthetic = prompt.isdecimal() and not interactive
+    synthetic = prompt.isdecimal() and not interactive and not prompt_file
     tokenizer = find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=not synthetic)
     eos_ids = tokenizer.eos_ids if tokenizer and not ignore_eos else frozenset()
 
@@ -473,22 +517,22 @@ def main(
     if chat and tokenizer:
         tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
 
-    def check_room(tokens: int) -> None:
-        check_length(tokens, config.block_size)
+    def check_room(tokens: int, name: str) -> None:
+        check_length(tokens, config.block_size, name)
         if tokens > slots:
-            raise ValueError(f"{tokens} tokens do not fit the cache of {slots}; give a larger --max_seq_length")
+            raise ValueError(f"{name} has {tokens} tokens, the cache {slots} slots; give a larger --max_seq_length")
 
-    messages = [] if interactive else [{"role": "user", "content": prompt}]
     if interactive:
-        ids = synthetic_prompt(8, config.vocab_size, seed)  # to warm up with
+        rows = [synthetic_prompt(8, config.vocab_size, seed)]  # to warm up with
     elif synthetic:
         check_length(int(prompt), config.block_size)
-        ids = synthetic_prompt(int(prompt), config.vocab_size, seed)
+        rows = [synthetic_prompt(int(prompt), config.vocab_size, seed)] * batch_size
     else:
-        ids = encode(messages)
-    slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else len(ids) + max_new_tokens - 1)
+        rows = [encode([{"role": "user", "content": text}]) for text in prompts.values()] * batch_size
+    slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else max(map(len, rows)) + max_new_tokens - 1)
     slots = cache_slots(slots, config)
-    check_room(len(ids))
+    for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
+        check_room(len(ids), name)
 
     warnings.filterwarnings("ignore", message="\\s*Online softmax")  # a remark of the compiler's about top-k sampling
     figures = {"load_seconds": load_seconds}
@@ -500,14 +544,15 @@ def main(
     if compile_prefill:
         steps["prefill"] = compiled_prefill()
     if not reference:
-        model.setup_caches(batch_size, slots)
-    figures |= warm_up(model, torch.tensor([ids] * batch_size, device=device), max_new_tokens, sampling, steps)
+        model.setup_caches(len(rows), slots)
+    figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device)
     step_bytes = bytes_per_step(model)
 
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        if not prompt_file:  # whose rows are all printed at the end
+            print(text, end="", flush=True)
 
-    samples, runs, in_cache = [], [], []
+    messages, samples, runs, in_cache = [], [], [], []
     with torch.profiler.profile() if profile else nullcontext() as profiler:
         while interactive or len(runs) < num_samples:
             if interactive:
@@ -516,25 +561,30 @@ def main(
                 except EOFError:
                     break
                 try:
-                    ids = encode(messages)
-                    check_room(len(ids))
+                    rows = [encode(messages)]
+                    check_room(len(rows[0]), "the prompt")
                 except ValueError as error:  # the session goes on
                     say(f"error: {error}")
                     messages.pop()
                     continue
             elif not chat and not synthetic:
                 show(prompt)
-            cached = 0 if reference else common_prefix(in_cache, ids[:-1])
-            answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for _ in range(batch_size)]
-            new = min(max_new_tokens, slots - len(ids) + 1)
-            runs.append(run_once(model, answers, cached, new, sampling, seed + len(runs), steps, device, show))
+            cached = 0 if reference else common_prefix(in_cache, rows[0][:-1])
+            answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
+            new = max_new_tokens
+            if slots < config.block_size:  # else generate() ends each row at its own last slot
+                new = min(new, slots - max(map(len, rows)) + 1)
+            first_seed = seed + len(rows) * len(runs)  # row r has the seed first_seed + r
+            runs.append(run_once(model, answers, cached, new, sampling, first_seed, steps, device, show))
             show("\n")
-            for row, answer in enumerate(answers[1:], start=1):
-                print(f"[row {row}] {answer.text}")
+            texts = prompts.values() if prompt_file and not chat else [""] * len(rows)
+            for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+                if row > 0 or prompt_file:
+                    print(f"[row {row}] {text}{answer.text}")
             report(runs[-1], step_bytes, bandwidth)
             samples += answers
             if interactive:  # what the cache holds now; the last token was never fed
-                in_cache = ids + answers[0].token_ids[:-1]
+                in_cache = rows[0] + answers[0].token_ids[:-1]
                 messages.append({"role": "assistant", "content": answers[0].text})
 
     if profile:
@@ -564,7 +614,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Generate text from a checkpoint.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer in the same folder")
-    add("--prompt", default="Hello, my name is", help="text, or a whole number for that many random tokens")
+    add("--prompt", help="text, or a whole number for that many random tokens; default: Hello, my name is")
+    add("--prompt_file", type=Path, metavar="FILE", help="UTF-8, one prompt a line, all in one batch")
     add("--interactive", action="store_true", help="read prompts from the terminal, one a line")
     add("--chat", action="store_true", help="put the prompt into the model's own chat template")
     add("--num_samples", type=positive, default=1, help="answers one after the other, each with the next seed")

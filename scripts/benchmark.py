@@ -301,8 +301,8 @@ def decode(
         yield row_of(name, times[name], floor, **more)
 
 
-def first_token(run, model, prompt) -> int:
-    return run(model, prompt, None).argmax(-1).item()
+def first_token(run, model, prompt, last) -> int:
+    return run(model, prompt, None, last).argmax(-1).item()
 
 
 @torch.no_grad()
@@ -316,14 +316,16 @@ def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples
             for i, count in enumerate(tokens):
                 title = f"{name} {kind}, {count} tokens"
                 prompt = torch.arange(count, device=device)[None] % model.config.vocab_size
+                last = torch.tensor([count - 1], device=device)
                 # A single token and a prompt longer than the window have graphs of their own.
                 may_compile = i < 2 or count == 1 or model.config.sliding_window
                 with torch.compiler.set_stance("default" if may_compile else "fail_on_recompile"):
-                    logits = run(model, prompt, None)
+                    logits = run(model, prompt, None, last)
                 with torch.compiler.set_stance("fail_on_recompile"):
-                    seconds = [timed(device, first_token, run, model, prompt) for _ in range(samples)]
+                    seconds = [timed(device, first_token, run, model, prompt, last) for _ in range(samples)]
                 agrees = check_logits(logits, expected.setdefault(count, logits), title)
-                operations = operations_per_token(model) * count
+                head = 2 * model.config.dim * model.config.vocab_size  # of the last token alone
+                operations = (operations_per_token(model) - head) * count + head
                 floor = max(
                     operations / limits["operations_per_second"], bytes_per_step(model) / limits["bytes_per_second"]
                 )

@@ -189,6 +189,90 @@ def test_the_reference_writes_the_same_greedy_text(run, monkeypatch):
     assert result.samples == expected.samples and result.stdout == expected.stdout
 
 
+# --- Prompts from a file ----------------------------------------------------------------------------------------------
+
+PROMPTS = ["Hello", " A longer one, é", "3"]
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("Hello\r\n\n A longer one, é\n  \n3".encode())
+    return file
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"], ["--reference"], ["--compile", "--compile_prefill"]])
+def test_the_rows_of_a_prompt_file_are_what_the_prompts_give_alone(run, prompt_file, options):
+    torch.compiler.reset()
+    long = ("--max_new_tokens", 200, "--ignore_eos")  # until each row's context is full
+    result = run(*options, *long, "--prompt_file", prompt_file, "--num_samples", 2)
+    eager = [] if "--compile" in options else options
+    for row, prompt in enumerate(PROMPTS[:2]):  # --prompt 3 would be three random tokens
+        for at in (row, row + 3):  # no two rows have a seed in common
+            (alone,) = run(*eager, *long, "--prompt", prompt, "--seed", 1234 + at).samples
+            assert result.samples[at] == alone
+    assert len({len(sample["token_ids"]) for sample in result.samples}) == 3
+
+
+def test_the_rows_of_a_prompt_file_are_printed_in_the_end(run, prompt_file, tiny_checkpoint):
+    result = run("--prompt_file", prompt_file)
+    assert result.samples[2]["prompt_ids"] == load_tokenizer(tiny_checkpoint).encode("3")
+    texts = [sample["text"] for sample in result.samples]
+    lines = [f"[row {row}] {prompt}{text}\n" for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True))]
+    assert result.stdout == "".join(lines)
+    chat = run("--prompt_file", prompt_file, "--chat")
+    assert chat.stdout == "".join(f"[row {row}] {sample['text']}\n" for row, sample in enumerate(chat.samples))
+
+
+def test_the_figures_of_a_prompt_file_count_the_tokens_of_all_rows(run, prompt_file, folder):
+    ids = [sample["token_ids"] for sample in run("--prompt_file", prompt_file).samples]
+    assert ids[1][4] not in ids[0] + ids[1][:4] + ids[2]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[1][4]}))
+    (figures,) = run("--prompt_file", prompt_file, folder=folder).runs
+    seconds = figures["time_to_first_token_seconds"]
+    assert figures["prompt_tokens"] == 5 + 17 + 1  # bytes
+    assert figures["prefill_tokens_per_second"] == pytest.approx((5 + 17 + 1) / seconds)
+    tokens = figures["decode_tokens_per_second"] / figures["decode_steps_per_second"] * figures["decode_steps"]
+    assert tokens == pytest.approx(11 + 4 + 11)
+
+
+def test_a_stop_string_ends_its_row_alone_and_all_ended_rows_the_run(run, prompt_file):
+    texts = [sample["text"] for sample in run("--prompt_file", prompt_file).samples]
+    stop = texts[0][4:7]
+    result = run("--prompt_file", prompt_file, "--stop", stop)
+    assert [sample["text"] for sample in result.samples] == [text.partition(stop)[0] for text in texts]
+    assert [sample["stop_reason"] for sample in result.samples] == ["stop", "length", "length"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "sentence"),
+    [
+        (b"", [], "has no prompt; write one a line"),
+        (b"\n \r\n", [], "has no prompt; write one a line"),
+        (b"a\xff", [], "is not UTF-8"),
+        (b"a\n\n" + b"x" * 129, [], "has 129 tokens, more than the context of 128; shorten it"),
+        (b"a", ["--prompt", "b"], "leave out --prompt, --interactive and --batch_size"),
+        (b"a", ["--interactive"], "leave out --prompt, --interactive and --batch_size"),
+        (b"a", ["--batch_size", "2"], "leave out --prompt, --interactive and --batch_size"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, content, options, sentence):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    (line,) = refused("--prompt_file", file, *options).splitlines()
+    assert line.startswith("error: ") and sentence in line
+    assert options or str(file) in line
+    assert "129" not in line or line.startswith(f"error: line 3 of {file} has")
+
+
+def test_a_missing_prompt_file_is_refused_in_one_line(refused, tmp_path):
+    (line,) = refused("--prompt_file", tmp_path / "nowhere.txt").splitlines()
+    assert line.startswith("error: ") and "nowhere.txt" in line
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
 def test_precision_is_the_one_asked_for(run):
     exact, rounded = run("--prompt", "5"), run("--prompt", "5", "--precision", "bfloat16")
     assert rounded.data["precision"] == "bfloat16"

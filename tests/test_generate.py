@@ -185,6 +185,41 @@ def test_each_row_ends_with_its_own_eos(model):
         assert row == expected[:until] + (None,) * (max(length) - until)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM])
+@pytest.mark.parametrize("kind", ["reference", "fast"])
+@pytest.mark.parametrize("family", ["llama-3.1", "mistral", "gpt-2"])
+def test_a_row_is_what_its_prompt_gives_alone(family, kind, sampling):
+    config = replace(FAMILIES[family], block_size=48)
+    model = build_model(config, random_weights(config), "cpu", torch.float32, reference=kind == "reference")
+    prompt, lengths = random_prompt(3, 30), [1, 7, 30]  # what follows a row's end is not 0 and is not seen
+
+    def alone(row, **options):
+        return [id for (id,) in ids_of(model, prompt[row : row + 1, : lengths[row]], 1000, sampling, **options)]
+
+    rows = [alone(row, seed=5 + row) for row in range(3)]
+    assert [len(row) for row in rows] == [48, 42, 19]  # until the context is full
+    ends = {rows[0][20], rows[2][9]}
+    for eos_ids in ((), ends):
+        together = zip(*ids_of(model, prompt, 1000, sampling, seed=5, eos_ids=eos_ids, lengths=lengths), strict=True)
+        expected = [alone(row, seed=5 + row, eos_ids=eos_ids) for row in range(3)]
+        longest = max(map(len, expected))
+        assert list(together) == [tuple(row + [None] * (longest - len(row))) for row in expected]
+    assert len({len(row) for row in expected}) == 3
+
+
+def test_rows_of_different_lengths_have_a_cached_prefix_in_common():
+    model, prompt = new_model("fast"), random_prompt(2, 20)
+    expected = ids_of(model, prompt, 25, lengths=[8, 20])
+    elsewhere = torch.cat([torch.zeros_like(prompt[:, :7]), prompt[:, 7:]], dim=1)
+    assert ids_of(model, elsewhere, 25, lengths=[8, 20], cached=7) == expected
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 0], [9, 10]])
+def test_lengths_that_do_not_fit_the_prompts_are_refused(model, lengths):
+    with pytest.raises(ValueError, match="do not fit 2 prompts of up to 9 tokens"):
+        next(generate(model, random_prompt(2, 9), 5, lengths=lengths))
+
+
 def test_max_new_tokens_1_yields_one(model):
     prompt = random_prompt(2, 9)
     assert ids_of(model, prompt, 1) == ids_of(model, prompt, 5)[:1]
