@@ -7,6 +7,7 @@ of every family are checked. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype the reference's own loss is measured, and a row may lose twice as much.
+- An int8 cache may lose twice what random errors of the size of its rounding change in the reference.
 - Quantized rows must agree with a reference that carries the dequantized weights as tightly as plain ones do.
 - A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
 - Compiled rows run under a stance in which a recompilation is an error.
@@ -20,6 +21,7 @@ Shapes: B batch, T tokens, V vocabulary.
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +196,23 @@ def with_noise(state_dict: dict, quantized: dict) -> dict:
     return noisy
 
 
+@contextmanager
+def noisy_keys_and_values(reference):
+    """Keys and values of the reference are off by a random amount of up to half a step of the int8 cache."""
+    generator, head_dim = torch.Generator().manual_seed(0), reference.config.head_dim
+
+    def shake(module, inputs, y):
+        heads = y.unflatten(-1, (-1, head_dim))
+        noise = torch.rand(heads.shape, generator=generator).to(y.device) - 0.5
+        return (heads + noise * heads.abs().amax(-1, keepdim=True) / 127).flatten(-2)
+
+    projections = [m for name, m in reference.named_modules() if name.endswith(("k_proj", "v_proj"))]
+    hooks = [projection.register_forward_hook(shake) for projection in projections]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True, hf=None) -> Iterator[Row]:
     """Yield a row per way of running this model. `hf` is a directory for transformers to load the same model from."""
@@ -236,6 +255,16 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
         yield compare(f"{LONG} tokens at once", expected_long, at_once(fast, long), LONG, **exact)
         yield compare(f"{LONG} tokens in 256s", expected_long, in_chunks(fast, long, 256), LONG, **exact)
 
+    with noisy_keys_and_values(reference):
+        loss = (reference(ids) - expected).abs().max().item()
+    loose = {"tolerance": 2 * loss, "reason": "twice what random errors of up to half a step change"}
+    fast.int8_cache = True
+    yield compare("int8 cache", expected, in_chunks(fast, ids, 1), length, **loose)
+    yield compare("int8 cache, chunks of 7", expected, in_chunks(fast, ids, 7), length, **loose)
+    if compiled:
+        torch.compiler.reset()
+        yield compare("int8 cache, compiled", expected[:1], compiled_steps(fast, ids[:1]), length, **loose)
+
     del fast, reference
     stored = state_dict["transformer.wte.weight"].dtype
     dtype = torch.bfloat16 if stored == torch.float32 else stored
@@ -265,12 +294,12 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
 def print_table(title: str, rows: Iterator[Row]) -> bool:
     """Print the rows as they come; True if all of them passed."""
     print(f"\n{title}")
-    print(f"  {'':22}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
+    print(f"  {'':24}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
     passed = True
     for row in rows:
         change = "same" if row.first_change is None else row.first_change
         print(
-            f"  {row.name:22}{row.difference:9.2e} {row.tolerance:9.2e} {row.divergence:9.1e} {row.agreement:7.2%} "
+            f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {row.divergence:9.1e} {row.agreement:7.2%} "
             f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
             flush=True,
         )

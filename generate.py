@@ -472,6 +472,7 @@ def main(
     compile: bool,
     compile_prefill: bool,
     reference: bool,
+    kv_cache: str | None,
     device: str,
     precision: str | None,
     quantize: str | None,
@@ -482,6 +483,8 @@ def main(
     sampling = Sampling(temperature, top_k, top_p)
     if reference and (compile or compile_prefill):
         raise ValueError("--reference runs model.py, which is not compiled; leave out --compile")
+    if reference and kv_cache:
+        raise ValueError("--reference runs model.py, which has no cache; leave out --kv_cache")
     if interactive and batch_size > 1:
         raise ValueError("--interactive holds one conversation; leave out --batch_size")
     if prompt_file and (prompt is not None or interactive or batch_size > 1):
@@ -544,6 +547,7 @@ def main(
     if compile_prefill:
         steps["prefill"] = compiled_prefill()
     if not reference:
+        model.int8_cache = kv_cache == "int8"
         model.setup_caches(len(rows), slots)
     figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device)
     step_bytes = bytes_per_step(model)
@@ -637,6 +641,7 @@ def parse_arguments():
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill too")
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
+    add("--kv_cache", choices=("int8",), help="keys and values in 8 bits; default: the precision's")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
     add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading, without a second file")

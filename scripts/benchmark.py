@@ -157,8 +157,8 @@ def operations_per_token(model) -> int:
 
 def slot_bytes(model) -> int:
     """Bytes of the keys and values of one token."""
-    config = model.config
-    return 2 * config.n_layer * config.n_kv_head * config.head_dim * model.wte.weight.element_size()
+    caches = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_cache"))
+    return caches // (model.max_batch_size * model.max_seq_length)
 
 
 def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
@@ -336,8 +336,15 @@ def noisy_caches(model, rows: int, slots: int) -> None:
     """Full caches, so that reads are real ones, and no two rows see the same."""
     model.setup_caches(rows, min(slots, model.config.block_size))
     for layer in model.layers:
-        layer.attn.k_cache.normal_()
-        layer.attn.v_cache.normal_()
+        for cache, scales in (
+            (layer.attn.k_cache, layer.attn.k_scale_cache),
+            (layer.attn.v_cache, layer.attn.v_scale_cache),
+        ):
+            if scales is None:
+                cache.normal_()
+            else:
+                cache.random_(-127, 128)
+                scales.fill_(0.02)
 
 
 def steps_at(model, used: int, batch: int, count: int, step) -> torch.Tensor:
@@ -535,6 +542,7 @@ def main(
     json_path: Path | None,
     png: Path | None,
     samples: int,
+    kv_cache: str | None,
     **numbers,
 ) -> None:
     if suite == "plot":
@@ -568,6 +576,8 @@ def main(
         models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
     else:
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
+        for model in models.values():
+            model.int8_cache = kv_cache == "int8"
         for kind, model in models.items():
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
@@ -600,6 +610,7 @@ def parse_arguments():
     add("--weights", nargs="+", choices=WEIGHTS, help="default: bfloat16, int8, int4, on a CPU float32; forward: one")
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of int4")
     add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
+    add("--kv_cache", choices=("int8",), help="decode, context, batch: keys and values in 8 bits")
     add("--samples", type=positive, default=5, help="of each row")
     add("--prompt_tokens", type=positive, default=5, help="decode")
     add("--new_tokens", type=positive, default=200, help="decode")

@@ -11,7 +11,8 @@ Decisions to know:
   Hugging Face's page on perplexity gives one token less, and with stride = W it skips a token per window.
 - Perplexities of two tokenizers do not compare; bits per byte do. The bytes are those of the predicted tokens.
 - KL(other || this) takes the other checkpoint, in float32, for the truth: nats lost by using this one instead.
-- Models run eager and without a cache. Of their logits a few rows at a time become float32.
+- Models run eager and without a cache, but for --kv_cache, where each token sees keys and values as decoding does.
+  Of their logits a few rows at a time become float32.
 - The harness's requests are encoded and cut as its own Hugging Face backend does it, one request at a time.
 
 Copy me: needs torch, tqdm, the root's `generate.py` with what that needs, and for `--tasks` lm_eval.
@@ -58,9 +59,11 @@ def windows(ids: list[int], window: int, stride: int, full: bool = False) -> Ite
 
 def log_probabilities(model, inputs: list[int], count: int) -> Iterator[torch.Tensor]:
     """Log-probabilities [R, V] of the token after each of the last `count` inputs, at most ROWS rows at a time."""
-    if 0 < model.max_seq_length < len(inputs):  # generate() left a cache, which a forward pass fills
+    device = model.wte.weight.device
+    if 0 < model.max_seq_length < len(inputs) or model.int8_cache:  # generate() left a cache, which a pass fills
         model.setup_caches(1, cache_slots(len(inputs), model.config))
-    logits = model(torch.tensor([inputs], device=model.wte.weight.device))[0, -count:]
+    input_pos = torch.arange(len(inputs), device=device)[None] if model.int8_cache else None
+    logits = model(torch.tensor([inputs], device=device), input_pos)[0, -count:]
     for rows in logits.split(ROWS):
         yield rows.float().log_softmax(-1)
 
@@ -242,6 +245,7 @@ def main(
     max_tokens: int | None,
     tasks: list[str] | None,
     limit: int | None,
+    kv_cache: str | None,
     device: str,
     precision: str | None,
     json_path: Path | None,
@@ -251,6 +255,7 @@ def main(
     harness = import_harness() if tasks else None
     check_device(device)
     model, tokenizer = load(checkpoint_path, device, precision)
+    model.int8_cache = kv_cache == "int8"
     if tasks:
         figures = run_tasks(harness, model, tokenizer, tasks, limit)
     else:
@@ -295,6 +300,7 @@ def parse_arguments():
     add("--stride", type=positive, help="tokens from a window's beginning to the next; default: half a window")
     add("--max_tokens", type=positive, help="only the first tokens of the text")
     add("--limit", type=positive, help="only the first documents of each task")
+    add("--kv_cache", choices=("int8",), help="read keys and values from a cache of 8 bits")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
     add("--json", type=Path, dest="json_path", metavar="FILE", help="write the figures for other programs")

@@ -238,9 +238,12 @@ def test_the_compilers_folder_is_put_back_after_an_error(no_kernels, tmp_path):
 
 def test_a_cached_token_has_the_bytes_that_the_cache_has():
     model = tiny(torch.bfloat16)
-    model.setup_caches(1, 256)
-    caches = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_cache"))
-    assert 256 * benchmark.slot_bytes(model) == caches
+    numbers = 2 * model.config.n_layer * model.config.n_kv_head
+    model.setup_caches(3, 256)
+    assert benchmark.slot_bytes(model) == numbers * model.config.head_dim * 2
+    model.int8_cache = True
+    model.setup_caches(3, 256)
+    assert benchmark.slot_bytes(model) == numbers * (model.config.head_dim + 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -150,6 +150,13 @@ def test_copies_that_are_not_broken_pass(monkeypatch, family):
     assert failures(SHORT[family], compiled=False) == []
 
 
+def test_an_int8_cache_with_one_scale_for_all_heads_fails(monkeypatch):
+    line = "scales = (x.abs().amax(-1)"
+    break_line(monkeypatch, "fast_model", line, f"{line}.amin(1, keepdim=True).expand(x.shape[:-1])")
+    names = {row.name for row in failures(SHORT["llama-2"], compiled=False)}
+    assert names == {"int8 cache", "int8 cache, chunks of 7"}
+
+
 def test_a_single_token_broken_by_the_compiler_alone_fails(monkeypatch):
     break_line(monkeypatch, "fast_model", "(weight * x).sum(-1)", "2 * (weight * x).sum(-1)")
     assert failures(SHORT["qwen2"])

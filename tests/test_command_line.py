@@ -279,6 +279,14 @@ def test_precision_is_the_one_asked_for(run):
     assert rounded.data["bytes_per_step"] * 2 == exact.data["bytes_per_step"]
 
 
+def test_an_int8_cache_is_a_quarter_of_a_float32_one_and_keeps_the_text(run):
+    plain, int8 = run(*GREEDY, "--prompt", "5"), run(*GREEDY, "--prompt", "5", "--kv_cache", "int8")
+    values = 2 * 2 * 2 * 128 * 12  # keys and values, layers, kv heads, slots, head_dim; a bf16 scale for each 12
+    assert plain.data["bytes_per_step"] - int8.data["bytes_per_step"] == values * (4 - 1) - values // 12 * 2
+    same = [a == b for a, b in zip(plain.samples[0]["token_ids"], int8.samples[0]["token_ids"], strict=True)]
+    assert all(same[:4])  # rounding shows later
+
+
 def test_only_a_text_that_goes_on_begins_with_a_space(run, folder):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["decoder"] = {"type": "Sequence", "decoders": SENTENCEPIECE_STEPS}
@@ -504,6 +512,7 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--quantize", "int4"], "transformer.h.0.attn.o_proj.weight has 48 columns, which groups of 32 do not divide"),
         (["--reference", "--compile"], "leave out --compile"),
         (["--reference", "--compile_prefill"], "leave out --compile"),
+        (["--reference", "--kv_cache", "int8"], "leave out --kv_cache"),
         (["--interactive", "--batch_size", "2"], "leave out --batch_size"),
     ],
 )

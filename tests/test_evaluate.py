@@ -142,6 +142,14 @@ def test_a_bos_is_there_if_the_tokenizer_adds_one(tiny_checkpoint, tmp_path):
     assert adapter.loglikelihood_rolling([request("abc")]) == [pytest.approx(-nats, rel=1e-5)]  # and no second BOS
 
 
+def test_an_int8_cache_loses_little_but_something(tiny_checkpoint, tmp_path):
+    figures = figures_of(
+        tmp_path, "--checkpoint_path", tiny_checkpoint / "model.pth", "--against", tiny_checkpoint / "model.pth",
+        "--kv_cache", "int8",
+    )  # fmt: skip
+    assert 1e-9 < figures["kl_mean"] < 1e-3 and figures["top_1_agreement"] > 0.9
+
+
 def test_a_model_is_at_no_distance_from_itself(tiny_checkpoint, tmp_path):
     path = tiny_checkpoint / "model.pth"
     figures = figures_of(tmp_path, "--checkpoint_path", path, "--against", path, "--window", 40, "--stride", 30)
