@@ -128,6 +128,27 @@ def attention(q, k, v, mask):
     return (weights[..., None] * v[:, :, None].float()).sum(-2).flatten(1, 2)[:, :, None].to(v.dtype)
 
 
+def sliding_attention(q, k, v, window: int):
+    """Causal attention in which each token sees `window` ones, itself the last; shapes as for `attention`, T = S.
+
+    Blocks of `window` queries see their own block and the one before, so no mask is larger than window x 2 window
+    (Beltagy et al. 2020, "Longformer", section 3.2).
+    """
+    B, H, T, C = q.shape
+    k, v = (
+        t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v)
+    )  # fused kernels take a mask or groups, not both
+    first = attention(*(t[:, :, :window] for t in (q, k, v)), None)
+    padding = -T % window
+    q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2) for t in (q, k, v))
+    k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=3).flatten(0, 1) for t in (k, v))  # [B (blocks - 1), H, 2 window, C]
+    slot = torch.arange(2 * window, device=q.device)
+    query = slot[window:, None]
+    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None])
+    y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
+    return torch.cat([first, y[:, :, : T - window]], dim=2)
+
+
 class Linear(nn.Linear):
     def weight_parts(self):
         return (self.weight,)
@@ -163,7 +184,10 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v = self.through_cache(k.transpose(1, 2), v.transpose(1, 2), input_pos)
-        y = attention(q.transpose(1, 2), k, v, mask)
+        if input_pos is None and self.window is not None and T > self.window:
+            y = sliding_attention(q.transpose(1, 2), k, v, self.window)
+        else:
+            y = attention(q.transpose(1, 2), k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def through_cache(self, k, v, input_pos):
@@ -284,14 +308,9 @@ class FastGPT(nn.Module):
             raise ValueError(f"{B} rows are more than the cache's {self.max_batch_size}: call setup_caches again")
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
+        mask = None  # without positions a token sees those before it
         if input_pos is not None:
             slots = torch.arange(self.max_seq_length, device=idx.device)
-        elif window is not None and T > window:
-            slots = positions[0]
-        else:
-            slots = None
-        mask = None
-        if slots is not None:
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             if window is not None:
                 mask = mask & (slots > positions[:, None, :, None] - window)

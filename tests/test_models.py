@@ -41,6 +41,20 @@ def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=2e-5)
 
 
+def test_no_mask_grows_with_the_square_of_the_prompt(monkeypatch):
+    sizes, attention = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, **more):
+        sizes.append(0 if attn_mask is None else attn_mask.numel())
+        return attention(q, k, v, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for config in FAMILIES.values():
+        build(config)(random_ids(1, 1000))
+    window = FAMILIES["mistral"].sliding_window
+    assert max(sizes) == 2 * window**2
+
+
 # Both twins, by properties that need neither of them to be right.
 
 
