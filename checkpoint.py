@@ -111,15 +111,22 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
 
 
 def describe_quantization(state_dict: dict) -> dict | None:
-    """What the file says of itself: mode, group size, and the weights left in full precision. None for a plain one."""
-    scales = {name.removesuffix("scales"): tensor for name, tensor in state_dict.items() if name.endswith(".scales")}
-    if not scales:
+    """What the file says of itself; None for a plain one.
+
+    Mode, group size, the weights left in full precision, and in mode int4 "int8", those in int8. Files from when the
+    head was int4 have none, and no such entry.
+    """
+    scaled = [name.removesuffix("scales") for name in state_dict if name.endswith(".scales")]
+    if not scaled:
         return None
-    module, scale = next(iter(scales.items()))
-    int4 = f"{module}zeros" in state_dict
+    int4 = [module for module in scaled if f"{module}zeros" in state_dict]
+    int8 = [f"{module}weight" for module in scaled if module not in int4]
     kept = [name for name, tensor in state_dict.items() if name.endswith("weight") and tensor.is_floating_point()]
-    group_size = 2 * state_dict[f"{module}weight"].shape[1] // scale.shape[1] if int4 else None
-    return {"mode": "int4" if int4 else "int8", "group_size": group_size, "full_precision": kept}
+    if not int4:
+        return {"mode": "int8", "group_size": None, "full_precision": kept}
+    group_size = 2 * state_dict[f"{int4[0]}weight"].shape[1] // state_dict[f"{int4[0]}scales"].shape[1]
+    described = {"mode": "int4", "group_size": group_size, "full_precision": kept}
+    return described | {"int8": int8} if int8 else described
 
 
 def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:

@@ -114,18 +114,44 @@ def test_fusing_commutes_with_quantizing(family, mode):
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("mode, group_size", [("int8", None), ("int4", 32)])
-def test_a_file_says_what_it_is(tmp_path, mode, group_size):
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_head_is_int8_in_both_modes(mode):
+    plain = weight((8, 40))  # columns that groups of 32 do not divide
+    state = quantize_weights({"lm_head.weight": plain, "a_proj.weight": weight((8, 64))}, mode, 32)
+    nearest = Int8Linear.quantize(plain)
+    assert {name for name in state if name.startswith("lm_head.")} == {f"lm_head.{name}" for name in nearest}
+    assert all(torch.equal(state[f"lm_head.{name}"], nearest[name]) for name in nearest)
+    assert ("a_proj.zeros" in state) == (mode == "int4")
+
+
+@pytest.mark.parametrize("mode, group_size, int8", [("int8", None, None), ("int4", 32, ["lm_head.weight"])])
+def test_a_file_says_what_it_is(tmp_path, mode, group_size, int8):
     config = FAMILIES["gpt-2"]
     config, state = quantize_model(config, random_weights(config), mode, 32)
     write_checkpoint(tmp_path / "any name.pth", config, state)
     content = torch.load(tmp_path / "any name.pth", weights_only=True)
     said = content["quantization"]
-    assert (said["mode"], said["group_size"]) == (mode, group_size)
+    assert (said["mode"], said["group_size"], said.get("int8")) == (mode, group_size, int8)
     assert "transformer.wte.weight" in said["full_precision"] and "lm_head.weight" not in said["full_precision"]
     assert not content["config"]["tie_embeddings"]  # a tied head gets a quantized copy of its own
     read_config, read_state = read_checkpoint(tmp_path / "any name.pth")
     assert read_config == config and describe_quantization(read_state) == said
+
+
+def test_a_file_from_when_the_head_was_int4_still_loads(tmp_path):
+    config = FAMILIES["llama-2"]
+    config, state = quantize_model(config, random_weights(config), "int4", 32)
+    write_checkpoint(tmp_path / "model.pth", config, state)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    parts = Int4Linear.quantize(weight((config.vocab_size, config.dim)), 32)
+    content["state_dict"] |= {f"lm_head.{name}": part for name, part in parts.items()}
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="quantized in a way"):  # it says that the head is int8
+        read_checkpoint(tmp_path / "model.pth")
+    del content["quantization"]["int8"]
+    torch.save(content, tmp_path / "model.pth")
+    config, state = read_checkpoint(tmp_path / "model.pth")
+    assert all(row.passed for row in check_model(config, state, compiled=False))
 
 
 def run(*arguments):
