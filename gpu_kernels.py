@@ -128,6 +128,9 @@ def _int4_dot(
     """Products [ROWS, BLOCKS] of what `_int4_load` gave."""
     at = first * 4 + tl.arange(0, BLOCKS * 4)
     x_ptr += at // 4 * 32 + at % 4
+    # 136 is the 128 of the trick and the middle of 0..15. Taken off at the end it costs no time, but 5 of the 24 bits
+    # of float32 activations.
+    EARLY: tl.constexpr = 136.0 if x_ptr.dtype.element_ty == tl.float32 else 0.0
     total = tl.zeros([ROWS, BLOCKS * 4], tl.float32)
     x_sum = tl.zeros([BLOCKS * 4], tl.float32)
     for i in tl.static_range(4):
@@ -145,12 +148,12 @@ def _int4_dot(
         else:
             x_low = tl.load(x_ptr + 4 * i).to(tl.float32)
             x_high = tl.load(x_ptr + 16 + 4 * i).to(tl.float32)
-        total += (pair << 16).to(tl.float32, bitcast=True) * x_low
-        total += (pair & -65536).to(tl.float32, bitcast=True) * x_high
+        total += ((pair << 16).to(tl.float32, bitcast=True) - EARLY) * x_low
+        total += ((pair & -65536).to(tl.float32, bitcast=True) - EARLY) * x_high
         x_sum += x_low + x_high
     product = tl.sum(tl.reshape(total, [ROWS, BLOCKS, 4]), 2)
     x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
-    return (product - 136 * x_sum) * scale + x_sum * zero  # 136: the 128 of the trick, and the middle of 0..15
+    return (product - (136 - EARLY) * x_sum) * scale + x_sum * zero
 
 
 @triton.jit
