@@ -3,8 +3,10 @@
 It computes the same function from the same `GPTConfig` and shares no arithmetic with the reference, so that
 `check_equivalence.py` compares two independent statements of it. Decisions to know:
 
-- Keys and values live in a static cache, allocated by `setup_caches` and written in place at `input_pos`. Attention
-  reads every slot under a mask, so that decoding is one graph with no break and no recompilation as positions move.
+- Keys and values live in a static cache, allocated by `setup_caches` and written in place at `input_pos`, so that
+  decoding is one graph with no break and no recompilation as positions move. Plain attention reads every slot under a
+  mask; the GPU's kernel reads the used ones, so that there a step's cost grows with the context used.
+- With `int8_cache` they are rounded to 8 bits when they are stored. A prompt without positions sees its own exact ones.
 - Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
 - q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
@@ -116,6 +118,25 @@ def store(cache, values, input_pos):
         cache.index_put_((row, head, input_pos[:, None]), values)  # indices broadcast to [B, K, T]
 
 
+def through_cache(cache, scales, values, input_pos):
+    """Store values [B, K, T, C] of new tokens, if there is a cache; with positions, return all there is [B, K, S, C].
+
+    An int8 cache has scales [B, K, S].
+    """
+    if cache is None:
+        return values
+    if scales is None:
+        store(cache, values, input_pos)
+    else:
+        numbers, new_scales = quantize_heads(values)
+        store(cache, numbers, input_pos)
+        store(scales, new_scales, input_pos)
+    if input_pos is None:
+        return values
+    B = len(values)
+    return cache[:B] if scales is None else (cache[:B].float() * scales[:B, ..., None].float()).to(values.dtype)
+
+
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(C)) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
     if q.shape[2] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling() or mask is None:
@@ -135,9 +156,7 @@ def sliding_attention(q, k, v, window: int):
     (Beltagy et al. 2020, "Longformer", section 3.2).
     """
     B, H, T, C = q.shape
-    k, v = (
-        t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v)
-    )  # fused kernels take a mask or groups, not both
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # a fused kernel takes a mask or groups
     first = attention(*(t[:, :, :window] for t in (q, k, v)), None)
     padding = -T % window
     q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2) for t in (q, k, v))
@@ -183,32 +202,13 @@ class Attention(nn.Module):
             return self.out(gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window).view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        k, v = self.through_cache(k.transpose(1, 2), v.transpose(1, 2), input_pos)
+        k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
+        v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
         if input_pos is None and self.window is not None and T > self.window:
             y = sliding_attention(q.transpose(1, 2), k, v, self.window)
         else:
             y = attention(q.transpose(1, 2), k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
-
-    def through_cache(self, k, v, input_pos):
-        """Store the new k and v [B, K, T, C], if there is a cache; with positions, return all there is [B, K, S, C]."""
-        if self.k_cache is None:
-            return k, v
-        if self.k_scale_cache is None:
-            store(self.k_cache, k, input_pos)
-            store(self.v_cache, v, input_pos)
-        else:
-            for values, cache, scales in ((k, self.k_cache, self.k_scale_cache), (v, self.v_cache, self.v_scale_cache)):
-                numbers, scale = quantize_heads(values)
-                store(cache, numbers, input_pos)
-                store(scales, scale, input_pos)
-        if input_pos is None:
-            return k, v
-        k_cache, v_cache = self.k_cache[: len(k)], self.v_cache[: len(v)]
-        if self.k_scale_cache is not None:
-            k_cache = (k_cache.float() * self.k_scale_cache[: len(k), ..., None].float()).to(k.dtype)
-            v_cache = (v_cache.float() * self.v_scale_cache[: len(v), ..., None].float()).to(v.dtype)
-        return k_cache, v_cache
 
 
 class MLP(nn.Module):
@@ -294,9 +294,9 @@ class FastGPT(nn.Module):
     def forward(self, idx, input_pos=None, last=None):
         """Logits [B, T, V] for ids [B, T], or [B, 1, V] of one token of each row, whose indices in T are `last` [B].
 
-        `input_pos` [B, T] are the tokens' positions, each row its own; each token attends to all cached slots up to its
-        own. Positions at or past `max_seq_length` are an index error. None means a sequence from position 0 on, which
-        fills the cache if there is one.
+        `input_pos` [B, T] are the tokens' positions, each row its own and counting up by one; each token attends to all
+        cached slots up to its own. Positions at or past `max_seq_length` are an index error, or where the GPU's kernel
+        attends not stored. None means a sequence from position 0 on, which fills the cache if there is one.
         """
         B, T = idx.shape
         if input_pos is not None and not self.max_seq_length:

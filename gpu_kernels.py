@@ -1,7 +1,7 @@
 """Triton kernels for a decode step on a GPU, where each was faster than what the compiler makes of plain PyTorch.
 
-One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without and with this file: bf16 167 and 192,
-int8 206 and 294; int4 in groups of 32 reaches 386. Decisions to know:
+One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 167 and 209,
+int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md has the steps. Decisions to know:
 
 - `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product;
   for up to 64, int8 weights are converted inside a matrix product; otherwise weights are unpacked, then cuBLAS.
@@ -14,7 +14,8 @@ int8 206 and 294; int4 in groups of 32 reaches 386. Decisions to know:
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding").
 - On Hopper and newer a kernel starts while the one before it ends (programmatic dependent launch) and waits for its
-  results after fetching weights, which do not depend on them.
+  results after fetching weights, which do not depend on them. So norms are here too, and RoPE, cache and attention are
+  one operator: a kernel of the compiler's in between would break the chain.
 
 `quantize.py` and `fast_model.py` have the plain twin of each.
 
@@ -455,7 +456,7 @@ def _attention_kernel(
         cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
         q = _rotate(q, tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0), cos, sin, (c < C // 2)[None, :])
     pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
-    older = tl.load(pos_ptr + b * T)
+    older = tl.minimum(tl.load(pos_ptr + b * T), S)
     oldest = tl.maximum(0, older + 1 - window)
     per_split = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
     begin = oldest + split * per_split
@@ -490,17 +491,18 @@ def _attention_kernel(
             k_new = _rotate(k_new, other_new, cos_new, sin_new, c[:, None] < C // 2)
         seen_new = (t < T)[None, :] & (at[None, :] <= pos[:, None]) & (at[None, :] > pos[:, None] - window)
         slots = at[None, :] * C + c[:, None]
+        in_cache = in_new & (at < S)[None, :]
         if SCALED:
             k_int8, k_s = _to_int8(k_new)
             v_int8, v_s = _to_int8(v_new)
-            tl.store(k_scale_ptr + at, k_s, mask=t < T)
-            tl.store(v_scale_ptr + at, v_s, mask=t < T)
-            tl.store(k_cache_ptr + slots, k_int8, mask=in_new)
-            tl.store(v_cache_ptr + slots, v_int8, mask=in_new)
+            tl.store(k_scale_ptr + at, k_s, mask=(t < T) & (at < S))
+            tl.store(v_scale_ptr + at, v_s, mask=(t < T) & (at < S))
+            tl.store(k_cache_ptr + slots, k_int8, mask=in_cache)
+            tl.store(v_cache_ptr + slots, v_int8, mask=in_cache)
             top, total, sums = _attend(q, k_int8, tl.trans(v_int8), k_s, v_s, seen_new, top, total, sums, scale, SCALED)
         else:
-            tl.store(k_cache_ptr + slots, k_new, mask=in_new)
-            tl.store(v_cache_ptr + slots, v_new, mask=in_new)
+            tl.store(k_cache_ptr + slots, k_new, mask=in_cache)
+            tl.store(v_cache_ptr + slots, v_new, mask=in_cache)
             top, total, sums = _attend(q, k_new, tl.trans(v_new), None, None, seen_new, top, total, sums, scale, SCALED)
     out = (head * SPLITS + split) * M + m
     tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums)

@@ -525,7 +525,9 @@ def plot(json_path: Path, png: Path) -> None:
     figure = Figure(figsize=(9, 5 if lines else 1.2 + 0.45 * len(content["rows"])), layout="constrained")
     axes = figure.subplots()
     (draw_lines if lines else draw_bars)(axes, content["rows"])
-    axes.set_title(f"{content['suite']}, {content['hardware']}, torch {content['torch']}", fontsize=10)
+    axes.set_title(
+        f"{content['suite']} of {content['model']}, {content['hardware']}, torch {content['torch']}", fontsize=10
+    )
     axes.legend()
     with written_in_place(png) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -595,7 +597,13 @@ def main(
     if memory:
         print(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
     if json_path:
-        content = {"suite": suite, "hardware": hardware(device), "torch": torch.__version__, "commit": commit()}
+        content = {
+            "suite": suite,
+            "model": str(shape or checkpoint_path.name),
+            "hardware": hardware(device),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
         content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
         with written_in_place(json_path) as temporary:
             temporary.write_text(json.dumps(content, indent=1))

@@ -307,7 +307,7 @@ def test_forward_is_in_float32_on_a_cpu_and_says_nothing_of_the_runs_memory(
 
 def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
     row = benchmark.row_of("bf16", [0.002, 0.003], 0.001)
-    content = {"suite": "decode", "hardware": "a GPU", "torch": "2", "rows": [row]}
+    content = {"suite": "decode", "model": "a shape", "hardware": "a GPU", "torch": "2", "rows": [row]}
     (tmp_path / "rows.json").write_text(json.dumps(content))
     try:
         benchmark.plot(tmp_path / "rows.json", tmp_path / "rows.png")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -40,3 +41,14 @@ def test_the_python_example_runs(tiny_checkpoint):
 
 def test_no_placeholder_is_left():
     assert "@@" not in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.stem)
+def test_figures_are_those_of_the_files(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for row in content["rows"]:
+        if content["suite"] in ("prefill", "forward"):
+            figure = f"{row['seconds'] * 1e3:.1f} ms"
+        else:
+            figure = f"| {row['tokens'] / row['seconds']:.1f} "
+        assert figure in README, row["name"]
