@@ -1,6 +1,6 @@
 """scripts/evaluate.py against sums written down another way: one token at a time, by the reference model.
 
-The tokenizer is one of bytes. Without lm_eval the adapter is tested on a stand-in for its base class.
+The tokenizer is one of bytes. The adapter is tested on a stand-in for its base class, once on lm_eval where that is.
 """
 
 import json
