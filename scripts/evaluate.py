@@ -70,22 +70,27 @@ def log_probabilities(model, inputs: list[int], count: int) -> Iterator[torch.Te
 
 def measure(model, ids: list[int], window: int, stride: int, other=None) -> dict:
     """Figures of the model on a text's ids, and with `other` of the distance between the two."""
-    losses, divergences, agreements = [], [], []
+    device = model.wte.weight.device
+    # All at once: small tensors that stay, one after each group of rows, cut up the memory that the groups come from.
+    losses, kl = torch.empty(2, len(ids) - 1, device=device)
+    agreements, done = torch.empty(len(ids) - 1, dtype=torch.bool, device=device), 0
     for inputs, targets in tqdm(list(windows(ids, window, stride)), unit="window", disable=None):
-        parts = torch.tensor(targets, device=model.wte.weight.device).split(ROWS)
+        parts = torch.tensor(targets, device=device).split(ROWS)
         theirs = log_probabilities(other, inputs, len(targets)) if other else [None] * len(parts)
         for part, log_q, log_p in zip(parts, log_probabilities(model, inputs, len(targets)), theirs, strict=True):
-            losses.append(-log_q.gather(1, part[:, None])[:, 0])
+            at = slice(done, done + len(part))
+            losses[at] = -log_q.gather(1, part[:, None])[:, 0]
             if other:
-                agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
-                divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    losses = torch.cat(losses).cpu().double()  # the sum of a million float32 loses digits; MPS has no float64
+                agreements[at] = log_p.argmax(-1) == log_q.argmax(-1)
+                kl[at] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            done += len(part)
+    losses = losses.cpu().double()  # the sum of a million float32 loses digits; MPS has no float64
     figures = {"tokens": len(losses), "window": window, "stride": stride}
     figures |= {"nats_per_token": losses.mean().item(), "perplexity": losses.mean().exp().item()}
     if other:
-        kl = torch.cat(divergences).cpu().double()
+        kl = kl.cpu().double()
         figures |= {"kl_mean": kl.mean().item(), "kl_99_percent": torch.quantile(kl, 0.99).item()}
-        figures["top_1_agreement"] = torch.cat(agreements).double().mean().item()
+        figures["top_1_agreement"] = agreements.cpu().double().mean().item()
     return figures
 
 
