@@ -396,7 +396,9 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
     total = total * fade + tl.sum(weight, 1)
     if SCALED:
         weight *= v_scale.to(tl.float32)[None, :]
-    sums = sums * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+    # In float16 weights times small scales would lose their bits.
+    dtype: tl.constexpr = tl.bfloat16 if SCALED and q.dtype == tl.float16 else q.dtype
+    sums = sums * fade[:, None] + tl.dot(weight.to(dtype), v.to(dtype), input_precision="ieee")
     return higher, total, sums
 
 
@@ -557,7 +559,8 @@ def attention(
     `window` slots up to its own. T H / KV is 64 at most.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
-    2.13). Nothing else in a graph may read them after it.
+    2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
+    whose result is not, and takes two with equal arguments for one.
     """
     B, T, H, C = q.shape
     KV, S = k_cache.shape[1:3]
@@ -594,7 +597,7 @@ def attention(
         scale,
         **shape,
         NEW=max(16, triton.next_power_of_2(T)),
-        BLOCK=64,
+        BLOCK=max(16, min(64, 16384 // (CP * q.element_size()))),  # three tiles of it fit into 100 kB, an RTX 4090's
         ROPE=rope is not None,
         SCALED=k_scales is not None,
         num_warps=4,

@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.on_gpu_kernels = False
+        self.for_gpu_kernels = False
 
     @staticmethod
     def quantize(weight) -> dict:
@@ -80,14 +80,15 @@ class Int8Linear(nn.Module):
         return weight.to(scales.dtype) * scales[:, None]
 
     def prepare(self):
-        self.on_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
+        self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
 
-    def weight_parts(self):
-        return self.weight, self.scales
+    def gpu_weights(self):
+        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        return (self.weight, self.scales) if self.for_gpu_kernels else None
 
     def forward(self, x):
-        if self.on_gpu_kernels:
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.weight_parts()).view(*x.shape[:-1], -1)
+        if self.for_gpu_kernels:
+            y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights()).view(*x.shape[:-1], -1)
         elif x.numel() == x.shape[-1] and torch.compiler.is_compiling():  # one fused loop over the int8 weights
             y = (self.weight * x.flatten().float()).sum(-1) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -109,7 +110,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.empty(out_features, groups))
         self.register_buffer("zeros", torch.empty(out_features, groups))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.group_size, self.on_gpu_kernels, self.cpu_scales = group_size, False, None
+        self.group_size, self.for_gpu_kernels, self.cpu_scales = group_size, False, None
 
     @staticmethod
     def quantize(weight, group_size: int) -> dict:
@@ -152,18 +153,19 @@ class Int4Linear(nn.Module):
         """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows."""
         q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.weight, self.on_gpu_kernels = gpu_kernels.int4_layout(q), True
+            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
         elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0:
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
 
-    def weight_parts(self):
-        return self.weight, self.scales, self.zeros
+    def gpu_weights(self):
+        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        return (self.weight, self.scales, self.zeros) if self.for_gpu_kernels else None
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if self.on_gpu_kernels:
-            y = gpu_kernels.linear(rows, *self.weight_parts())
+        if self.for_gpu_kernels:
+            y = gpu_kernels.linear(rows, *self.gpu_weights())
         elif self.cpu_scales is not None:
             y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
         else:

@@ -17,10 +17,13 @@ Decisions to know:
   `batch` of the eager step on the same cache, in `prefill` of the eager prefill, in `forward` at every position those
   of `model.py`. Where one is not, the plain run's logits of the two tokens must lie within 5% of its largest, as two
   bf16 roundings of one number do after 32 layers (2.4% was seen in 128 tokens of an 8B model); else it is an error.
+- So a row's check is of what compiling changed. The kernels are held against plain PyTorch by tests/test_gpu.py.
 - A sample in which something would be compiled is an error. Of `prefill` at most the first two lengths compile.
 - `decode` takes the samples of all rows in turn, so that a machine that is slower for a minute is so for all of them;
   the other suites take them row by row.
-- `decode`, `context` and `batch` say how long compiling takes, cold in a cache of its own that is empty, then warm.
+- `decode`, `context` and `batch` say how long compiling the greedy step takes, cold in an empty cache of its own, then
+  warm. Triton kernels that an earlier model of the run has compiled stay in the process.
+- `context` and `batch` decode greedily.
 - Memory is the run's, with all models on the device; in `forward`, on an NVIDIA GPU, each row's, which is alone there.
 
 Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
@@ -323,13 +326,15 @@ def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples
                     logits = run(model, prompt, None, last)
                 with torch.compiler.set_stance("fail_on_recompile"):
                     seconds = [timed(device, first_token, run, model, prompt, last) for _ in range(samples)]
-                agrees = check_logits(logits, expected.setdefault(count, logits), title)
+                agrees = check_logits(logits, expected.get(count, logits), title)
+                more = {"agrees": agrees} if count in expected else {}  # the eager one is what others are compared with
+                expected.setdefault(count, logits)
                 head = 2 * model.config.dim * model.config.vocab_size  # of the last token alone
                 operations = (operations_per_token(model) - head) * count + head
                 floor = max(
                     operations / limits["operations_per_second"], bytes_per_step(model) / limits["bytes_per_second"]
                 )
-                yield row_of(title, seconds, floor, tokens=count, agrees=agrees)
+                yield row_of(title, seconds, floor, tokens=count, **more)
 
 
 def noisy_caches(model, rows: int, slots: int) -> None:
@@ -416,8 +421,9 @@ def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[i
         run = torch.compile(model, fullgraph=True, dynamic=False) if kind == "compiled" else model
         ids = torch.arange(batch * tokens[0], device=device).view(batch, -1) % model.config.vocab_size
         logits = run(ids).cpu()  # not on the device, where it would count as the next one's memory
+        agrees = check_logits(logits, logits if expected is None else expected, title)
+        more = {"tokens": ids.numel()} | ({} if expected is None else {"agrees": agrees})
         expected = logits if expected is None else expected
-        more = {"tokens": ids.numel(), "agrees": check_logits(logits, expected, title)}
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         with torch.compiler.set_stance("fail_on_recompile"):

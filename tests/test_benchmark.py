@@ -102,7 +102,9 @@ def test_a_row_says_how_its_tokens_agree(suite, no_kernels, capsys):
     }
     assert [row["name"] for row in rows] == names[suite]
     for row in rows:
-        assert row["agrees"].startswith(("same", "within")) and 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+        plain = row["name"].endswith("model.py") and "fast" not in row["name"] or "eager" in row["name"]
+        assert plain or row["agrees"].startswith(("same", "within"))  # the plain row is what the others agree with
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
         assert not {"peak_memory", "kernels"} & row.keys()  # of one row on a CPU neither can be said
         benchmark.print_row(row)
@@ -113,6 +115,7 @@ def test_a_tokens_share_of_the_cache_grows_with_those_used(no_kernels, capsys):
     rows = measure("context")
     model = tiny()
     weights = benchmark.bytes_per_step(model)  # there is no cache yet
+    model.setup_caches(1, 256)
     for row, used in zip(rows, (40, 100), strict=True):
         cache = used * benchmark.slot_bytes(model)
         assert row["cache_share"] == pytest.approx(cache / (weights + cache))

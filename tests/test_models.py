@@ -41,7 +41,7 @@ def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=2e-5)
 
 
-def test_no_mask_grows_with_the_square_of_the_prompt(monkeypatch):
+def test_no_mask_of_a_new_prompt_grows_with_its_square(monkeypatch):
     sizes, attention = [], F.scaled_dot_product_attention
 
     def watched(q, k, v, attn_mask=None, **more):
