@@ -92,7 +92,7 @@ def compile_options(device: str) -> dict:
     """Options of torch.compile for a decode step; on a GPU it is tuned for reading speed and replayed as CUDA graph.
 
     On a CPU the compiler would compute a norm again for each row of the weights after it (SmolLM2 in bfloat16: 56
-    tokens/s instead of 71).
+    tokens/s instead of 71, benchmarks/log.md).
     """
     if device.startswith("cuda"):
         return {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
@@ -177,10 +177,10 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue the ids `prompt` [B, T]; yields the next id of each row, as a list of B.
 
-    Row r is the first `lengths[r]` of its ids, by default all T; what follows, any ids, is not seen. It draws from the
-    seed `seed` + r, as it would alone with it. It ends with the first of `eos_ids`, which is yielded, or when its
-    context is full, and is None from then on; the iteration ends when all rows have. `cached` leading tokens of each
-    row are taken to be in the model's cache already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be
+    Row r is the first `lengths[r]` of its ids, by default all T; what follows is not seen. It draws from the seed
+    `seed` + r, as it would alone with it. It ends with the first of `eos_ids`, which is yielded, or when its context
+    is full, and is None from then on; the iteration ends when all rows have. `cached` leading tokens of each row are
+    taken to be in the model's cache already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be
     compiled versions. Raises ValueError, at the first token, if the prompt is empty, too long, or not of this
     vocabulary.
     """
@@ -279,7 +279,7 @@ def say(*words):
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    """The checkpoint's own; on a CPU float32, which decodes as fast as bfloat16 there and agrees to the last digits.
+    """The checkpoint's own; on a CPU float32, which agrees with the reference to the last digits (bfloat16 is faster).
 
     With int4 weights it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
     """
@@ -398,11 +398,10 @@ def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 def read_prompts(file: Path) -> dict[str, str]:
     """The lines that are not blank, by their names in messages. Raises ValueError if there is none, or no UTF-8."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines() would also split at U+2028 and form feeds
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
+    lines = text.split("\n")  # splitlines() would also split at U+2028 and form feeds
     prompts = {f"line {number} of {file}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise ValueError(f"{file} has no prompt; write one a line")

@@ -47,7 +47,7 @@ from unittest.mock import patch
 
 import torch
 
-from check_equivalence import transformers_model
+from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
 from convert_hf_checkpoint import config_from_hf
 from generate import (
@@ -70,12 +70,6 @@ from model import GPT, GPTConfig
 from quantize import GROUP_SIZES
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 SHAPES = {
     "llama-2-7b": GPTConfig(**LLAMA, block_size=4096, vocab_size=32000, n_kv_head=32, hidden_dim=11008),
     "llama-3.1-8b": GPTConfig(
@@ -85,7 +79,7 @@ SHAPES = {
         n_kv_head=8,
         hidden_dim=14336,
         rope_base=500000.0,
-        rope_scaling=LLAMA3_SCALING,
+        rope_scaling=LLAMA3_SCALING | {"original_max_position_embeddings": 8192},
     ),
     "gpt-1.2b": GPTConfig(
         block_size=1024,
