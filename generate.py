@@ -23,10 +23,12 @@ import statistics
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import partial
+from itertools import count, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -162,6 +164,284 @@ def cache_slots(tokens: int, config) -> int:
     return min(-(-tokens // 256) * 256, config.block_size)
 
 
+# --- Speculation ------------------------------------------------------------------------------------------------------
+
+
+def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: int):
+    """What a draft proposes after the tokens `token` [B, n], which stand at `input_pos` [B, n].
+
+    Returns a token [B, 1], the probabilities [B, V] it came from, of the model's `vocab_size` tokens, None if greedy,
+    and its position [B, 1].
+    """
+    known = draft.config.vocab_size  # embeddings that are padded differently have the same tokens
+    logits = draft(token.clamp(max=known - 1), input_pos)[:, -1, :vocab_size]
+    logits = torch.nn.functional.pad(logits, (0, max(0, vocab_size - known)), value=float("-inf"))
+    following = (input_pos[:, -1:] + 1).clamp(max=draft.max_seq_length - 1)
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True), None, following
+    probabilities = to_probabilities(logits, sampling)
+    return (probabilities / noise).argmax(-1, keepdim=True), probabilities, following
+
+
+def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
+    """How many of the `drafts` [B, k] are kept, [B, 1], and the token [B, 1] that follows those.
+
+    `logits` [B, k + 1, V] are the model's before, between and after the drafts; `proposed` [B, k, V] are the
+    probabilities from which the drafts came, None if they were certain; `uniform` [B, k] and the Exp(1) `noise` [B, V]
+    are random. Draft d is kept with probability min(1, p(d) / q(d)); in place of the first that is not kept comes one
+    from max(0, p - q), normalized, so that the tokens have the distribution p (Leviathan et al. 2023,
+    arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). If all are kept, p alone gives the one after them.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(-1)  # [B, k + 1]
+        count = (drafts == best[:, :-1]).cumprod(1).sum(1, keepdim=True)
+        return count, best.gather(1, count)
+    p = to_probabilities(logits, sampling)
+    if proposed is None:
+        proposed = torch.nn.functional.one_hot(drafts, p.shape[-1]).float()
+    p_of_draft, q_of_draft = (t.gather(2, drafts[..., None])[..., 0] for t in (p[:, :-1], proposed))  # [B, k]
+    count = (uniform * q_of_draft < p_of_draft).cumprod(1).sum(1, keepdim=True)
+    q = torch.nn.functional.pad(proposed, (0, 0, 0, 1))  # nothing was proposed for the last place
+    p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
+    return count, (rest / noise).argmax(-1, keepdim=True)
+
+
+def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):
+    """One pass over `tokens` [B, k + 1], the last of the text and k drafts, from the position `input_pos` [B, 1] on.
+
+    Returns the next round's first token [B, 1], its position, the token before it, and for the host [B, k + 2]: the new
+    ids, of which the first n + 1 are of use, and n, the number of drafts kept.
+    """
+    k = tokens.shape[1] - 1
+    input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
+    logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
+    drafts = tokens[:, 1:]
+    count, following = accept(logits, drafts, proposed, uniform, noise, sampling)
+    ids = torch.cat([drafts, following], dim=1).scatter(1, count, following)
+    return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
+
+
+class Speculation:
+    """A way to draft tokens that one pass of the model then verifies, and what came of it.
+
+    A round has `k` drafts. With k None it has 0 (a plain step), 2, 5 or 10, what the running acceptance promises most
+    of; `costs` are then the seconds, in any unit, of a round of each k, as `round_costs` measures them. `verify` may be
+    a compiled version. `rounds` lists, of the last text, k and the number of drafts kept in each row that still ran.
+    """
+
+    CHOICES = (2, 5, 10)
+    certain = False  # whether drafts come without probabilities
+
+    def __init__(self, k: int | None, verify=verify, costs: dict[int, float] | None = None):
+        if k is None and costs is None:
+            raise ValueError("speculation that adapts k needs the costs of its rounds; see round_costs()")
+        self.k, self.verify, self.costs = k, verify, costs
+        self.rounds = []
+
+    @property
+    def longest_round(self) -> int:
+        return self.CHOICES[-1] if self.k is None else self.k
+
+    def reset(self) -> None:
+        self.rounds = []
+        self.kept, self.tried = 1.6, 2.0  # of the drafts that were looked at; fades with each round
+        self.rest, self.pause, self.probes = 0, 32, 0
+
+    def choose(self) -> int:
+        """The next round's k."""
+        if self.k is not None:
+            return self.k
+        if self.rest:
+            self.rest -= 1
+            self.probes = 2
+            return 0
+        rate = self.kept / self.tried
+        speed = {k: sum(rate**i for i in range(k + 1)) / cost for k, cost in self.costs.items()}
+        best = max(speed, key=speed.get)
+        if best:
+            self.pause = 32
+        elif self.probes:
+            self.probes -= 1
+            best = self.CHOICES[0]
+        else:  # it does not pay: plain steps for a while, for longer each time
+            self.rest, self.pause = self.pause - 1, min(2 * self.pause, 512)
+            self.kept, self.tried = 2 * rate, 2.0  # so that the next try counts
+        return best
+
+    def record(self, k: int, kept: list[int]) -> None:
+        """A round has ended in which each row that still ran kept so many drafts."""
+        self.rounds.append((k, kept))
+        if k:
+            self.kept = 0.9 * self.kept + sum(kept)
+            self.tried = 0.9 * self.tried + sum(min(n + 1, k) for n in kept)
+
+
+class DraftModel(Speculation):
+    """Drafts of a smaller model, a FastGPT with the same tokens. `step` and `prefill` may be compiled versions."""
+
+    def __init__(self, model, k: int | None, step=draft_step, prefill=prefill, **options):
+        super().__init__(k, **options)
+        self.model, self.step, self.prefill = model, step, prefill
+        self.seen = 0  # leading tokens that are in its cache
+
+    def start(self, prompt, lengths: list[int], cached: int, slots: int, rows) -> int:
+        """Fill the draft's cache with the prompts [B, T]; returns how many slots it has.
+
+        Raises ValueError if a prompt is longer than its context.
+        """
+        self.reset()
+        draft, (B, T) = self.model, prompt.shape
+        check_length(T, draft.config.block_size, "for the draft model the prompt")
+        slots = min(slots, draft.config.block_size)
+        if slots > draft.max_seq_length or B > draft.max_batch_size:
+            draft.setup_caches(B, slots)
+            self.seen = 0
+        cached = min(cached, self.seen)
+        self._fill(prompt[:, cached:], torch.full_like(prompt[:, :1], cached) if cached else None)
+        self.missed, self.seen = prompt[:, :0], min(lengths)  # [B, n], the last tokens that it has not seen
+        return draft.max_seq_length
+
+    def _fill(self, ids, first) -> None:
+        input_pos = None if first is None else first + torch.arange(ids.shape[1], device=ids.device)
+        self.prefill(
+            self.model, ids.clamp(max=self.model.config.vocab_size - 1), input_pos, torch.zeros_like(ids[:, 0])
+        )
+
+    def propose(self, token, input_pos, position, running, k, noise, sampling, vocab_size):
+        """Drafts [B, k] after `token` and their probabilities [B, k, V], None if greedy."""
+        input_pos = input_pos.clamp(max=self.model.max_seq_length - 1)  # of a row that has ended
+        step = partial(self.step, self.model, sampling=sampling, vocab_size=vocab_size)
+        missed = self.missed.shape[1]
+        if missed > 1:
+            self._fill(self.missed[:, :-1], input_pos - missed)
+        if missed:  # two tokens in one step cost little more than one
+            token, input_pos = torch.cat([self.missed[:, -1:], token], 1), torch.cat([input_pos - 1, input_pos], 1)
+        drafts, probabilities = [], []
+        for i in range(k):
+            token, q, input_pos = step(token, input_pos, noise[i])
+            token, input_pos = (
+                token.clone(),
+                input_pos.clone(),
+            )  # the next replay of a CUDA graph overwrites its outputs
+            drafts.append(token)
+            probabilities.append(q if q is None else q.clone())
+        self.seen = 1 + min(at for at, run in zip(position, running, strict=True) if run)
+        return torch.cat(drafts, dim=1), torch.stack(probabilities, dim=1) if sampling.temperature else None
+
+    def advance(self, k, kept, before, new_ids) -> None:
+        """A round has ended: `before` [B, 1] is the text's last token but one, `new_ids` are new in each row."""
+        if k == 0:
+            self.missed = torch.cat([self.missed, before], dim=1)
+        else:  # the last draft of all was never fed
+            self.missed = before if k in kept else before[:, :0]
+
+
+class PromptLookup(Speculation):
+    """Drafts are what followed when prompt or answer had the last n tokens before; n from `longest` down to 1.
+
+    The method is Saxena's "Prompt Lookup Decoding" (2023); copying from a reference is due to Yang et al. 2023,
+    arXiv:2304.04487.
+    """
+
+    certain = True
+
+    def __init__(self, k: int | None, longest: int = 3, **options):
+        super().__init__(k, **options)
+        self.longest = longest
+
+    def start(self, prompt, lengths, cached, slots: int, rows: list[list[int]]) -> int:
+        """Begin with the text of each row; returns `slots`, since it needs none of its own."""
+        self.reset()
+        self.rows, self.found = [[] for _ in rows], [{} for _ in rows]
+        self.extend(rows)
+        return slots
+
+    def extend(self, more: list[list[int]]) -> None:
+        """Add ids to each row, and note where the latest continuation of each n-gram begins."""
+        for row, found, ids in zip(self.rows, self.found, more, strict=True):
+            for id in ids:
+                row.append(id)
+                for n in range(1, min(self.longest, len(row) - 1) + 1):
+                    found[tuple(row[-n - 1 : -1])] = len(row) - 1
+
+    def continuation(self, row: int, k: int) -> list[int]:
+        """k ids, or none. One that reaches the end of the text goes on from its own beginning."""
+        ids, found = self.rows[row], self.found[row]
+        for n in range(min(self.longest, len(ids)), 0, -1):
+            first = found.get(tuple(ids[-n:]))
+            if first is not None:
+                return [ids[first + i % (len(ids) - first)] for i in range(k)]
+        return []
+
+    def propose(self, token, input_pos, position, running, k, noise, sampling, vocab_size):
+        """Drafts [B, k] and None, or None if no row that still runs has any."""
+        drafts = [self.continuation(row, k) if run else [] for row, run in enumerate(running)]
+        if not any(drafts):
+            return None
+        filled = torch.tensor([ids or [0] * k for ids in drafts])
+        return filled.to(token.device, non_blocking=True), None
+
+    def advance(self, k, kept, before, new_ids) -> None:
+        self.extend(new_ids)
+
+
+def _rounds(model, speculation, prompt, lengths, new, sampling, eos_ids, cached, draw, prefill, decode_step):
+    """Yield, after each round, the new ids of each row, and which rows still run; the arguments are generate()'s.
+
+    `draw(n, uniforms)` gives noise, n tensors [B, V], and numbers [B, uniforms] from 0 to 1.
+    """
+    B, T = prompt.shape
+    device, vocab_size = prompt.device, model.config.vocab_size
+    ends = torch.tensor(lengths, device=device)
+    input_pos = torch.arange(cached, T, device=device).expand(B, -1) if cached else None
+    token = sample(prefill(model, prompt[:, cached:], input_pos, ends - cached - 1), draw(1)[0][0], sampling)
+    input_pos = ends[:, None]
+    new_ids = token.tolist()
+    rows = [ids[:length] + more for ids, length, more in zip(prompt.tolist(), lengths, new_ids, strict=True)]
+    room = min(model.max_seq_length, speculation.start(prompt, lengths, cached, model.max_seq_length, rows))
+    position = [length - 1 for length in lengths]  # of each row's last token
+    done, running = [0] * B, [True] * B
+
+    def launch():
+        """Queue a round; k, the next one's first token, its position, the token before it, what the host is to read."""
+        k, drafts = speculation.choose(), None
+        noise, uniform = draw(1 if speculation.certain else k + 1, k)
+        if k and k < room - max(at for at, run in zip(position, running, strict=True) if run):
+            drafts = speculation.propose(token, input_pos, position, running, k, noise, sampling, vocab_size)
+        if drafts is None:
+            at = input_pos.clamp(max=model.max_seq_length - 1)
+            following, at = decode_step(model, token, at, noise[-1], sampling)
+            return 0, following.clone(), at.clone(), token, following
+        ids, proposed = torch.cat([token, drafts[0]], dim=1), drafts[1]
+        following, at, before, read = speculation.verify(model, ids, input_pos, proposed, uniform, noise[-1], sampling)
+        return k, following.clone(), at.clone(), before.clone(), read
+
+    while True:
+        for row in range(B):
+            ids = new_ids[row][: new[row] - done[row]] if running[row] else []
+            end = next((i for i, id in enumerate(ids, 1) if id in eos_ids), None)
+            new_ids[row] = ids[:end]
+            done[row] += len(new_ids[row])
+            position[row] += len(new_ids[row])
+            running[row] = running[row] and end is None and done[row] < new[row]
+        queued = launch() if device.type == "cuda" and any(running) else None  # before somebody reads the ids
+        yield new_ids, list(running)
+        if not any(running):
+            return
+        k, token, input_pos, before, read = queued or launch()
+        read = read.tolist()  # the host waits for the device here and nowhere else
+        kept = [ids[-1] if k else 0 for ids in read]
+        new_ids = [ids[: n + 1] for ids, n in zip(read, kept, strict=True)]
+        kept = [n for n, run in zip(kept, running, strict=True) if run]
+        speculation.record(k, kept)
+        speculation.advance(k, kept, before, new_ids)
+
+
+# --- generate() -------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -174,6 +454,7 @@ def generate(
     prefill=prefill,
     decode_step=decode_step,
     lengths: list[int] | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue the ids `prompt` [B, T]; yields the next id of each row, as a list of B.
 
@@ -181,8 +462,9 @@ def generate(
     `seed` + r, as it would alone with it. It ends with the first of `eos_ids`, which is yielded, or when its context
     is full, and is None from then on; the iteration ends when all rows have. `cached` leading tokens of each row are
     taken to be in the model's cache already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be
-    compiled versions. Raises ValueError, at the first token, if the prompt is empty, too long, or not of this
-    vocabulary.
+    compiled versions. With `speculation` a row takes several tokens at a time, of the same distribution; its text
+    then depends on the rows beside it too. Raises ValueError, at the first token, if the prompt is empty, too long, or
+    not of this vocabulary.
     """
     B, T = prompt.shape
     config, device = model.config, prompt.device
@@ -199,23 +481,42 @@ def generate(
     new = [min(max_new_tokens, config.block_size - length + 1) for length in lengths]
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(B)]
 
-    def new_noise():
+    def draw(n, uniforms=0):
+        """n tensors [B, V] of Exp(1), of None if greedy, and numbers [B, uniforms] from 0 to 1."""
         if sampling.temperature == 0:
-            return None
-        noise = torch.empty(B, config.vocab_size, device=device)
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
-        return noise
+            return [None] * n, None
+        shape = (n, config.vocab_size)
+        noise = [torch.empty(shape, device=device).exponential_(generator=generator) for generator in generators]
+        uniform = [torch.rand(uniforms, generator=generator, device=device) for generator in generators]
+        return torch.stack(noise, dim=1), torch.stack(uniform)
+
+    def new_noise():
+        return draw(1)[0][0]
 
     ends = torch.tensor(lengths, device=device)
     if hasattr(model, "setup_caches"):
         slots = min(T + max_new_tokens - 1, config.block_size)
         if slots > model.max_seq_length or B > model.max_batch_size:
-            model.setup_caches(B, cache_slots(slots, config))
+            drafts = speculation.longest_round if speculation else 0
+            model.setup_caches(B, cache_slots(slots + drafts, config))
             cached = 0  # the new cache is empty
         tokens = _tokens_of_fast(model, prompt, ends, new_noise, sampling, cached, prefill, decode_step)
     else:
         tokens = _tokens_of_reference(model, prompt, ends, new_noise, sampling)
+
+    if speculation:
+        if not hasattr(model, "setup_caches"):
+            raise ValueError("speculation needs a model with a cache; the reference has none")
+        waiting = [deque() for _ in range(B)]  # ids that a row has before the others
+        rounds = _rounds(
+            model, speculation, prompt, lengths, new, sampling, eos_ids, cached, draw, prefill, decode_step
+        )
+        for new_ids, running in rounds:
+            for queue, ids in zip(waiting, new_ids, strict=True):
+                queue.extend(ids)
+            while any(waiting) and all(queue or not run for queue, run in zip(waiting, running, strict=True)):
+                yield [queue.popleft() if queue else None for queue in waiting]
+        return
 
     running = [True] * B
     for done, ids in enumerate(_to_host(islice(tokens, max(new)), on_gpu=device.type == "cuda"), start=1):
@@ -362,19 +663,103 @@ def pad(rows: list[list[int]], device: str) -> tuple[torch.Tensor, list[int]]:
     return prompt.to(device), [len(row) for row in rows]
 
 
-def warm_up(model, rows, max_new_tokens: int, sampling, steps: dict, device: str) -> dict:
-    """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind."""
+def warm_up(model, rows, max_new_tokens: int, sampling, steps: dict, device: str, speculation=None) -> dict:
+    """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind.
+
+    A speculation that adapts gets the costs of its rounds.
+    """
     if steps:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()
     prompt, lengths = pad(rows, device)
     for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps, lengths=lengths):
         pass
+    if speculation:
+        costs = round_costs(
+            model, speculation, prompt, lengths, sampling, steps.get("decode_step", decode_step), device
+        )
     seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
+    figures = {}
     if steps:
         say(f"compiled in {seconds:.1f} s ({kind})")
-        return {"compile_seconds": seconds, "compile_kind": kind}
-    return {}
+        figures |= {"compile_seconds": seconds, "compile_kind": kind}
+    if speculation:
+        speculation.costs = costs
+        say(
+            "a round's cost in plain steps: "
+            + ", ".join(f"{costs[k] / costs[0]:.2f} for {k} drafts" for k in costs if k)
+        )
+        figures["round_seconds"] = costs
+    return figures
+
+
+@torch.no_grad()
+def round_costs(model, speculation, prompt, lengths, sampling, decode_step, device: str, samples: int = 5) -> dict:
+    """{k: seconds} of a round of k drafts after the prompts [B, T], which are in the caches; of k = 0, a plain step.
+
+    The median of some samples. What does not fit into the context is left out.
+    """
+    B, vocab_size = len(lengths), model.config.vocab_size
+    room = speculation.start(prompt, lengths, 0, model.max_seq_length, [[0, 0]] * B)  # of these there is a continuation
+    token, input_pos = prompt[:, -1:], torch.tensor(lengths, device=prompt.device)[:, None]
+    ones = torch.ones(B, vocab_size, device=prompt.device) if sampling.temperature else None
+
+    def play(k, all_kept):
+        if k == 0:
+            return decode_step(model, token, input_pos, ones, sampling)
+        speculation.advance(k, [k * all_kept], token, [[]] * B)
+        drafts, proposed = speculation.propose(
+            token, input_pos, lengths, [True] * B, k, [ones] * k, sampling, vocab_size
+        )
+        uniform = None if ones is None else ones[:, :k]
+        return speculation.verify(model, torch.cat([token, drafts], 1), input_pos, proposed, uniform, ones, sampling)
+
+    choices = speculation.CHOICES if speculation.k is None else (speculation.k,)
+    seconds = {k: [] for k in (0, *choices) if max(lengths) + k < room}
+    for i in range(samples + 3):  # the first ones compile, or record; and in turn, since a machine may slow down
+        for k in seconds:
+            plays = 1 if k else 4  # the host waits for each round, and not for each plain step
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(plays):
+                play(k, all_kept=i != 1)  # then the draft model has one token more to see
+            synchronize(device)
+            seconds[k].append((time.perf_counter() - start) / plays)
+    return {k: statistics.median(times[3:]) for k, times in seconds.items()}
+
+
+class Stopwatch:
+    """The seconds that calls of functions take on a device, whether the host waits for them or not."""
+
+    def __init__(self, device: str):
+        self.device, self.spans = device, {}
+
+    def mark(self):
+        if self.device.startswith("cuda"):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def watch(self, name: str, function):
+        """The same function; each call's time counts for `name`."""
+
+        def watched(*args, **kwargs):
+            start = self.mark()
+            result = function(*args, **kwargs)
+            self.spans.setdefault(name, []).append((start, self.mark()))
+            return result
+
+        return watched
+
+    def read(self) -> dict[str, list[float]]:
+        """{name: the seconds of each call} since the last reading."""
+        spans, self.spans = self.spans, {}
+        if not self.device.startswith("cuda"):
+            return {name: [end - start for start, end in pairs] for name, pairs in spans.items()}
+        synchronize(self.device)
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in spans.items()}
 
 
 def find_tokenizer(folder: Path, vocab_size: int, needed: bool):
@@ -389,6 +774,30 @@ def find_tokenizer(folder: Path, vocab_size: int, needed: bool):
         sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} has {sizes}; put the model's own tokenizer there")
     return tokenizer
+
+
+def check_vocabulary(tokenizer, draft_tokenizer) -> None:
+    """Raises ValueError if a draft model's ids mean other tokens."""
+    ours, theirs = ([t.piece(id) for id in range(t.vocab_size)] for t in (tokenizer, draft_tokenizer))
+    for id, (mine, other) in enumerate(zip_longest(ours, theirs)):
+        if mine != other:
+            raise ValueError(
+                f"the draft model has another vocabulary: its token {id} is {other!r}, the model's {mine!r}; "
+                "take a draft model with the same tokenizer"
+            )
+
+
+def load_draft(checkpoint_path: Path, tokenizer, vocab_size: int, device: str, int8_cache: bool):
+    """A model to draft with, in its checkpoint's own precision. Raises ValueError if it speaks of other tokens."""
+    config, state_dict = read_checkpoint(checkpoint_path)
+    if tokenizer:
+        check_vocabulary(tokenizer, find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=True))
+    elif config.vocab_size != vocab_size:
+        sizes = f"{config.vocab_size} tokens, the model {vocab_size}"
+        raise ValueError(f"the draft model has {sizes}; without tokenizers to compare, the numbers have to be the same")
+    draft = build_model(config, state_dict, device, default_dtype(device, state_dict))
+    draft.int8_cache = int8_cache
+    return draft
 
 
 def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
@@ -412,13 +821,24 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, device, show) -> dict:
+def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, device, show, speculation=None) -> dict:
     """Fill the answers, one a batch row, and return the figures. `show` gets the first row's text as it comes."""
     prompt, lengths = pad([answer.prompt_ids for answer in answers], device)
     eos_ids = answers[0].eos_ids
     times = []
     start = time.perf_counter()
-    for ids in generate(model, prompt, max_new_tokens, sampling, eos_ids, seed, cached, **steps, lengths=lengths):
+    for ids in generate(
+        model,
+        prompt,
+        max_new_tokens,
+        sampling,
+        eos_ids,
+        seed,
+        cached,
+        **steps,
+        lengths=lengths,
+        speculation=speculation,
+    ):
         times.append(time.perf_counter() - start)
         for answer, id in zip(answers, ids, strict=True):
             if answer.stop_reason is None and id is not None:
@@ -431,7 +851,8 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
         rest = answer.finish()
         if answer is answers[0]:
             show(rest)
-    rows, steps_taken, seconds = len(answers), len(times) - 1, times[-1] - times[0]
+    rows, seconds = len(answers), times[-1] - times[0]
+    steps_taken = len(speculation.rounds) if speculation else len(times) - 1
     decoded = sum(len(answer.token_ids) for answer in answers) - rows  # the first of each row belongs to the prefill
     return {
         "prompt_tokens": sum(lengths),
@@ -444,17 +865,50 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
     }
 
 
-def report(run: dict, step_bytes: int, bandwidth: float) -> None:
+def speculation_figures(speculation, calls: dict[str, list[float]]) -> dict:
+    """What came of the drafts; `calls` are the seconds of each draft step and verification."""
+    rounds = [(k, kept) for k, kept in speculation.rounds if k]
+    kept = [n for _, of_rows in rounds for n in of_rows]
+    looked_at = sum(min(n + 1, k) for k, of_rows in rounds for n in of_rows)  # up to the first that was not kept
+    return {
+        "rounds": len(rounds),
+        "plain_steps": len(speculation.rounds) - len(rounds),
+        "draft_steps": len(calls.get("draft", ())),
+        "acceptance": sum(kept) / looked_at if rounds else None,
+        "kept_per_round": statistics.mean(kept) if rounds else None,
+        "histogram": [kept.count(n) for n in range(max(kept, default=0) + 1)],
+        "draft_seconds_per_round": sum(calls.get("draft", ())) / len(rounds) if rounds else None,
+        "verify_seconds_per_round": sum(calls.get("verify", ())) / len(rounds) if rounds else None,
+    }
+
+
+def report(run: dict, step_bytes: int, draft_bytes: int, bandwidth: float) -> None:
     """Print the figures of one run. The README says what each one means."""
     milliseconds = run["time_to_first_token_seconds"] * 1e3
     fresh = run["prompt_tokens"] - run["cached_tokens"]
     say(f"prefill: {fresh} tokens, {run['prefill_tokens_per_second']:.1f} tokens/s, {milliseconds:.0f} ms to the first")
     if run["decode_steps"]:
+        step_bytes += draft_bytes * run.get("draft_steps", 0) / run["decode_steps"]
         used = step_bytes * run["decode_steps_per_second"]
         say(
             f"decode:  {run['decode_steps']} steps, {run['decode_tokens_per_second']:.2f} tokens/s, "
             f"{step_bytes / 1e6:.0f} MB read a step: {used / 1e9:.1f} GB/s, "
             f"{used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here"
+        )
+    if "rounds" in run:
+        say(f"drafts:  {run['rounds']} of these steps were rounds with drafts, {run['plain_steps']} plain ones")
+    if run.get("rounds"):
+        say(
+            f"         {run['acceptance']:.0%} of the drafts looked at were kept, {run['kept_per_round']:.2f} a round; "
+            f"rounds that kept 0, 1, ...: {' '.join(map(str, run['histogram']))}"
+        )
+        drafting, verifying = run["draft_seconds_per_round"] * 1e3, run["verify_seconds_per_round"] * 1e3
+        say(f"         a round took {drafting:.2f} ms for drafts, {verifying:.2f} for the verification")
+    if "plain_tokens_per_second" in run:
+        times = run["decode_tokens_per_second"] / run["plain_tokens_per_second"]
+        same = {True: ", the same text", False: ", another text", None: ""}[run["plain_text_is_the_same"]]
+        say(
+            f"plain:   {run['plain_tokens_per_second']:.2f} tokens/s without drafts, so {times:.2f} times as fast{same}"
         )
 
 
@@ -482,6 +936,11 @@ def main(
     precision: str | None,
     quantize: str | None,
     group_size: int,
+    draft_checkpoint_path: Path | None,
+    prompt_lookup: bool,
+    speculate_k: int | str | None,
+    ngram: int,
+    compare: bool,
     profile: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -494,6 +953,15 @@ def main(
         raise ValueError("--interactive holds one conversation; leave out --batch_size")
     if prompt_file and (prompt is not None or interactive or batch_size > 1):
         raise ValueError("--prompt_file gives every row its prompt; leave out --prompt, --interactive and --batch_size")
+    speculates = prompt_lookup or draft_checkpoint_path is not None
+    if prompt_lookup and draft_checkpoint_path:
+        raise ValueError("drafts come from one place; leave out --prompt_lookup or --draft_checkpoint_path")
+    if (speculate_k or compare) and not speculates:
+        raise ValueError("--speculate_k and --compare need drafts; add --prompt_lookup or --draft_checkpoint_path")
+    if reference and speculates:
+        raise ValueError("--reference runs model.py, which has no cache for drafts; leave out the drafts")
+    if compare and interactive:
+        raise ValueError("--compare answers a prompt twice, which is no conversation; leave out --interactive")
     if "" in stop:
         raise ValueError("--stop needs strings of at least one character")
     check_device(device)
@@ -511,6 +979,8 @@ def main(
 
     synthetic = prompt.isdecimal() and not interactive and not prompt_file
     tokenizer = find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=not synthetic)
+    if draft_checkpoint_path:
+        draft = load_draft(draft_checkpoint_path, tokenizer, config.vocab_size, device, kv_cache == "int8")
     eos_ids = tokenizer.eos_ids if tokenizer and not ignore_eos else frozenset()
 
     def encode(messages: list[dict]) -> list[int]:
@@ -537,7 +1007,10 @@ def main(
         rows = [synthetic_prompt(int(prompt), config.vocab_size, seed)] * batch_size
     else:
         rows = [encode([{"role": "user", "content": text}]) for text in prompts.values()] * batch_size
-    slots = max_seq_length or (INTERACTIVE_SLOTS if interactive else max(map(len, rows)) + max_new_tokens - 1)
+    longest_round = 0 if not speculates else Speculation.CHOICES[-1] if speculate_k == "auto" else speculate_k or 5
+    slots = max_seq_length or (
+        INTERACTIVE_SLOTS if interactive else max(map(len, rows)) + max_new_tokens - 1 + longest_round
+    )
     slots = cache_slots(slots, config)
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         check_room(len(ids), name)
@@ -554,8 +1027,24 @@ def main(
     if not reference:
         model.int8_cache = kv_cache == "int8"
         model.setup_caches(len(rows), slots)
-    figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device)
+    speculation, stopwatch, draft_bytes = None, Stopwatch(device), 0
+    if speculates:
+        k = None if speculate_k == "auto" else speculate_k or 5
+        settings = {"fullgraph": True, "dynamic": False, "options": compile_options(device)}
+        verify_step, step = (torch.compile(f, **settings) if compile else f for f in (verify, draft_step))
+        options = {"verify": stopwatch.watch("verify", verify_step), "costs": {}}
+        if prompt_lookup:
+            speculation = PromptLookup(k, ngram, **options)
+        else:
+            options |= {
+                "step": stopwatch.watch("draft", step),
+                "prefill": compiled_prefill() if compile_prefill else prefill,
+            }
+            speculation = DraftModel(draft, k, **options)
+    figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device, speculation)
     step_bytes = bytes_per_step(model)
+    if draft_checkpoint_path:
+        draft_bytes = bytes_per_step(draft)
 
     def show(text: str) -> None:
         if not prompt_file:  # whose rows are all printed at the end
@@ -584,13 +1073,22 @@ def main(
             if slots < config.block_size:  # else generate() ends each row at its own last slot
                 new = min(new, slots - max(map(len, rows)) + 1)
             first_seed = seed + len(rows) * len(runs)  # row r has the seed first_seed + r
-            runs.append(run_once(model, answers, cached, new, sampling, first_seed, steps, device, show))
+            stopwatch.read()
+            runs.append(run_once(model, answers, cached, new, sampling, first_seed, steps, device, show, speculation))
+            if speculation:
+                runs[-1] |= speculation_figures(speculation, stopwatch.read())
             show("\n")
             texts = prompts.values() if prompt_file and not chat else [""] * len(rows)
             for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
                 if row > 0 or prompt_file:
                     print(f"[row {row}] {text}{answer.text}")
-            report(runs[-1], step_bytes, bandwidth)
+            if compare:
+                again = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
+                plain = run_once(model, again, cached, new, sampling, first_seed, steps, device, lambda text: None)
+                runs[-1]["plain_tokens_per_second"] = plain["decode_tokens_per_second"]
+                same = [a.token_ids for a in again] == [a.token_ids for a in answers]
+                runs[-1]["plain_text_is_the_same"] = None if sampling.temperature else same
+            report(runs[-1], step_bytes, draft_bytes, bandwidth)
             samples += answers
             if interactive:  # what the cache holds now; the last token was never fed
                 in_cache = rows[0] + answers[0].token_ids[:-1]
@@ -617,6 +1115,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def draft_count(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def parse_arguments():
@@ -651,6 +1153,11 @@ def parse_arguments():
     add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
     add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading, without a second file")
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of --quantize int4")
+    add("--draft_checkpoint_path", type=Path, help="a smaller model with the same tokenizer, whose drafts are verified")
+    add("--prompt_lookup", action="store_true", help="drafts are what followed the last tokens earlier in the text")
+    add("--speculate_k", type=draft_count, metavar="K", help="drafts in a round, or auto; default: 5")
+    add("--ngram", type=positive, default=3, help="tokens that --prompt_lookup looks for, at most")
+    add("--compare", action="store_true", help="generate once more without drafts, for the speed")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace")
     add("--json", type=Path, dest="json_path", metavar="FILE", help="write samples and figures for other programs")
     return parser.parse_args()

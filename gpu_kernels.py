@@ -123,6 +123,19 @@ def _int4_load(
 
 
 @triton.jit
+def _pair_of_nibbles(words, i: tl.constexpr):
+    """Nibbles i and i + 4 as two bf16 numbers in 32 bits, both 128 too large."""
+    return tl.inline_asm_elementwise(  # (word >> 4 i) & 0x000F000F | 0x43004300
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",
+        "=r,r,r,r",
+        [words >> (4 * i), 0x000F000F, 0x43004300],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def _int4_dot(
     words, scale, zero, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -135,14 +148,7 @@ def _int4_dot(
     total = tl.zeros([ROWS, BLOCKS * 4], tl.float32)
     x_sum = tl.zeros([BLOCKS * 4], tl.float32)
     for i in tl.static_range(4):
-        pair = tl.inline_asm_elementwise(  # (word >> 4 i) & 0x000F000F | 0x43004300
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            "=r,r,r,r",
-            [words >> (4 * i), 0x000F000F, 0x43004300],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        pair = _pair_of_nibbles(words, i)
         if MASKED:
             x_low = tl.load(x_ptr + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
             x_high = tl.load(x_ptr + 16 + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
@@ -237,6 +243,46 @@ def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, B
 
 
 @triton.jit
+def _int4_matmul_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    y_ptr,
+    T,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """y [T, N] of a few tokens: 8 products a tile, one for each nibble of its words, whose columns x is read by."""
+    rows = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    tokens = (tl.program_id(1) * BT + tl.arange(0, BT))[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros([BN, BT], tl.float32)
+    for first in range(0, K // 8, WORDS):
+        at = first + tl.arange(0, WORDS)
+        inside = (rows < N) & (at < K // 8)[None, :]
+        words = tl.load(w_ptr + rows.to(tl.int64) * (K // 8) + at[None, :], mask=inside, other=0)
+        group = rows * (K // G) + (at // 4 * 32 // G)[None, :]
+        scale = tl.load(s_ptr + group, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(z_ptr + group, mask=inside, other=0.0).to(tl.float32)
+        x_at = x_ptr + tokens * K + (at // 4 * 32 + at % 4)[:, None]
+        in_x = (tokens < T) & (at < K // 8)[:, None]
+        for i in tl.static_range(4):
+            pair = _pair_of_nibbles(words, i)
+            low = ((pair << 16).to(tl.float32, bitcast=True) - 136) * scale + zero
+            high = ((pair & -65536).to(tl.float32, bitcast=True) - 136) * scale + zero
+            x_low = tl.load(x_at + 4 * i, mask=in_x, other=0.0)
+            x_high = tl.load(x_at + 16 + 4 * i, mask=in_x, other=0.0)
+            total = tl.dot(low.to(dtype), x_low, total, input_precision="ieee")
+            total = tl.dot(high.to(dtype), x_high, total, input_precision="ieee")
+    tl.store(y_ptr + tokens * N + rows, total.to(dtype), mask=(tokens < T) & (rows < N))
+
+
+@triton.jit
 def _int8_dequantize_kernel(w_ptr, s_ptr, out_ptr, total, K, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + at, mask=at < total, other=0).to(tl.float32)
@@ -291,14 +337,18 @@ def linear(
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
-    if scales is not None and (T > 64 or T > 1 and zeros is not None):
+    if scales is not None and T > (64 if zeros is None else 16):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     if T > 1 and scales is None:
         return F.linear(x, weight)
     N = N // 2 if gated else N
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     options = {"GATED": gated} | launch_options(x.device)
-    if T > 1:
+    if T > 1 and zeros is not None:
+        words, group = weight.view(torch.int32), K // scales.shape[1]
+        grid = (triton.cdiv(N, 32), 1)
+        _int4_matmul_kernel[grid](x, words, scales, zeros, y, T, N, K=K, G=group, BT=16, BN=32, WORDS=64, num_warps=4)
+    elif T > 1:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)

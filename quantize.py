@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 try:
     import gpu_kernels
@@ -89,8 +90,9 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         if self.for_gpu_kernels:
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights()).view(*x.shape[:-1], -1)
-        elif x.numel() == x.shape[-1] and torch.compiler.is_compiling():  # one fused loop over the int8 weights
-            y = (self.weight * x.flatten().float()).sum(-1) * self.scales.float()
+        elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
+            # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
+            y = torch.stack([(self.weight * row).sum(-1) for row in x.float().flatten(0, -2)]) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales

@@ -6,6 +6,7 @@
     python scripts/benchmark.py context --shape llama-3.1-8b --used 128 2048 8192 32768 --slots 131072
     python scripts/benchmark.py batch --shape llama-3.1-8b --sizes 1 4 16 64
     python scripts/benchmark.py forward --shape gpt-1.2b
+    python scripts/benchmark.py speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
     python scripts/benchmark.py plot --json_path FILE --png FILE
 
 Decisions to know:
@@ -24,6 +25,8 @@ Decisions to know:
 - `decode`, `context` and `batch` say how long compiling the greedy step takes, cold in an empty cache of its own, then
   warm. Triton kernels that an earlier model of the run has compiled stay in the process.
 - `context` and `batch` decode greedily.
+- `speculate` makes a draft of the first layers of its random model, in int4, and what the later layers add so small
+  that the model keeps the wanted share of the drafts. Speed depends on that share alone.
 - Memory is the run's, with all models on the device; in `forward`, on an NVIDIA GPU, each row's, which is alone there.
 
 Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
@@ -41,6 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -51,7 +55,9 @@ from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
 from convert_hf_checkpoint import config_from_hf
 from generate import (
+    DraftModel,
     Sampling,
+    Stopwatch,
     bytes_per_step,
     cache_slots,
     check_device,
@@ -59,12 +65,15 @@ from generate import (
     compiled_prefill,
     decode_step,
     default_device,
+    draft_step,
     generate,
     peak_memory,
     positive,
     prefill,
     read_bandwidth,
+    speculation_figures,
     synchronize,
+    verify,
 )
 from model import GPT, GPTConfig
 from quantize import GROUP_SIZES
@@ -102,10 +111,15 @@ WEIGHTS = (*DTYPES, "int8", "int4")
 # --- What is measured -------------------------------------------------------------------------------------------------
 
 
+def shapes_of(config: GPTConfig) -> dict:
+    """{name: shape} of the reference's state dict."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+
+
 def random_state(config: GPTConfig, device: str) -> dict:
     """bf16 weights of a model whose activations stay near 1."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    shapes = shapes_of(config)
     generator = torch.Generator(device).manual_seed(0)
     state_dict = {}
     for name, shape in shapes.items():
@@ -245,6 +259,14 @@ def print_row(row: dict) -> None:
     shown = {"first_token": "s to the first", "cold": "s cold", "warm": "s warm", "peak_memory": "GB"}
     rest = [f"{row[k] / (1e9 if k == 'peak_memory' else 1):.2f} {unit}" for k, unit in shown.items() if k in row]
     rest += [f"{row['kernels']} kernels"] if "kernels" in row else []
+    if "round_seconds" in row:
+        steps = row["round_seconds"] / row["plain_seconds"]
+        rest += [
+            f"{row['acceptance']:.0%} kept",
+            f"{row['times_plain']:.2f} times plain steps of {row['plain_seconds'] * 1e3:.2f} ms",
+            f"a round {row['round_seconds'] * 1e3:.2f} ms or {steps:.2f} steps",
+            f"drafts {row['draft_seconds'] * 1e3:.2f} and verification {row['verify_seconds'] * 1e3:.2f} ms of it",
+        ]
     rest += [f"cache {row['cache_share']:.0%} of that floor"] if "cache_share" in row else []
     rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
     print(
@@ -435,7 +457,100 @@ def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[i
         yield row_of(title, seconds, floor, **more)
 
 
+def scale_outputs(layers, factor: float) -> None:
+    """What these layers add to the residual stream, times a factor; weights are changed in place."""
+    for layer in layers:
+        for linear in (layer.attn.out, layer.mlp.down):
+            for name in ("scales", "zeros") if hasattr(linear, "scales") else ("weight",):
+                if hasattr(linear, name):
+                    getattr(linear, name).mul_(factor)
+
+
+def acceptance_of(speculation) -> float:
+    """The share kept of the drafts that were looked at, in the last text."""
+    return speculation_figures(speculation, {})["acceptance"]
+
+
+def time_text(model, prompt, step, count: int, sampling, speculation=None, seed: int = 0):
+    """Seconds of a token after the first, and the ids [1, count]."""
+    start, marks, ids = time.perf_counter(), [], []
+    for token in generate(model, prompt, count, sampling, seed=seed, decode_step=step, speculation=speculation):
+        marks.append(time.perf_counter() - start)
+        ids.append(token[0])
+    return (marks[-1] - marks[0]) / (len(marks) - 1), torch.tensor([ids], device=prompt.device)
+
+
+@torch.no_grad()
+def speculations(
+    models: dict,
+    limits: dict,
+    device: str,
+    acceptance: list[float],
+    drafts: list[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    samples: int,
+    **_,
+):
+    """Decoding with a draft model at several shares of drafts kept, against plain steps in turn with it.
+
+    `models` has pairs, a model and a draft of its first layers.
+    """
+    sampling = Sampling(temperature)
+    for name, (model, draft) in models.items():
+        prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
+        slots = cache_slots(prompt_tokens + new_tokens + max(drafts), model.config)
+        model.setup_caches(1, slots)
+        options = {"fullgraph": True, "dynamic": False, "options": compile_options(device)}
+        torch.compiler.reset()
+        step, check, drafting = (torch.compile(f, **options) for f in (decode_step, verify, draft_step))
+        watch = Stopwatch(device)
+        later, unscaled = model.layers[draft.config.n_layer :], 1.0
+
+        text = partial(time_text, model, prompt, step)
+        text(4, sampling)
+        for wanted in acceptance:
+            for k in drafts:
+                speculation = DraftModel(
+                    draft, k, step=watch.watch("draft", drafting), verify=watch.watch("verify", check)
+                )
+                low, high = 0.0, 2.0
+                for _ in range(8):
+                    factor = (low + high) / 2
+                    scale_outputs(later, factor / unscaled)
+                    unscaled = factor
+                    text(new_tokens, sampling, speculation)
+                    low, high = (factor, high) if acceptance_of(speculation) > wanted else (low, factor)
+                for sampled in (Sampling(temperature=0), sampling):  # compiles the greedy one, too
+                    text(3 * (k + 1), sampled, speculation)
+                _, greedy_ids = text(24, Sampling(temperature=0), speculation)
+                agrees = check_steps(model, greedy_ids, prompt_tokens, f"{name}, {k} drafts")
+                plain, fast, rates, rounds, calls = [], [], [], [], {"draft": 0.0, "verify": 0.0}
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    for sample in range(samples):
+                        plain.append(text(new_tokens, sampling, seed=sample)[0])
+                        watch.read()
+                        fast.append(text(new_tokens, sampling, speculation, seed=sample)[0])
+                        for kind, seconds in watch.read().items():
+                            calls[kind] += sum(seconds)
+                        rates.append(acceptance_of(speculation))
+                        rounds.append(len(speculation.rounds))
+                per_round = [s * (new_tokens - 1) / n for s, n in zip(fast, rounds, strict=True)]
+                step_seconds = statistics.median(plain)
+                round_bytes = bytes_per_step(model) + k * bytes_per_step(draft)
+                floor = round_bytes / limits["bytes_per_second"] * statistics.median(rounds) / (new_tokens - 1)
+                more = {"tokens": 1, "k": k, "acceptance": statistics.mean(rates), "plain_seconds": step_seconds}
+                more |= {
+                    "round_seconds": statistics.median(per_round),
+                    "times_plain": step_seconds / statistics.median(fast),
+                }
+                more |= {f"{kind}_seconds": total / sum(rounds) for kind, total in calls.items()}
+                yield row_of(f"{name}, {k} drafts", fast, floor, agrees=agrees, **more)
+
+
 SUITES = {"decode": decode, "prefill": prefills, "context": contexts, "batch": batches, "forward": forwards}
+SUITES |= {"speculate": speculations}
 
 
 def transformers_row(
@@ -545,6 +660,7 @@ def main(
     png: Path | None,
     samples: int,
     kv_cache: str | None,
+    draft_weights: str,
     **numbers,
 ) -> None:
     if suite == "plot":
@@ -555,8 +671,9 @@ def main(
         raise ValueError("give either --shape or --checkpoint_path")
     if hf and suite != "decode":
         raise ValueError(f"--hf is a row of the suite decode; leave it out of {suite}")
-    if suite == "forward":
+    if suite in ("forward", "speculate"):
         weights = weights or ["float32" if device == "cpu" else "bfloat16"]
+    if suite == "forward":
         if len(weights) > 1:
             raise ValueError(f"forward takes one kind of weights, not {len(weights)}; run it once for each")
     weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
@@ -577,6 +694,12 @@ def main(
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
         models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
     else:
+        if (
+            suite == "speculate"
+        ):  # what the draft's layers add is small beside the embedding, or int4 would lose too much
+            for i in range(config.n_layer):
+                for part in ("attn.o_proj", "mlp.down_proj"):
+                    state_dict[f"transformer.h.{i}.{part}.weight"] *= 0.3
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
         for model in models.values():
             model.int8_cache = kv_cache == "int8"
@@ -584,6 +707,12 @@ def main(
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
             print(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
+    if suite == "speculate":
+        small = replace(config, n_layer=max(1, config.n_layer // 8))
+        kept = {name: state_dict[name] for name in shapes_of(small)}
+        draft = make_model(small, kept, draft_weights, group_size, device)
+        print(f"  draft: {small.n_layer} layers in {draft_weights}, {bytes_per_step(draft) / 1e9:.3f} GB")
+        models = {kind: (model, draft) for kind, model in models.items()}
     del state_dict
     rows = []
     if hf:
@@ -620,14 +749,22 @@ def parse_arguments():
     add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
     add("--kv_cache", choices=("int8",), help="decode, context, batch: keys and values in 8 bits")
     add("--samples", type=positive, default=5, help="of each row")
-    add("--prompt_tokens", type=positive, default=5, help="decode")
-    add("--new_tokens", type=positive, default=200, help="decode")
-    add("--temperature", type=float, default=Sampling.temperature, help="decode; 0 is greedy, else top-k is 200")
+    add("--prompt_tokens", type=positive, default=5, help="decode, speculate")
+    add("--new_tokens", type=positive, default=200, help="decode, speculate")
+    add(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="decode, speculate; 0 is greedy, else top-k is 200",
+    )
     add("--tokens", type=positive, nargs="+", default=[512, 2048, 8192], help="prefill; forward takes the first")
     add("--used", type=positive, nargs="+", default=[128, 2048, 8192, 32768], help="context: tokens in the cache")
     add("--slots", type=positive, default=131072, help="context: cache slots")
     add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")
     add("--batch", type=positive, default=32, help="forward: rows")
+    add("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="speculate: shares of drafts to keep")
+    add("--drafts", type=positive, nargs="+", default=[5], help="speculate: drafts in a round")
+    add("--draft_weights", choices=WEIGHTS, default="int4", help="speculate: of the draft, an eighth of the layers")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--json_path", type=Path, metavar="FILE", help="write limits and rows; for plot, read them")
     add("--png", type=Path, metavar="FILE", help="plot: the picture to write")

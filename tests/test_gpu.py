@@ -1,5 +1,6 @@
 """What only a GPU shows: CUDA graphs, and the host that runs ahead. Skipped without one."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model
-from generate import Sampling, compile_options, decode_step, generate
+from generate import (
+    DraftModel,
+    PromptLookup,
+    Sampling,
+    compile_options,
+    decode_step,
+    draft_step,
+    generate,
+    verify,
+)
 from quantize import Int4Linear, Int8Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -42,6 +52,41 @@ def test_running_ahead_stops_at_each_rows_end():
         ids = [ids[row] for ids in plain]
         until = next(i for i, id in enumerate(ids) if id in ends) + 1
         assert [ids[row] for ids in stopped] == ids[:until] + [None] * (len(stopped) - until)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
+    torch.compiler.reset()
+    config = FAMILIES["llama-3.1"]
+    model = build_model(config, random_weights(config), "cuda", torch.float32)
+    options = {"fullgraph": True, "dynamic": False, "options": compile_options("cuda")}
+    prompt = torch.randint(config.vocab_size, (2, 9), device="cuda")
+    model.setup_caches(2, 256)
+
+    def speculation(compiled):
+        check, step = (torch.compile(f, **options) if compiled else f for f in (verify, draft_step))
+        return PromptLookup(4, verify=check) if kind == "lookup" else DraftModel(draft, 4, step=step, verify=check)
+
+    draft = build_model(config, random_weights(config), "cuda", torch.bfloat16)
+    eager, compiled = speculation(False), speculation(True)
+    expected = list(generate(model, prompt, 100, sampling, seed=3, speculation=eager))
+    step = torch.compile(decode_step, **options)
+    arguments = {"seed": 3, "decode_step": step, "speculation": compiled}
+    assert list(generate(model, prompt, 100, sampling, **arguments)) == expected
+    if sampling.temperature == 0:
+        assert list(generate(model, prompt, 100, sampling)) == expected
+    tokens = generate(model, prompt, 100, sampling, **arguments)
+    next(tokens)
+    with torch.compiler.set_stance("fail_on_recompile"), warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            assert [expected[0], *tokens] == expected
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in waits if "synchroniz" in str(w.message)]
+    assert 0 < len(waits) <= len(compiled.rounds), waits[:3]
 
 
 def close(y, expected, dtype, times=1):
