@@ -243,7 +243,7 @@ def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, B
 
 
 @triton.jit
-def _int4_matmul_kernel(
+def _int4_few_kernel(
     x_ptr,
     w_ptr,
     s_ptr,
@@ -254,32 +254,30 @@ def _int4_matmul_kernel(
     K: tl.constexpr,
     G: tl.constexpr,
     BT: tl.constexpr,
-    BN: tl.constexpr,
+    ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """y [T, N] of a few tokens: 8 products a tile, one for each nibble of its words, whose columns x is read by."""
-    rows = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
-    tokens = (tl.program_id(1) * BT + tl.arange(0, BT))[None, :]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    total = tl.zeros([BN, BT], tl.float32)
+    """y [T, N] of up to BT tokens, ROWS rows a program: weights are unpacked once for all tokens."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
+    token = tl.arange(0, BT)[:, None, None]
+    total = tl.zeros([BT, ROWS, WORDS], tl.float32)
     for first in range(0, K // 8, WORDS):
-        at = first + tl.arange(0, WORDS)
-        inside = (rows < N) & (at < K // 8)[None, :]
-        words = tl.load(w_ptr + rows.to(tl.int64) * (K // 8) + at[None, :], mask=inside, other=0)
-        group = rows * (K // G) + (at // 4 * 32 // G)[None, :]
+        at = (first + tl.arange(0, WORDS))[None, None, :]
+        inside = (rows < N) & (at < K // 8)
+        words = tl.load(w_ptr + rows.to(tl.int64) * (K // 8) + at, mask=inside, other=0)
+        group = rows * (K // G) + at // 4 * 32 // G
         scale = tl.load(s_ptr + group, mask=inside, other=0.0).to(tl.float32)
         zero = tl.load(z_ptr + group, mask=inside, other=0.0).to(tl.float32)
-        x_at = x_ptr + tokens * K + (at // 4 * 32 + at % 4)[:, None]
-        in_x = (tokens < T) & (at < K // 8)[:, None]
+        x_at = x_ptr + token * K + at // 4 * 32 + at % 4
+        in_x = (token < T) & (at < K // 8)
         for i in tl.static_range(4):
             pair = _pair_of_nibbles(words, i)
             low = ((pair << 16).to(tl.float32, bitcast=True) - 136) * scale + zero
             high = ((pair & -65536).to(tl.float32, bitcast=True) - 136) * scale + zero
-            x_low = tl.load(x_at + 4 * i, mask=in_x, other=0.0)
-            x_high = tl.load(x_at + 16 + 4 * i, mask=in_x, other=0.0)
-            total = tl.dot(low.to(dtype), x_low, total, input_precision="ieee")
-            total = tl.dot(high.to(dtype), x_high, total, input_precision="ieee")
-    tl.store(y_ptr + tokens * N + rows, total.to(dtype), mask=(tokens < T) & (rows < N))
+            total += low * tl.load(x_at + 4 * i, mask=in_x, other=0.0).to(tl.float32)
+            total += high * tl.load(x_at + 16 + 4 * i, mask=in_x, other=0.0).to(tl.float32)
+    y = tl.sum(total, 2)[:, :, None]
+    tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=(token < T) & (rows < N))
 
 
 @triton.jit
@@ -346,8 +344,8 @@ def linear(
     options = {"GATED": gated} | launch_options(x.device)
     if T > 1 and zeros is not None:
         words, group = weight.view(torch.int32), K // scales.shape[1]
-        grid = (triton.cdiv(N, 32), 1)
-        _int4_matmul_kernel[grid](x, words, scales, zeros, y, T, N, K=K, G=group, BT=16, BN=32, WORDS=64, num_warps=4)
+        shape = {"K": K, "G": group, "BT": triton.next_power_of_2(T), "ROWS": 4, "WORDS": 256}
+        _int4_few_kernel[(triton.cdiv(N, 4),)](x, words, scales, zeros, y, T, N, **shape, num_warps=4)
     elif T > 1:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))

@@ -515,7 +515,7 @@ def speculations(
                 speculation = DraftModel(
                     draft, k, step=watch.watch("draft", drafting), verify=watch.watch("verify", check)
                 )
-                low, high = 0.0, 2.0
+                low, high = 0.0, 4.0
                 for _ in range(8):
                     factor = (low + high) / 2
                     scale_outputs(later, factor / unscaled)
@@ -694,12 +694,8 @@ def main(
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
         models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
     else:
-        if (
-            suite == "speculate"
-        ):  # what the draft's layers add is small beside the embedding, or int4 would lose too much
-            for i in range(config.n_layer):
-                for part in ("attn.o_proj", "mlp.down_proj"):
-                    state_dict[f"transformer.h.{i}.{part}.weight"] *= 0.3
+        if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
+            state_dict["transformer.wte.weight"] *= 4 * config.dim**0.5
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
         for model in models.values():
             model.int8_cache = kv_cache == "int8"
