@@ -3,8 +3,9 @@
 One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 167 and 209,
 int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md has the steps. Decisions to know:
 
-- `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product;
-  for up to 64, int8 weights are converted inside a matrix product; otherwise weights are unpacked, then cuBLAS.
+- `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
+  up to 6 do so one by one in int4; for up to 64, int8 weights are converted inside a matrix product; otherwise weights
+  are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
 - Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
   operation: 0x4300 is 128, and its last mantissa bits count by one.
@@ -199,6 +200,7 @@ def _int4_matvec_kernel(
     s_ptr,
     z_ptr,
     y_ptr,
+    T,
     N,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -208,8 +210,14 @@ def _int4_matvec_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS of N rows a program; GATED: those as gate, and as many from row N on as up."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
+
+    The programs of all T tokens come one after the other for the same rows, which are then in the cache.
+    """
+    token = tl.program_id(0) % T
+    x_ptr += token * K
+    y_ptr += token * N
+    rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
     PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
     words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, 0, K, G, BLOCKS, PART)
     if GATED:
@@ -240,44 +248,6 @@ def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, B
         total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
     y = total * tl.load(s_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y_ptr + tokens[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=in_rows & in_tokens)
-
-
-@triton.jit
-def _int4_few_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    y_ptr,
-    T,
-    N,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    BT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """y [T, N] of up to BT tokens, ROWS rows a program: weights are unpacked once for all tokens."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
-    token = tl.arange(0, BT)[:, None, None]
-    total = tl.zeros([BT, ROWS, WORDS], tl.float32)
-    for first in range(0, K // 8, WORDS):
-        at = (first + tl.arange(0, WORDS))[None, None, :]
-        inside = (rows < N) & (at < K // 8)
-        words = tl.load(w_ptr + rows.to(tl.int64) * (K // 8) + at, mask=inside, other=0)
-        group = rows * (K // G) + at // 4 * 32 // G
-        scale = tl.load(s_ptr + group, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(z_ptr + group, mask=inside, other=0.0).to(tl.float32)
-        x_at = x_ptr + token * K + at // 4 * 32 + at % 4
-        in_x = (token < T) & (at < K // 8)
-        for i in tl.static_range(4):
-            pair = _pair_of_nibbles(words, i)
-            low = ((pair << 16).to(tl.float32, bitcast=True) - 136) * scale + zero
-            high = ((pair & -65536).to(tl.float32, bitcast=True) - 136) * scale + zero
-            total += low * tl.load(x_at + 4 * i, mask=in_x, other=0.0).to(tl.float32)
-            total += high * tl.load(x_at + 16 + 4 * i, mask=in_x, other=0.0).to(tl.float32)
-    y = tl.sum(total, 2)[:, :, None]
-    tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=(token < T) & (rows < N))
 
 
 @triton.jit
@@ -335,18 +305,14 @@ def linear(
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
-    if scales is not None and T > (64 if zeros is None else 16):
+    if scales is not None and T > (64 if zeros is None else 6):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     if T > 1 and scales is None:
         return F.linear(x, weight)
     N = N // 2 if gated else N
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     options = {"GATED": gated} | launch_options(x.device)
-    if T > 1 and zeros is not None:
-        words, group = weight.view(torch.int32), K // scales.shape[1]
-        shape = {"K": K, "G": group, "BT": triton.next_power_of_2(T), "ROWS": 4, "WORDS": 256}
-        _int4_few_kernel[(triton.cdiv(N, 4),)](x, words, scales, zeros, y, T, N, **shape, num_warps=4)
-    elif T > 1:
+    if T > 1 and zeros is None:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
@@ -360,7 +326,8 @@ def linear(
         blocks = min(128, triton.next_power_of_2(K // 32))
         rows = 4 if gated else 8
         shape = {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
-        _int4_matvec_kernel[(triton.cdiv(N, rows),)](x, words, scales, zeros, y, N, **shape, num_warps=4, **options)
+        grid = (triton.cdiv(N, rows) * T,)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, y, T, N, **shape, num_warps=4, **options)
     return y
 
 
