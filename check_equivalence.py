@@ -10,6 +10,8 @@ of every family are checked. Decisions to know:
 - An int8 cache may lose twice what random errors of the size of its rounding change in the reference.
 - Quantized rows must agree with a reference that carries the dequantized weights as tightly as plain ones do.
 - A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
+- Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
+  The draft model is the model itself with noise in its weights, so that it is right at times.
 - Compiled rows run under a stance in which a recompilation is an error.
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`
@@ -22,13 +24,27 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
-from generate import Sampling, check_device, compile_options, compiled_prefill, default_device, generate
+from generate import (
+    DraftModel,
+    PromptLookup,
+    Sampling,
+    check_device,
+    compile_options,
+    compiled_prefill,
+    decode_step,
+    default_device,
+    draft_step,
+    generate,
+    verify,
+)
 from model import GPT, GPTConfig
+from quantize import dequantize_weights
 
 LONG = 1040  # tokens of the long prompt
 SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
@@ -81,7 +97,7 @@ class Row:
 
     name: str
     difference: float  # largest of any logit
-    divergence: float  # largest KL(reference, this way) of any position, nats
+    divergence: float | None  # largest KL(reference, this way) of any position, nats; None of a text
     agreement: float  # share of positions with the same most likely token
     first_change: int | None  # tokens of greedy text before the first that differs
     tolerance: float  # of `difference`
@@ -170,6 +186,33 @@ def compiled_at_once(model, ids):
         return forward(model, ids, None, None)
 
 
+def speculative(model, speculation, expected, prompt, greedy, tolerance: float, decode_step, compiled: bool) -> Row:
+    """The row of a greedy text [B, T] after the prompts [B, P]; `expected` is the reference."""
+    B, length = prompt.shape
+    count = greedy.shape[1]
+    model.setup_caches(B, min(length + count + speculation.longest_round, model.config.block_size))
+    run = partial(
+        generate, model, prompt, count, Sampling(temperature=0), decode_step=decode_step, speculation=speculation
+    )
+    for _ in run() if compiled else ():
+        pass
+    with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
+        ids = torch.tensor(list(run()), device=prompt.device).T
+    logits = expected(torch.cat([prompt, ids], dim=1))[:, length - 1 : -1]
+    behind = logits.amax(-1) - logits.gather(-1, ids[..., None])[..., 0]  # [B, T]
+    changed = (ids != greedy).any(0).nonzero()
+    kind = "draft model" if isinstance(speculation, DraftModel) else "prompt lookup"
+    return Row(
+        f"{kind}, compiled" if compiled else kind,
+        difference=behind.max().item(),
+        divergence=None,
+        agreement=(logits.argmax(-1) == ids).float().mean().item(),
+        first_change=changed[0].item() if len(changed) else None,
+        tolerance=tolerance,
+        reason="greedy text, behind the reference's best",
+    )
+
+
 # --- The check --------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +276,7 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
         yield compare("transformers", expected, theirs(ids).logits, length, **exact)
         del theirs
 
+    plain = {name: tensor.float() for name, tensor in dequantize_weights(state_dict).items()}
     fast = build_model(config, state_dict, device, torch.float32)
     yield compare("without a cache", expected, without_cache(fast, ids), length, **exact)
     yield compare("prefill at once", expected, at_once(fast, ids), length, **exact)
@@ -247,6 +291,19 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
         yield compare("compiled prefill", expected, compiled_at_once(fast, ids), length, **exact)
         torch.compiler.reset()
         yield compare("compiled, one row", expected[:1], compiled_steps(fast, ids[:1]), length, **exact)
+
+    shaken = {name: t + 0.03 * t.std() * torch.randn(t.shape, generator=random) for name, t in plain.items()}
+    draft = build_model(config, shaken, device, torch.float32)
+    text = ids[:, length:]
+    for compiles in (False, True) if compiled else (False,):
+        torch.compiler.reset()
+        step, check, drafting = decode_step, verify, draft_step
+        if compiles:
+            options = {"fullgraph": True, "dynamic": False, "options": compile_options(prompt.device.type)}
+            step, check, drafting = (torch.compile(function, **options) for function in (step, check, drafting))
+        for speculation in (DraftModel(draft, 3, drafting, verify=check), PromptLookup(3, verify=check)):
+            yield speculative(fast, speculation, reference, prompt, text, 2 * exact["tolerance"], step, compiles)
+    del draft
 
     if config.block_size >= LONG:
         # The same text over and over: after 1,000 random tokens some logits of a trained model hang on the last bit
@@ -297,9 +354,10 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
     print(f"  {'':24}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
     passed = True
     for row in rows:
+        divergence = "" if row.divergence is None else f"{row.divergence:.1e}"
         change = "same" if row.first_change is None else row.first_change
         print(
-            f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {row.divergence:9.1e} {row.agreement:7.2%} "
+            f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {divergence:>9} {row.agreement:7.2%} "
             f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
             flush=True,
         )

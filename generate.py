@@ -9,6 +9,8 @@ Decisions to know:
   position, and a row's new tokens overwrite the padded slots before they come into view.
 - The compiled decode step is a value that is passed along. Prefill is eager unless `--compile_prefill`.
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
+- Speculation goes in rounds: k drafts, of a smaller model or of the text itself, then one pass of the model over all of
+  them. The host reads one tensor a round. A refused draft's cache slot is overwritten before it comes into view.
 - Text goes to stdout, the figures of the run to stderr.
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py` and `tokenizer.py` beside it, with
@@ -54,7 +56,7 @@ class Sampling:
 
 
 def to_probabilities(logits, sampling: Sampling):
-    """Probabilities [B, V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
+    """Probabilities [..., V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, sorted=False).values.amin(-1, keepdim=True)
@@ -65,7 +67,8 @@ def to_probabilities(logits, sampling: Sampling):
         before = descending.cumsum(-1) - descending  # mass of all likelier tokens; the first has none, so it stays
         smallest = descending.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < smallest, 0)
-    return probabilities  # not normalized after top-p: nothing below depends on their sum
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
 
 
 def sample(logits, noise, sampling: Sampling):

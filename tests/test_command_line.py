@@ -3,11 +3,8 @@
 Most runs are inside this process, where torch is imported once; a few are processes of their own.
 """
 
-import io
 import json
 import pickle
-import runpy
-import shutil
 import string
 import subprocess
 import sys
@@ -16,59 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import command
 
-import generate
 import quantize
 from checkpoint import read_checkpoint
 from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
 
-SCRIPT = Path(generate.__file__)
 GREEDY = ("--temperature", "0")
-
-
-def command(folder, *arguments):
-    """The arguments; of an option that is given twice the last one counts."""
-    options = ["--checkpoint_path", folder / "model.pth", "--device", "cpu", "--max_new_tokens", 12, *arguments]
-    return [str(SCRIPT), *map(str, options)]
-
-
-@pytest.fixture
-def run(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    """A run that ends well: its output, and what it wrote with --json."""
-    monkeypatch.setattr(generate, "read_bandwidth", lambda device: 1e9)  # measuring takes a second
-
-    def run(*arguments, folder=tiny_checkpoint, stdin=""):
-        file = tmp_path / "run.json"
-        monkeypatch.setattr(sys, "argv", command(folder, "--json", file, *arguments))
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        generate.main(**vars(generate.parse_arguments()))
-        output, data = capsys.readouterr(), json.loads(file.read_text())
-        return SimpleNamespace(
-            stdout=output.out, stderr=output.err, data=data, samples=data["samples"], runs=data["runs"]
-        )
-
-    return run
-
-
-@pytest.fixture
-def refused(tiny_checkpoint, monkeypatch, capsys):
-    """A run that ends with exit code 2: what it wrote to stderr."""
-
-    def refused(*arguments, folder=tiny_checkpoint, stdin=""):
-        monkeypatch.setattr(sys, "argv", command(folder, *arguments))
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert end.value.code == 2
-        return capsys.readouterr().err
-
-    return refused
-
-
-@pytest.fixture
-def folder(tiny_checkpoint, tmp_path):
-    """A copy of the checkpoint's folder, to be changed."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
 def process(folder, *arguments):

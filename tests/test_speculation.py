@@ -1,0 +1,440 @@
+"""Speculation: scripted models whose every draft is known, the distribution of sampled text, and the command line."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import generate as generate_module
+from check_equivalence import FAMILIES, random_weights
+from checkpoint import build_model, read_checkpoint, write_checkpoint
+from generate import (
+    DraftModel,
+    PromptLookup,
+    Sampling,
+    Speculation,
+    check_vocabulary,
+    compile_options,
+    decode_step,
+    draft_step,
+    generate,
+    sample,
+    to_probabilities,
+    verify,
+)
+
+GREEDY = Sampling(temperature=0)
+
+
+class Scripted:
+    """A model of `vocab_size` tokens: `following(token, position)` gives the logits of what comes next.
+
+    It writes each token into a cache and takes what it answers from there, so that a cache that is wrong shows.
+    """
+
+    def __init__(self, following, vocab_size=16, block_size=64):
+        self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
+        self.following, self.max_seq_length, self.max_batch_size = following, 0, 0
+        self.passes = []  # the number of tokens of each
+
+    def setup_caches(self, rows, slots):
+        self.cache = torch.full((rows, slots), -1)
+        self.max_batch_size, self.max_seq_length = rows, slots
+
+    def __call__(self, ids, input_pos=None, last=None):
+        B, T = ids.shape
+        self.passes.append(T)
+        if input_pos is None:
+            input_pos = torch.arange(T).expand(B, -1)
+        assert 0 <= input_pos.min() and input_pos.max() < self.max_seq_length
+        self.cache[:B].scatter_(1, input_pos, ids)
+        for row, end in enumerate(input_pos[:, -1].tolist()):
+            assert (self.cache[row, : end + 1] >= 0).all(), "a slot before this token was never written"
+        logits = self.following(self.cache[:B].gather(1, input_pos), input_pos)
+        return logits if last is None else logits[torch.arange(B), last][:, None]
+
+
+def counting(step, period=16):
+    """A model that goes on with token + step."""
+    return lambda token, position: 10.0 * torch.nn.functional.one_hot((token + step) % period, 16).float()
+
+
+def sometimes(step):
+    """A draft that is right but at every third position."""
+    return lambda token, position: counting(0)(token + step + (position % 3 == 2), position)
+
+
+def text(model, prompt, count, speculation=None, sampling=GREEDY, **options):
+    return list(generate(model, torch.tensor(prompt), count, sampling, speculation=speculation, **options))
+
+
+@pytest.mark.parametrize("prompt", [[[1, 2, 3]], [[1, 2, 3], [7, 9, 4]]])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_drafts_that_are_all_right_take_all_and_one_more(prompt, k):
+    model, speculation = Scripted(counting(1)), DraftModel(Scripted(counting(1)), k)
+    assert text(model, prompt, 1 + 4 * (k + 1), speculation) == text(Scripted(counting(1)), prompt, 1 + 4 * (k + 1))
+    assert speculation.rounds == [(k, [k] * len(prompt))] * 4
+    assert model.passes == [3] + [k + 1] * 4  # the prompt, then a pass a round
+
+
+def test_drafts_that_are_all_wrong_cost_a_round_a_token():
+    model, speculation = Scripted(counting(1)), DraftModel(Scripted(counting(2)), 4)
+    assert text(model, [[5]], 9, speculation) == text(Scripted(counting(1)), [[5]], 9)
+    assert speculation.rounds == [(4, [0])] * 8
+
+
+def test_drafts_that_are_sometimes_right_are_kept_up_to_the_first_wrong_one():
+    speculation = DraftModel(Scripted(sometimes(1)), 4)
+    prompt = [[5, 6], [2, 9]]
+    assert text(Scripted(counting(1)), prompt, 40, speculation) == text(Scripted(counting(1)), prompt, 40)
+    kept = {n for _, of_rows in speculation.rounds for n in of_rows}
+    assert kept == {0, 2}  # wrong at every third position, and right between
+
+
+@pytest.mark.parametrize("speculation", [DraftModel(Scripted(counting(1)), 5), PromptLookup(5)])
+def test_an_eos_inside_what_was_kept_ends_the_text_there(speculation):
+    model, prompt = Scripted(counting(1, 7)), [[1, 2, 3, 4, 5, 6, 0, 1, 2]]
+    expected = text(model, prompt, 30, eos_ids={0})
+    assert text(model, prompt, 30, speculation, eos_ids={0}) == expected == [[3], [4], [5], [6], [0]]
+
+
+def test_each_row_ends_at_its_own_eos():
+    model, speculation = Scripted(counting(1)), DraftModel(Scripted(sometimes(1)), 4)
+    prompt = [[1, 2], [8, 11]]
+    expected = text(model, prompt, 30, eos_ids={13})
+    assert text(model, prompt, 30, speculation, eos_ids={13}) == expected
+    assert [row[1] for row in expected] == [12, 13] + [None] * 9 and len(expected) == 11
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 3]])
+@pytest.mark.parametrize("draft_context", [64, 30])
+def test_the_text_goes_on_to_the_contexts_last_slot(lengths, draft_context):
+    model = Scripted(counting(1))
+    draft = Scripted(sometimes(1), block_size=draft_context)
+    prompt = [[1, 2, 3], [7, 8, 9]]
+    for speculation in (DraftModel(draft, 5), PromptLookup(5)):
+        found = text(model, prompt, 1000, speculation, lengths=lengths)
+        assert found == text(model, prompt, 1000, lengths=lengths)
+        assert len(found) == 64 - min(lengths) + 1
+        assert {k for k, _ in speculation.rounds} == {0, 5}  # the last slots are filled one by one
+
+
+def test_a_draft_may_have_another_number_of_padded_tokens():
+    for size in (12, 20):
+        draft = Scripted(lambda token, position, size=size: torch.eye(size)[(token + 1) % 16 % size], vocab_size=size)
+        speculation = DraftModel(draft, 3)
+        assert text(Scripted(counting(1)), [[3]], 30, speculation) == text(Scripted(counting(1)), [[3]], 30)
+
+
+def test_a_prompt_longer_than_the_drafts_context_is_refused():
+    speculation = DraftModel(Scripted(counting(1), block_size=8), 2)
+    with pytest.raises(ValueError, match="for the draft model the prompt has 9 tokens, more than the context of 8"):
+        text(Scripted(counting(1)), [[1] * 9], 5, speculation)
+
+
+def test_the_reference_cannot_speculate():
+    config = FAMILIES["llama-2"]
+    reference = build_model(config, random_weights(config), "cpu", torch.float32, reference=True)
+    with pytest.raises(ValueError, match="speculation needs a model with a cache"):
+        text(reference, [[1]], 5, PromptLookup(3))
+
+
+# --- Prompt lookup ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "longest", "expected"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 3, [9, 1, 2, 3, 9]),  # the continuation, over and over
+        ([1, 2, 3, 4, 5, 2, 3, 6, 7, 2, 3], 2, [6, 7, 2, 3, 6]),  # the most recent one
+        ([1, 2, 3, 4, 5, 9, 2, 3, 6, 1, 2, 3], 3, [4, 5, 9, 2, 3]),  # the longest match before the most recent
+        ([1, 2, 3, 4, 5, 9, 2, 3, 6, 1, 2, 3], 2, [6, 1, 2, 3, 6]),
+        ([1, 2, 3], 3, []),
+        ([7, 7], 3, [7, 7, 7, 7, 7]),
+        ([4], 3, []),
+    ],
+)
+def test_the_continuation_of_the_last_tokens_is_found(ids, longest, expected):
+    lookup = PromptLookup(5, longest)
+    lookup.start(None, [len(ids)], 0, 99, [ids])
+    assert lookup.continuation(0, 5) == expected
+
+
+def test_without_a_match_a_plain_step_is_taken():
+    model, lookup = Scripted(counting(1)), PromptLookup(4)
+    assert text(model, [[0]], 30, lookup) == text(model, [[0]], 30)
+    assert [k for k, _ in lookup.rounds[:15]] == [0] * 15 and lookup.rounds[15][0] == 4  # the first repetition
+
+
+# --- Distribution -----------------------------------------------------------------------------------------------------
+
+TABLES = 2 * torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(3))  # logits after each token
+
+
+def markov(table):
+    return Scripted(lambda token, position: table[token], block_size=10**6)
+
+
+def wrong_verify(model, tokens, input_pos, proposed, uniform, noise, sampling):
+    """What a rejected draft is replaced by comes from p itself, not from what is left of it."""
+    k = tokens.shape[1] - 1
+    logits = model(tokens, input_pos + torch.arange(k + 1))
+    count, _ = generate_module.accept(logits, tokens[:, 1:], proposed, uniform, noise, sampling)
+    following = sample(logits.gather(1, count[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], noise, sampling)
+    ids = torch.cat([tokens[:, 1:], following], dim=1).scatter(1, count, following)
+    return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
+
+
+def chi_square(speculation, sampling, rows, seeds=40, count=100):
+    """(chi-square, degrees of freedom) of the tokens after each token, against the exact distribution."""
+    seen = torch.zeros(16, 16)
+    for seed in range(seeds):
+        ids = text(markov(TABLES[0]), [[3, 5, 3]] * rows, count, speculation, sampling, seed=1000 * seed)
+        for row in torch.tensor(ids).T:
+            seen.index_put_((row[:-1], row[1:]), torch.ones(count - 1), accumulate=True)
+    expected = to_probabilities(TABLES[0], sampling) * seen.sum(1, keepdim=True)
+    assert seen[expected == 0].sum() == 0
+    common = expected > 5
+    return ((seen - expected) ** 2 / expected)[common].sum().item(), common.sum().item() - common.any(1).sum().item()
+
+
+SAMPLINGS = [Sampling(1.0, 0, 1.0), Sampling(0.7, 0, 1.0), Sampling(1.0, 5, 1.0), Sampling(1.2, 0, 0.8)]
+
+
+def limit(freedom):
+    return freedom + 3.5 * (2 * freedom) ** 0.5  # exceeded about once in 2,000 seeds
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_sampled_text_has_the_models_distribution(kind, sampling, rows):
+    speculation = DraftModel(markov(TABLES[1]), 3) if kind == "draft" else PromptLookup(3)
+    found, freedom = chi_square(speculation, sampling, rows, seeds=40 // rows)
+    assert freedom > 10 and found < limit(freedom)
+    assert any(0 < n < 3 for _, kept in speculation.rounds for n in kept)
+
+
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_a_wrong_rule_of_acceptance_has_another_distribution(kind):
+    options = {"verify": wrong_verify}
+    speculation = DraftModel(markov(TABLES[1]), 3, **options) if kind == "draft" else PromptLookup(3, **options)
+    found, freedom = chi_square(speculation, SAMPLINGS[0], 1)
+    assert found > 1.5 * limit(freedom)
+
+
+def test_a_seed_gives_the_same_text_again():
+    speculation = DraftModel(markov(TABLES[1]), 3)
+    first = text(markov(TABLES[0]), [[3]], 50, speculation, SAMPLINGS[0], seed=5)
+    assert text(markov(TABLES[0]), [[3]], 50, speculation, SAMPLINGS[0], seed=5) == first
+    assert text(markov(TABLES[0]), [[3]], 50, speculation, SAMPLINGS[0], seed=6) != first
+
+
+# --- k that adapts ----------------------------------------------------------------------------------------------------
+
+COSTS = {0: 1.0, 2: 1.3, 5: 1.7, 10: 2.5}
+
+
+def test_an_adapting_k_grows_where_all_is_kept():
+    speculation = DraftModel(Scripted(counting(1)), None, costs=COSTS)
+    assert text(Scripted(counting(1)), [[3]], 60, speculation) == text(Scripted(counting(1)), [[3]], 60)
+    assert [k for k, _ in speculation.rounds][2] == 10
+
+
+def test_an_adapting_k_gives_up_where_nothing_is_kept_and_tries_again():
+    model = Scripted(counting(1), block_size=2000)
+    speculation = DraftModel(Scripted(counting(2), block_size=2000), None, costs=COSTS)
+    assert text(model, [[3]], 1000, speculation) == text(Scripted(counting(1), block_size=2000), [[3]], 1000)
+    choices = [k for k, _ in speculation.rounds]
+    plain = choices.count(0) / len(choices)
+    assert 0.95 < plain < 1 and 2 in choices[200:]
+
+
+def test_an_adapting_k_comes_back_when_drafts_are_right_again():
+    def late(token, position):  # wrong, then right
+        return counting(0)(token + 1 + (position < 100), position)
+
+    model = Scripted(counting(1), block_size=2000)
+    speculation = DraftModel(Scripted(late, block_size=2000), None, costs=COSTS)
+    assert text(model, [[3]], 600, speculation) == text(Scripted(counting(1), block_size=2000), [[3]], 600)
+    choices = [k for k, _ in speculation.rounds]
+    assert 0 in choices[:30] and choices[-1] == 10
+    assert not any(n < k for k, kept in speculation.rounds[-20:] for n in kept)  # its cache has the plain steps' tokens
+
+
+def test_an_adapting_k_needs_costs():
+    with pytest.raises(ValueError, match="needs the costs of its rounds"):
+        Speculation(None)
+
+
+# --- Real models ------------------------------------------------------------------------------------------------------
+
+
+def noisy(state_dict, share):
+    generator = torch.Generator().manual_seed(1)
+    return {n: t + share * t.std() * torch.randn(t.shape, generator=generator) for n, t in state_dict.items()}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 20, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_compiled_rounds_give_the_eager_text_and_never_recompile(kind, sampling):
+    torch.compiler.reset()
+    config = replace(FAMILIES["llama-3.1"], block_size=64)
+    weights = random_weights(config)
+    model = build_model(config, weights, "cpu", torch.float32)
+    draft = build_model(config, noisy(weights, 0.03), "cpu", torch.float32)
+    model.setup_caches(2, 64)
+    options = {"fullgraph": True, "dynamic": False, "options": compile_options("cpu")}
+    check, drafting, step = (torch.compile(f, **options) for f in (verify, draft_step, decode_step))
+    prompt = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def speculation(**functions):
+        check = {name: f for name, f in functions.items() if name == "verify"}
+        return PromptLookup(4, **check) if kind == "lookup" else DraftModel(draft, 4, **functions)
+
+    eager, compiled = speculation(), speculation(verify=check, step=drafting)
+    expected = list(generate(model, prompt, 100, sampling, seed=3, speculation=eager))
+    list(generate(model, prompt, 100, sampling, seed=3, decode_step=step, speculation=compiled))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = list(generate(model, prompt, 100, sampling, seed=3, decode_step=step, speculation=compiled))
+    assert found == expected
+    if sampling is GREEDY:
+        assert expected == list(generate(model, prompt, 100, sampling))
+    kept = [n for k, of_rows in compiled.rounds if k for n in of_rows]
+    assert 0 < sum(kept) < 4 * len(kept)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def draft_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """A model that mostly agrees with the tiny one, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("draft")
+    for file in tiny_checkpoint.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config, weights = read_checkpoint(tiny_checkpoint / "model.pth")
+    write_checkpoint(folder / "model.pth", config, noisy(weights, 0.02))
+    return folder / "model.pth"
+
+
+@pytest.fixture(params=["draft", "lookup"])
+def drafts(request, draft_checkpoint):
+    return ("--prompt_lookup",) if request.param == "lookup" else ("--draft_checkpoint_path", draft_checkpoint)
+
+
+LONG = ("--temperature", "0", "--ignore_eos", "--max_new_tokens", 90, "--prompt", "abcabcabc")
+
+
+@pytest.mark.parametrize("more", [[], ["--speculate_k", 3], ["--speculate_k", "auto"], ["--batch_size", 2]])
+def test_the_text_is_the_plain_one(run, drafts, more):
+    plain = run(*LONG, *(more if "--batch_size" in more else []))
+    result = run(*LONG, *drafts, *more)
+    assert result.samples == plain.samples and result.stdout == plain.stdout
+
+
+def test_stop_strings_chats_and_prompt_files_work_with_drafts(run, drafts, tmp_path):
+    stop = run(*LONG).samples[0]["text"][30:33]
+    file = tmp_path / "prompts.txt"
+    file.write_text("Hello\nA longer line\nx\n")
+    for more in (["--stop", stop], ["--chat"], ["--prompt_file", file], ["--kv_cache", "int8"]):
+        base = [argument for argument in LONG if argument not in ("--prompt", "abcabcabc")]
+        plain, result = run(*base, *more), run(*base, *more, *drafts)
+        assert result.samples == plain.samples, more
+
+
+def test_a_session_keeps_its_caches(run, drafts):
+    lines = "Hello\nHello, you\nHello, you too\n"
+    options = ("--temperature", "0", "--ignore_eos", "--interactive", "--max_new_tokens", 20)
+    plain, result = run(*options, stdin=lines), run(*options, *drafts, stdin=lines)
+    assert result.samples == plain.samples and [r["cached_tokens"] for r in result.runs][1:] == [5, 10]
+
+
+def test_the_figures_say_what_came_of_the_drafts(run, drafts):
+    result = run(*LONG, *drafts, "--speculate_k", 4, "--compare", "--num_samples", 2)
+    for figures in result.runs:
+        rows = sum(figures["histogram"])
+        kept = sum(n * count for n, count in enumerate(figures["histogram"]))
+        assert rows == figures["rounds"] and figures["kept_per_round"] == pytest.approx(kept / rows)
+        whole = figures["histogram"][4] if len(figures["histogram"]) > 4 else 0
+        assert figures["acceptance"] == pytest.approx(kept / (kept + rows - whole))
+        assert figures["decode_steps"] == figures["rounds"] + figures["plain_steps"]
+        assert figures["verify_seconds_per_round"] > 0
+        assert (
+            (figures["draft_seconds_per_round"] > 0)
+            == (figures["draft_steps"] > 0)
+            == ("--prompt_lookup" not in drafts)
+        )
+        assert figures["plain_text_is_the_same"] is True and figures["plain_tokens_per_second"] > 0
+    assert set(result.data["round_seconds"]) == {"0", "4"}
+    for words in ("drafts:", "looked at were kept", "a round took", "times as fast, the same text"):
+        assert result.stderr.count(words) == 2
+
+
+def test_compiled_drafts_write_the_plain_text(run, drafts):
+    torch.compiler.reset()
+    plain = run(*LONG)
+    result = run(*LONG, *drafts, "--speculate_k", 3, "--compile")
+    assert result.samples == plain.samples and "compiled in" in result.stderr
+
+
+def test_a_quantized_draft_of_a_quantized_model(run, draft_checkpoint):
+    options = (*LONG, "--quantize", "int8")
+    assert run(*options, "--draft_checkpoint_path", draft_checkpoint).samples == run(*options).samples
+
+
+def test_a_draft_without_tokenizer_is_compared_by_its_size(run, refused, folder, draft_checkpoint):
+    for file in folder.glob("*.json"):
+        file.unlink()
+    options = ("--prompt", "9", "--temperature", "0")
+    drafts = ("--draft_checkpoint_path", draft_checkpoint)
+    assert run(*options, *drafts, folder=folder).samples == run(*options, folder=folder).samples
+    config = replace(read_checkpoint(draft_checkpoint)[0], vocab_size=300)
+    write_checkpoint(folder / "other.pth", config, random_weights(config))
+    (line,) = refused(*options, "--draft_checkpoint_path", folder / "other.pth", folder=folder).splitlines()
+    assert "the draft model has 300 tokens, the model 260" in line
+
+
+def test_another_vocabulary_is_refused_and_another_size_is_not(run, refused, folder, draft_checkpoint):
+    config = replace(read_checkpoint(draft_checkpoint)[0], vocab_size=272)  # padded
+    write_checkpoint(folder / "padded.pth", config, random_weights(config))
+    padded = ("--draft_checkpoint_path", folder / "padded.pth")
+    assert run(*LONG, *padded).samples == run(*LONG).samples
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][1]["content"] = "<|human|>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (line,) = refused(*LONG, *padded).splitlines()
+    assert line.startswith("error: the draft model has another vocabulary: its token 257 is '<|human|>', the model's")
+
+
+def test_a_token_that_only_one_has_is_a_difference():
+    def tokenizer(*pieces):
+        return SimpleNamespace(vocab_size=len(pieces), piece=pieces.__getitem__)
+
+    check_vocabulary(tokenizer("a", "b"), tokenizer("a", "b"))
+    for ours, theirs in ((("a",), ("a", "b")), (("a", "b"), ("a",)), (("a", "b"), ("b", "a"))):
+        with pytest.raises(ValueError, match="another vocabulary"):
+            check_vocabulary(tokenizer(*ours), tokenizer(*theirs))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--speculate_k", "3"], "add --prompt_lookup or --draft_checkpoint_path"),
+        (["--compare"], "add --prompt_lookup or --draft_checkpoint_path"),
+        (["--prompt_lookup", "--reference"], "has no cache for drafts"),
+        (["--prompt_lookup", "--compare", "--interactive"], "leave out --interactive"),
+        (["--prompt_lookup", "--draft_checkpoint_path", "x"], "drafts come from one place"),
+        (["--draft_checkpoint_path", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(refused, options, sentence):
+    (line,) = refused(*options).splitlines()
+    assert line.startswith("error: ") and sentence in line
+
+
+@pytest.mark.parametrize("k", ["0", "-1", "some"])
+def test_a_k_that_is_no_number_is_refused(refused, k):
+    assert "is not a whole number above 0" in refused("--prompt_lookup", "--speculate_k", k)
