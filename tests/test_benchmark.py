@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,11 +72,21 @@ def build_tiny(reference=False, seed=0):
 
 NUMBERS = {"device": "cpu", "samples": 2, "prompt_tokens": 3, "new_tokens": 30, "temperature": 0.8, "batch": 2}
 NUMBERS |= {"tokens": [20, 30, 40, 50], "used": [40, 100], "slots": 256, "sizes": [1, 3]}
+NUMBERS |= {"acceptance": [0.5], "drafts": [3]}
 STEPS = ("decode", "context", "batch")
+
+
+def tiny_draft():
+    """The first of the two layers of `tiny`."""
+    config = replace(CONFIG, n_layer=1)
+    weights = {name: tensor for name, tensor in random_weights(CONFIG).items() if name in benchmark.shapes_of(config)}
+    return build_model(config, weights, "cpu", torch.float32)
 
 
 def measure(suite, models=None, **numbers):
     models = models or {"float32": build_tiny if suite == "forward" else tiny()}
+    if suite == "speculate":
+        models = {name: (model, tiny_draft()) for name, model in models.items()}
     return list(benchmark.SUITES[suite](models, LIMITS, **NUMBERS | numbers))
 
 
@@ -99,6 +110,7 @@ def test_a_row_says_how_its_tokens_agree(suite, no_kernels, capsys):
         "context": ["float32, 40 of 256", "float32, 100 of 256"],
         "batch": ["float32, batch 1", "float32, batch 3"],
         "forward": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
+        "speculate": ["float32, 3 drafts"],
     }
     assert [row["name"] for row in rows] == names[suite]
     for row in rows:
@@ -132,6 +144,25 @@ def test_a_compiled_token_that_is_not_the_eager_models_does_not_count(suite, no_
     monkeypatch.setattr(benchmark, "decode_step", wrong_step)
     with pytest.raises(ValueError, match="float32.*: a greedy token is not the plain run's"):
         measure(suite)
+
+
+def test_speculation_that_says_something_else_does_not_count(no_kernels, monkeypatch):
+    def wrong_verify(model, tokens, *arguments):
+        following, *rest, read = benchmark_verify(model, tokens, *arguments)
+        return (following + 1) % 300, *rest, (read + 1) % 300
+
+    benchmark_verify = benchmark.verify
+    monkeypatch.setattr(benchmark, "verify", wrong_verify)
+    with pytest.raises(ValueError, match="float32, 3 drafts: a greedy token is not the plain run's"):
+        measure("speculate")
+
+
+def test_the_later_layers_decide_how_many_drafts_are_kept(no_kernels):
+    low, high = measure("speculate", acceptance=[0.3, 0.8], new_tokens=100)
+    assert low["acceptance"] < 0.5 < 0.65 < high["acceptance"]
+    for row in (low, high):
+        assert row["times_plain"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+        assert 0 < row["verify_seconds"] + row["draft_seconds"] < row["round_seconds"]
 
 
 def test_a_compiled_prefill_that_is_not_the_eager_one_does_not_count(no_kernels, monkeypatch):

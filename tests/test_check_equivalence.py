@@ -18,6 +18,7 @@ import check_equivalence  # noqa: E402
 import checkpoint  # noqa: E402
 import convert_hf_checkpoint  # noqa: E402
 import fast_model  # noqa: E402
+import generate  # noqa: E402
 import model  # noqa: E402
 from check_equivalence import FAMILIES, check_model, compare, main, print_table, random_weights  # noqa: E402
 
@@ -222,6 +223,17 @@ def test_hf_needs_a_checkpoint_and_a_folder(folders, tmp_path, alone):
     checkpoint_path, hf = (None, folders[0]) if alone else (folders[0] / "model.pth", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="--checkpoint_path" if alone else "nowhere"):
         main(checkpoint_path, hf, "cpu", no_compile=True)
+
+
+def test_a_round_that_keeps_one_draft_too_many_fails(monkeypatch):
+    accept = generate.accept
+
+    def generous(logits, drafts, *more):
+        count, following = accept(logits, drafts, *more)
+        return (count + 1).clamp(max=drafts.shape[1]), following
+
+    monkeypatch.setattr(generate, "accept", generous)
+    assert {row.name for row in failures(SHORT["llama-2"], compiled=False)} == {"draft model", "prompt lookup"}
 
 
 def test_other_weights_fail_with_exit_code_1(folders):
