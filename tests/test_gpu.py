@@ -87,7 +87,7 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
             assert [expected[0], *tokens] == expected
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in waits if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in waits if "called a synchronizing" in str(w.message)]
     assert 0 < len(waits) <= len(compiled.rounds), waits[:3]
 
 
