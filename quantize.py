@@ -14,8 +14,9 @@ Only weights are quantized, to the nearest grid point or by GPTQ; activations st
   alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
 - On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
-- For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied;
-  PyTorch's int4 operator on CPUs, and for up to 64 tokens the int8 kernel on GPUs, convert them inside the product.
+- For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied.
+  PyTorch's int4 operator on CPUs, compiled int8 for up to 16 tokens there, and on GPUs the int8 kernel for up to 64 and
+  the int4 kernel for up to 6 convert them inside the product.
 - int4-gptq is int4 with another choice of weights, made with a text: the file has the same form and is read the same.
 
 Copy me: needs torch, for speed on a GPU `gpu_kernels.py` beside it, and for the command the other files.
