@@ -256,6 +256,8 @@ class Speculation:
         """The next round's k."""
         if self.k is not None:
             return self.k
+        if all(k + 1 <= cost / self.costs[0] for k, cost in self.costs.items() if k):
+            return 0  # not even if every draft were kept
         if self.rest:
             self.rest -= 1
             self.probes = 2

@@ -264,6 +264,12 @@ def test_an_adapting_k_comes_back_when_drafts_are_right_again():
     assert not any(n < k for k, kept in speculation.rounds[-20:] for n in kept)  # its cache has the plain steps' tokens
 
 
+def test_an_adapting_k_never_tries_what_cannot_pay():
+    speculation = DraftModel(Scripted(counting(1)), None, costs={0: 2.0, 2: 6.0, 5: 15.0})
+    assert text(Scripted(counting(1)), [[3]], 60, speculation) == text(Scripted(counting(1)), [[3]], 60)
+    assert {k for k, _ in speculation.rounds} == {0}
+
+
 def test_an_adapting_k_needs_costs():
     with pytest.raises(ValueError, match="needs the costs of its rounds"):
         Speculation(None)
