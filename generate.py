@@ -326,10 +326,7 @@ class DraftModel(Speculation):
         drafts, probabilities = [], []
         for i in range(k):
             token, q, input_pos = step(token, input_pos, noise[i])
-            token, input_pos = (
-                token.clone(),
-                input_pos.clone(),
-            )  # the next replay of a CUDA graph overwrites its outputs
+            token, input_pos = token.clone(), input_pos.clone()  # the next replay of a CUDA graph overwrites them
             drafts.append(token)
             probabilities.append(q if q is None else q.clone())
         self.seen = 1 + min(at for at, run in zip(position, running, strict=True) if run)
