@@ -250,7 +250,7 @@ class Speculation:
     def reset(self) -> None:
         self.rounds = []
         self.kept, self.tried = 1.6, 2.0  # of the drafts that were looked at; fades with each round
-        self.rest, self.pause, self.probes = 0, 32, 0
+        self.rest, self.pauses, self.probes = 0, 0, 0
 
     def choose(self) -> int:
         """The next round's k."""
@@ -266,12 +266,14 @@ class Speculation:
         speed = {k: sum(rate**i for i in range(k + 1)) / cost for k, cost in self.costs.items()}
         best = max(speed, key=speed.get)
         if best:
-            self.pause = 32
+            self.pauses = 0
         elif self.probes:
             self.probes -= 1
             best = self.CHOICES[0]
-        else:  # it does not pay: plain steps for a while, for longer each time
-            self.rest, self.pause = self.pause - 1, min(2 * self.pause, 512)
+        else:  # it does not pay: plain steps for 50 times as long as a round, beside which two tries are little
+            round_in_steps = self.costs[self.CHOICES[0]] / self.costs[0]
+            self.rest = round(50 * round_in_steps * 2 ** min(self.pauses, 3)) - 1
+            self.pauses += 1
             self.kept, self.tried = 2 * rate, 2.0  # so that the next try counts
         return best
 
