@@ -13,9 +13,10 @@ of every family are checked. Decisions to know:
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself with noise in its weights, so that it is right at times.
 - Compiled rows run under a stance in which a recompilation is an error.
+- Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`
-beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `tp.py`, `checkpoint.py`, `tokenizer.py` and
+`generate.py` beside it.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+import tp
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
 from generate import (
     DraftModel,
@@ -260,12 +262,15 @@ def loss_to_noise(reference, ids, expected) -> float:
 @torch.no_grad()
 def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True, hf=None) -> Iterator[Row]:
     """Yield a row per way of running this model. `hf` is a directory for transformers to load the same model from."""
+    rank, ranks = tp.rank_and_count()
+    shard = tp.shard(state_dict, config, rank, ranks)
     reference = build_model(config, state_dict, device, torch.float32, reference=True)
     random = torch.Generator().manual_seed(0)
     length, batch = min(16, config.block_size // 2), 3
     prompt = torch.randint(config.vocab_size, (batch, length), generator=random).to(device)
     greedy = list(generate(reference, prompt, 24, Sampling(temperature=0)))
     ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)[:, : config.block_size]
+    ids = tp.from_rank_0(ids, ranks)
     expected = torch.cat([reference(row[None]) for row in ids])
     exact = {"tolerance": 2e-5 * expected.abs().max().item(), "reason": "float32, sums in another order"}
 
@@ -277,7 +282,7 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
         del theirs
 
     plain = {name: tensor.float() for name, tensor in dequantize_weights(state_dict).items()}
-    fast = build_model(config, state_dict, device, torch.float32)
+    fast = build_model(config, shard, device, torch.float32, rank=rank, ranks=ranks)
     yield compare("without a cache", expected, without_cache(fast, ids), length, **exact)
     yield compare("prefill at once", expected, at_once(fast, ids), length, **exact)
     yield compare("token by token", expected, in_chunks(fast, ids, 1), length, **exact)
@@ -329,7 +334,7 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     rounded = build_model(config, state_dict, device, dtype, reference=True)
     loss = (rounded(ids).float() - expected).abs().max().item()
     loose = {"tolerance": 2 * loss, "reason": f"twice what the reference loses in {name}"}
-    fast = build_model(config, state_dict, device, dtype)
+    fast = build_model(config, shard, device, dtype, rank=rank, ranks=ranks)
     yield compare(f"{name} at once", expected, at_once(fast, ids), length, **loose)
     yield compare(f"{name} by token", expected, in_chunks(fast, ids, 1), length, **loose)
     yield compare(f"{name} rows alone", expected, rows_alone(fast, ids), length, **loose)
@@ -337,10 +342,12 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     for mode in ("int8", "int4") if describe_quantization(state_dict) is None else ():
         try:
             changed = quantize_model(config, state_dict, mode, group_size=32)
+            shard = tp.shard(changed[1], changed[0], rank, ranks)
         except ValueError:  # a matrix that groups of 32 do not divide
             continue
         carrying = build_model(*changed, device, torch.float32, reference=True)(ids)
-        logits = in_chunks(build_model(*changed, device, torch.float32), ids, 1)
+        fast = build_model(changed[0], shard, device, torch.float32, rank=rank, ranks=ranks)
+        logits = in_chunks(fast, ids, 1)
         yield compare(f"{mode} by token", carrying, logits, length, **exact)
         shaken = build_model(changed[0], with_noise(state_dict, changed[1]), device, torch.float32, reference=True)(ids)
         loss = (shaken - expected).abs().max().item()
@@ -350,13 +357,13 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
 
 def print_table(title: str, rows: Iterator[Row]) -> bool:
     """Print the rows as they come; True if all of them passed."""
-    print(f"\n{title}")
-    print(f"  {'':24}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
+    tp.print0(f"\n{title}")
+    tp.print0(f"  {'':24}{'max diff':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
     passed = True
     for row in rows:
         divergence = "" if row.divergence is None else f"{row.divergence:.1e}"
         change = "same" if row.first_change is None else row.first_change
-        print(
+        tp.print0(
             f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {divergence:>9} {row.agreement:7.2%} "
             f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
             flush=True,
@@ -372,13 +379,23 @@ def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile:
     if hf and not hf.is_dir():  # transformers would ask the Hub for a repository of this name
         raise ValueError(f"{hf} is not a folder")
     if checkpoint_path:
-        models = {str(checkpoint_path): read_checkpoint(checkpoint_path)}
+        config, state_dict = read_checkpoint(checkpoint_path)
+        tp.check_agreement({"a checkpoint with the digest": tp.fingerprint(state_dict)})
+        models = {str(checkpoint_path): (config, state_dict)}
     else:
         models = {f"{name}, small random weights": (c, random_weights(c)) for name, c in FAMILIES.items()}
     passed = True
     for title, (config, state_dict) in models.items():
+        if not checkpoint_path:
+            try:
+                tp.shard_config(config, tp.rank_and_count()[1])
+            except ValueError as error:
+                tp.print0(f"\n{title}: left out, {error}")
+                continue
         passed &= print_table(title, check_model(config, state_dict, device, not no_compile, hf))
-    print("\nAll rows are within their tolerance." if passed else "\nThe models DISAGREE: see the rows that FAILED.")
+    tp.print0(
+        "\nAll rows are within their tolerance." if passed else "\nThe models DISAGREE: see the rows that FAILED."
+    )
     return passed
 
 
@@ -390,9 +407,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled rows")
+    arguments = parser.parse_args()
     try:
-        agree = main(**vars(parser.parse_args()))
+        with tp.among_ranks(arguments) as options:
+            agree = main(**options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tp.print_error(error)
         sys.exit(2)
     sys.exit(0 if agree else 1)

@@ -9,7 +9,7 @@ mean nothing. Decisions to know:
 - `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put in front of names, are taken off.
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
 
-Copy me: needs torch, and `model.py`, `fast_model.py` and `quantize.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py` and `tp.py` beside it.
 """
 
 import os
@@ -24,6 +24,7 @@ import torch.nn as nn
 from fast_model import FastGPT, to_fast
 from model import GPT, GPTConfig
 from quantize import dequantize_weights, quantize_weights, swap_linears
+from tp import shard
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,10 +138,19 @@ def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:
     return replace(config, tie_embeddings=False), state_dict | head
 
 
-def quantize_model(config: GPTConfig, state_dict: dict, mode: str, group_size: int) -> tuple[GPTConfig, dict]:
-    """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own."""
+def quantize_model(
+    config: GPTConfig, state_dict: dict, mode: str, group_size: int, rank: int = 0, ranks: int = 1
+) -> tuple[GPTConfig, dict]:
+    """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own.
+
+    With `ranks`, the shard of the quantized weights that `rank` holds; at no time the others'.
+    """
     config, state_dict = untie_head(config, state_dict)
-    return config, quantize_weights(state_dict, mode, group_size)
+    quantized = {}
+    for name, tensor in state_dict.items():
+        part = shard(quantize_weights({name: tensor}, mode, group_size), config, rank, ranks)
+        quantized |= {name: t.clone() for name, t in part.items()} if ranks > 1 else part
+    return config, quantized
 
 
 def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
@@ -158,11 +168,16 @@ def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
             raise ValueError(f"{path} has {name} in the shape {shapes}")
 
 
-def build_model(config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False) -> nn.Module:
-    """A ready FastGPT, or GPT (`reference`) with dequantized weights, from a state dict in the reference's layout."""
+def build_model(
+    config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False, rank: int = 0, ranks: int = 1
+) -> nn.Module:
+    """A ready FastGPT, or GPT (`reference`) with dequantized weights, from a state dict in the reference's layout.
+
+    With `ranks`, the FastGPT of a `rank` from its shard of the state dict.
+    """
     state_dict = dequantize_weights(state_dict) if reference else to_fast(state_dict, config)
     with torch.device("meta"):
-        model = GPT(config) if reference else FastGPT(config)
+        model = GPT(config) if reference else FastGPT(config, rank, ranks)
         swap_linears(model, state_dict)
     placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in state_dict.items()}
     model.load_state_dict(placed, strict=True, assign=True)

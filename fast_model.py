@@ -12,7 +12,10 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
 - `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
 
-Copy me: needs torch, `model.py` beside it for GPTConfig, and for speed on a GPU `gpu_kernels.py`.
+- Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units. The sums over the ranks
+  stand in `forward`; with one rank they are nothing.
+
+Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed on a GPU `gpu_kernels.py`.
 
 Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
 """
@@ -25,6 +28,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from model import GPTConfig
+from tp import all_gather, all_reduce, shard_config, vocab_rows
 
 try:
     import gpu_kernels
@@ -189,8 +193,11 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
+
+    def __init__(self, config: GPTConfig, ranks: int):
         super().__init__()
+        self.ranks = ranks
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.head_dim, self.window = config.head_dim, config.sliding_window
         self.queries_per_kv = config.n_head // config.n_kv_head
@@ -211,7 +218,8 @@ class Attention(nn.Module):
         if input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64:
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
-            return self.out(gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window).view(B, T, -1))
+            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window)
+            return all_reduce(self.out(y.view(B, T, -1)), self.ranks)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
@@ -220,12 +228,13 @@ class Attention(nn.Module):
             y = sliding_attention(q.transpose(1, 2), k, v, self.window)
         else:
             y = attention(q.transpose(1, 2), k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return all_reduce(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.ranks)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ranks: int):
         super().__init__()
+        self.ranks = ranks
         self.gated = config.gated
         self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
         width = config.hidden_dim * (2 if config.gated else 1)
@@ -236,21 +245,22 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.silu_gated and is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), gated=True)
-            return self.down(y.view(*x.shape[:-1], -1))
-        x = self.gate_up(x)
-        if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            return self.down(self.act(gate) * up)
-        return self.down(self.act(x))
+            y = y.view(*x.shape[:-1], -1)
+        elif self.gated:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            y = self.act(gate) * up
+        else:
+            y = self.act(self.gate_up(x))
+        return all_reduce(self.down(y), self.ranks)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ranks: int):
         super().__init__()
         self.norm_1 = make_norm(config, config.dim, config.norm)
-        self.attn = Attention(config)
+        self.attn = Attention(config, ranks)
         self.norm_2 = make_norm(config, config.dim, config.norm)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ranks)
 
     @torch.compiler.nested_compile_region
     def forward(self, x, update, rope, mask, input_pos):
@@ -261,16 +271,21 @@ class Block(nn.Module):
 
 
 class FastGPT(nn.Module):
-    """Token ids to logits, with a static cache. See `forward` and, before giving it positions, `setup_caches`."""
+    """Token ids to logits, with a static cache. See `forward` and, before giving it positions, `setup_caches`.
 
-    def __init__(self, config: GPTConfig):
+    Of `ranks` processes this one, number `rank`, holds its shard of a model of this config.
+    """
+
+    def __init__(self, config: GPTConfig, rank: int = 0, ranks: int = 1):
         super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.dim)
+        self.config, self.rank, self.ranks = config, rank, ranks
+        local, rows = shard_config(config, ranks), vocab_rows(config, ranks)
+        self.n_kv_head = local.n_kv_head
+        self.wte = nn.Embedding(rows, config.dim)
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(local, ranks) for _ in range(config.n_layer))
         self.norm_f = make_norm(config, config.dim, config.norm)
-        self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False  # set it before setup_caches
@@ -284,7 +299,7 @@ class FastGPT(nn.Module):
         config, weight = self.config, self.wte.weight
         if max_seq_length > config.block_size:
             raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
-        shape = (max_batch_size, config.n_kv_head, max_seq_length, config.head_dim)
+        shape = (max_batch_size, self.n_kv_head, max_seq_length, config.head_dim)
         dtype = torch.int8 if self.int8_cache else weight.dtype
         for layer in self.layers:
             for name in "kv":
@@ -302,6 +317,14 @@ class FastGPT(nn.Module):
         if self.rope is not None:
             self.rope = rope_table(self.config, self.max_seq_length, self.wte.weight.device)
         return self
+
+    def embed(self, idx):
+        if self.ranks == 1:
+            return self.wte(idx)
+        row = idx - self.rank * self.wte.num_embeddings
+        ours = (row >= 0) & (row < self.wte.num_embeddings)
+        x = self.wte(torch.where(ours, row, 0)) * ours[..., None]
+        return all_reduce(x, self.ranks)  # the row of the rank that has it, and zeros
 
     def forward(self, idx, input_pos=None, last=None):
         """Logits [B, T, V] for ids [B, T], or [B, 1, V] of one token of each row, whose indices in T are `last` [B].
@@ -327,7 +350,7 @@ class FastGPT(nn.Module):
             if window is not None:
                 mask = mask & (slots > positions[:, None, :, None] - window)
 
-        x = self.wte(idx)  # [B, T, D]
+        x = self.embed(idx)  # [B, T, D]
         rope = None
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -341,7 +364,8 @@ class FastGPT(nn.Module):
             rows = torch.arange(B, device=idx.device)
             x, update = x[rows, last][:, None], update[rows, last][:, None]  # [B, 1, D]
         x = add_norm(x, update, self.norm_f)[1]
-        return linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
 
 
 # The surgery: modules of the reference, and the FastGPT module that holds their rows in this order.

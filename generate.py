@@ -11,10 +11,11 @@ Decisions to know:
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Speculation goes in rounds: k drafts, of a smaller model or of the text itself, then one pass of the model over all of
   them. The host reads one tensor a round. A refused draft's cache slot is overwritten before it comes into view.
+- Under torchrun every rank does all of this with its part of the model, and takes rank 0's tokens. Rank 0 prints.
 - Text goes to stdout, the figures of the run to stderr.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `checkpoint.py` and `tokenizer.py` beside it, with
-its libraries; for speed on a GPU `gpu_kernels.py` too.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `tp.py`, `checkpoint.py` and `tokenizer.py` beside
+it, with its libraries; for speed on a GPU `gpu_kernels.py` too.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 """
@@ -27,7 +28,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, zip_longest
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import torch
 
+import tp
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
 from quantize import GROUP_SIZES
 from tokenizer import load_tokenizer
@@ -90,7 +92,7 @@ def decode_step(model, token, input_pos, noise, sampling: Sampling):
     """The token [B, 1] after `token` [B, 1], which stands at `input_pos` [B, 1], and its own position."""
     logits = model(token, input_pos)[:, -1]
     following = (input_pos + 1).clamp(max=model.max_seq_length - 1)  # a row that has ended is computed with the others
-    return sample(logits, noise, sampling), following
+    return tp.from_rank_0(sample(logits, noise, sampling), model.ranks), following
 
 
 def compile_options(device: str) -> dict:
@@ -132,6 +134,7 @@ def _tokens_of_fast(model, prompt, lengths, new_noise, sampling, cached, prefill
     B, T = prompt.shape
     input_pos = torch.arange(cached, T, device=prompt.device).expand(B, -1) if cached else None
     token = sample(prefill(model, prompt[:, cached:], input_pos, lengths - cached - 1), new_noise(), sampling)
+    token = tp.from_rank_0(token, model.ranks)
     yield token
     input_pos = lengths[:, None].clamp(max=model.max_seq_length - 1)
     while True:
@@ -218,10 +221,12 @@ def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Samplin
     ids, of which the first n + 1 are of use, and n, the number of drafts kept.
     """
     k = tokens.shape[1] - 1
+    tokens = tp.from_rank_0(tokens, model.ranks)  # each rank has a draft model of its own
     input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
     logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
     drafts = tokens[:, 1:]
-    count, following = accept(logits, drafts, proposed, uniform, noise, sampling)
+    accepted = torch.cat(accept(logits, drafts, proposed, uniform, noise, sampling), dim=1)
+    count, following = tp.from_rank_0(accepted, model.ranks).split(1, dim=1)
     ids = torch.cat([drafts, following], dim=1).scatter(1, count, following)
     return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
 
@@ -401,6 +406,7 @@ def _rounds(model, speculation, prompt, lengths, new, sampling, eos_ids, cached,
     ends = torch.tensor(lengths, device=device)
     input_pos = torch.arange(cached, T, device=device).expand(B, -1) if cached else None
     token = sample(prefill(model, prompt[:, cached:], input_pos, ends - cached - 1), draw(1)[0][0], sampling)
+    token = tp.from_rank_0(token, model.ranks)
     input_pos = ends[:, None]
     new_ids = token.tolist()
     rows = [ids[:length] + more for ids, length, more in zip(prompt.tolist(), lengths, new_ids, strict=True)]
@@ -580,7 +586,7 @@ INTERACTIVE_SLOTS = 2048
 
 
 def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+    tp.print0(*words, file=sys.stderr, flush=True)
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
@@ -688,6 +694,7 @@ def warm_up(model, rows, max_new_tokens: int, sampling, steps: dict, device: str
         say(f"compiled in {seconds:.1f} s ({kind})")
         figures |= {"compile_seconds": seconds, "compile_kind": kind}
     if speculation:
+        costs = tp.objects_of_ranks(costs)[0]  # what `auto` decides, all ranks decide
         speculation.costs = costs
         say(
             "a round's cost in plain steps: "
@@ -894,9 +901,10 @@ def report(run: dict, step_bytes: int, draft_bytes: int, bandwidth: float) -> No
     if run["decode_steps"]:
         step_bytes += draft_bytes * run.get("draft_steps", 0) / run["decode_steps"]
         used = step_bytes * run["decode_steps_per_second"]
+        ranks = tp.rank_and_count()[1]
         say(
             f"decode:  {run['decode_steps']} steps, {run['decode_tokens_per_second']:.2f} tokens/s, "
-            f"{step_bytes / 1e6:.0f} MB read a step: {used / 1e9:.1f} GB/s, "
+            f"{step_bytes / 1e6:.0f} MB read a step{' by each rank' * (ranks > 1)}: {used / 1e9:.1f} GB/s, "
             f"{used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here"
         )
     if "rounds" in run:
@@ -949,6 +957,9 @@ def main(
     json_path: Path | None,
 ) -> None:
     sampling = Sampling(temperature, top_k, top_p)
+    rank, ranks = tp.rank_and_count()
+    if reference and ranks > 1:
+        raise ValueError("--reference runs model.py, which is not split among ranks; start it without torchrun")
     if reference and (compile or compile_prefill):
         raise ValueError("--reference runs model.py, which is not compiled; leave out --compile")
     if reference and kv_cache:
@@ -974,10 +985,13 @@ def main(
     config, state_dict = read_checkpoint(checkpoint_path)
     bandwidth = read_bandwidth(device)
     start = time.perf_counter()
+    tp.check_agreement({"a checkpoint with the digest": tp.fingerprint(state_dict)})
     if quantize:
-        config, state_dict = quantize_model(config, state_dict, quantize, group_size)
+        config, state_dict = quantize_model(config, state_dict, quantize, group_size, rank, ranks)
+    else:
+        state_dict = tp.shard(state_dict, config, rank, ranks)
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
-    model = build_model(config, state_dict, device, dtype, reference)
+    model = build_model(config, state_dict, device, dtype, reference, rank, ranks)
     synchronize(device)
     load_seconds = time.perf_counter() - start
 
@@ -1016,6 +1030,7 @@ def main(
         INTERACTIVE_SLOTS if interactive else max(map(len, rows)) + max_new_tokens - 1 + longest_round
     )
     slots = cache_slots(slots, config)
+    tp.check_agreement({"the prompt ids": rows, "the end-of-sequence ids": eos_ids})
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         check_room(len(ids), name)
 
@@ -1052,16 +1067,24 @@ def main(
 
     def show(text: str) -> None:
         if not prompt_file:  # whose rows are all printed at the end
-            print(text, end="", flush=True)
+            tp.print0(text, end="", flush=True)
+
+    def read_line() -> str | None:
+        """What rank 0's user types, on every rank; None at the end."""
+        line = None
+        if rank == 0:
+            with suppress(EOFError):
+                line = input("> ")
+        return tp.objects_of_ranks(line)[0]
 
     messages, samples, runs, in_cache = [], [], [], []
     with torch.profiler.profile() if profile else nullcontext() as profiler:
         while interactive or len(runs) < num_samples:
             if interactive:
-                try:
-                    messages.append({"role": "user", "content": input("> ")})
-                except EOFError:
+                line = read_line()
+                if line is None:
                     break
+                messages.append({"role": "user", "content": line})
                 try:
                     rows = [encode(messages)]
                     check_room(len(rows[0]), "the prompt")
@@ -1085,7 +1108,7 @@ def main(
             texts = prompts.values() if prompt_file and not chat else [""] * len(rows)
             for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
                 if row > 0 or prompt_file:
-                    print(f"[row {row}] {text}{answer.text}")
+                    tp.print0(f"[row {row}] {text}{answer.text}")
             if compare:
                 again = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
                 plain = run_once(model, again, cached, new, sampling, first_seed, steps, device, lambda text: None)
@@ -1098,16 +1121,17 @@ def main(
                 in_cache = rows[0] + answers[0].token_ids[:-1]
                 messages.append({"role": "assistant", "content": answers[0].text})
 
-    if profile:
+    if profile and rank == 0:
         with written_in_place(profile) as temporary:  # the profiler only logs what it could not write
             profiler.export_chrome_trace(str(temporary))
-    figures |= {"peak_memory_bytes": peak_memory(device), "bytes_per_step": step_bytes}
+    memory = max(tp.objects_of_ranks(peak_memory(device)))
+    figures |= {"peak_memory_bytes": memory, "bytes_per_step": step_bytes, "ranks": ranks}
     figures |= {"read_bandwidth_bytes_per_second": bandwidth}
-    say(f"memory:  {figures['peak_memory_bytes'] / 1e9:.2f} GB at most, loaded in {load_seconds:.1f} s")
+    say(f"memory:  {memory / 1e9:.2f} GB at most{' on a rank' * (ranks > 1)}, loaded in {load_seconds:.1f} s")
     rates = [run["decode_tokens_per_second"] for run in runs if run["decode_tokens_per_second"]]
     if len(rates) > 1:
         say(f"median:  {statistics.median(rates):.2f} tokens/s, from {min(rates):.2f} to {max(rates):.2f}")
-    if json_path:
+    if json_path and rank == 0:
         setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
         names = ("prompt_ids", "token_ids", "text", "stop_reason")
         entries = [{name: getattr(answer, name) for name in names} for answer in samples]
@@ -1168,10 +1192,12 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
+    arguments = parse_arguments()
     try:
-        main(**vars(parse_arguments()))
+        with tp.among_ranks(arguments) as options:
+            main(**options)
     except (ValueError, OSError) as error:
-        say(f"error: {error}")
+        tp.print_error(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

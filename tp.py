@@ -1,0 +1,220 @@
+"""Tensor parallelism: which part of each weight a rank holds, the sums between ranks, and the start under torchrun.
+
+    torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/NAME/model.pth
+
+Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053):
+
+- Heads and hidden units are divided among the ranks: rows of q, k, v, gate and up, columns of output and down. So the
+  ranks add up their results once after attention and once after the feed-forward; see `all_reduce` in fast_model.py.
+- Embedding and head are split over the vocabulary, with rows of zeros where it does not divide. The logits are
+  gathered, so that sampling sees all of them, and the token that rank 0 samples is everybody's.
+- Fewer kv heads than ranks are each held by several ranks. Heads that do not divide otherwise are refused.
+- `shard` works on the unfused state dict before it is loaded, plain or quantized: of a mapped file a rank reads its own
+  slices only. Quantized columns are cut between groups, so that a shard holds exactly the numbers of the whole.
+- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs.
+
+Copy me: needs torch.
+
+Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# The dimension of each module's weight that is divided: 0 its output rows, 1 its input columns. What is not here is
+# whole on every rank. A bias is divided like rows; that of a module divided by columns is added once, by rank 0.
+SHARDS = {
+    "transformer.wte": 0,
+    "attn.q_proj": 0,
+    "attn.k_proj": 0,
+    "attn.v_proj": 0,
+    "attn.o_proj": 1,
+    "mlp.gate_proj": 0,
+    "mlp.up_proj": 0,
+    "mlp.down_proj": 1,
+    "lm_head": 0,
+}
+
+
+def shard_config(config, ranks: int):
+    """The config of one rank's layers. Raises ValueError if heads or hidden units cannot be divided so."""
+    heads, kv_heads, hidden = config.n_head, config.n_kv_head, config.hidden_dim
+    if heads % ranks or hidden % ranks or max(kv_heads, ranks) % min(kv_heads, ranks):
+        fits = [n for n in range(2, heads + 1) if not (heads % n or hidden % n or max(kv_heads, n) % min(kv_heads, n))]
+        raise ValueError(
+            f"{ranks} ranks do not divide {heads} heads, {kv_heads} kv heads and {hidden} hidden units; these numbers "
+            f"of ranks do: {', '.join(map(str, fits)) or 'none'}"
+        )
+    return replace(config, n_head=heads // ranks, n_kv_head=max(1, kv_heads // ranks), hidden_dim=hidden // ranks)
+
+
+def vocab_rows(config, ranks: int) -> int:
+    """Rows of embedding and head that each rank holds."""
+    return -(-config.vocab_size // ranks)
+
+
+def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
+    """Rank `rank`'s part, of `ranks`, of a state dict in the reference's layout, plain or quantized.
+
+    The parts of rows are views. Raises ValueError if heads, hidden units or the groups of int4 weights do not divide.
+    """
+    if ranks == 1:
+        return state_dict
+    shard_config(config, ranks)
+    shards = {}
+    for name, tensor in state_dict.items():
+        module, _, kind = name.rpartition(".")
+        dim = next((dim for part, dim in SHARDS.items() if module.endswith(part)), None)
+        if dim == 0 and module.endswith(("k_proj", "v_proj")) and config.n_kv_head < ranks:
+            heads = tensor.unflatten(0, (config.n_kv_head, -1))  # several ranks hold the same one
+            shards[name] = heads[rank * config.n_kv_head // ranks]
+        elif dim == 0:
+            rows = -(-len(tensor) // ranks)
+            part = tensor[rank * rows : (rank + 1) * rows]
+            missing = rows - len(part)  # of the vocabulary
+            shards[name] = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        elif dim == 1 and tensor.dim() == 2:  # weight [N, K], and of int4 weight [N, K/2], scales and zeros [N, K/G]
+            if tensor.shape[1] % ranks:
+                columns = 2 * state_dict[f"{module}.weight"].shape[1]
+                groups = state_dict[f"{module}.scales"].shape[1]
+                raise ValueError(
+                    f"{module}.weight has {columns} columns in {groups} int4 groups, which {ranks} ranks do not "
+                    "divide; quantize it with a smaller group size or to int8"
+                )
+            columns = tensor.shape[1] // ranks
+            shards[name] = tensor[:, rank * columns : (rank + 1) * columns].contiguous()
+        elif dim == 1 and kind == "bias" and rank > 0:
+            shards[name] = torch.zeros_like(tensor)
+        else:
+            shards[name] = tensor
+    return shards
+
+
+# --- Between the ranks, inside a graph: PyTorch's functional collectives. With one rank they do nothing. --------------
+
+ops = torch.ops._c10d_functional
+
+
+def all_reduce(x, ranks: int):
+    """The sum of every rank's x."""
+    return x if ranks == 1 else ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
+
+
+def all_gather(x, ranks: int):
+    """Every rank's x [..., N] one after the other, [..., ranks N]."""
+    if ranks == 1:
+        return x
+    parts = ops.wait_tensor(
+        ops.all_gather_into_tensor(x.contiguous(), ranks, dist.group.WORLD.group_name)
+    )  # one under the other
+    return torch.cat(parts.chunk(ranks), dim=-1)
+
+
+def from_rank_0(x, ranks: int):
+    """Rank 0's x. Ranks compute alike but for a last bit here and there, and a token must be the same to the bit."""
+    return x if ranks == 1 else ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
+
+
+# --- Under torchrun ---------------------------------------------------------------------------------------------------
+
+
+def rank_and_count() -> tuple[int, int]:
+    """(this process's rank, number of ranks); (0, 1) if torchrun has not started it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words, **options) -> None:
+    """`print` on rank 0."""
+    if rank_and_count()[0] == 0:
+        print(*words, **options)
+
+
+def print_error(error: Exception) -> None:
+    rank = rank_and_count()[0]
+    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def own_device(device: str) -> str:
+    """The device of this rank: of "cuda" the GPU with the local rank's number. Raises ValueError if it has none."""
+    if rank_and_count()[1] == 1 or device == "cpu":
+        return device
+    if device != "cuda":
+        raise ValueError(
+            f"under torchrun every rank takes a device of its own; give --device cuda or cpu, not {device}"
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+@contextmanager
+def among_ranks(arguments):
+    """A command's arguments as a dictionary, with this rank's own device, while the group of all ranks is up.
+
+    With one rank there is no group. Raises ValueError if the arguments differ among the ranks. Ctrl-C is taken from
+    Python. Rank 0 is the first to show an error: torchrun ends the others when one rank has ended, so they wait with
+    theirs for a moment, and what rank 0 meets only because another rank is gone does not hide that one's error.
+    """
+    options = vars(arguments)
+    device = own_device(arguments.device)
+    rank, ranks = rank_and_count()
+    if ranks == 1:
+        yield options
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even while it waits for another rank
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    # A prompt may be long in coming, and torchrun sees a rank that ends: no other timeout is needed.
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    try:
+        check_agreement(options)
+        yield options | {"device": device}
+    except BaseException as error:
+        expected = isinstance(error, (ValueError, OSError))
+        time.sleep((0 if expected else 1) if rank == 0 else 2)
+        dist.group.WORLD.abort()  # the others may never come to what this rank has begun
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def objects_of_ranks(value) -> list:
+    """[rank 0's value, rank 1's, ...], small Python objects, on every rank."""
+    values = [None] * rank_and_count()[1]
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(settings: dict) -> None:
+    """Raises ValueError if a rank has other settings than rank 0, and names the first one."""
+    first, *others = objects_of_ranks(settings)
+    for rank, theirs in enumerate(others, start=1):
+        for name, ours in first.items():
+            if theirs[name] != ours:
+                raise ValueError(
+                    f"rank {rank} has {name} {theirs[name]}, where rank 0 has {ours}; give every rank the same command "
+                    "and the same files"
+                )
+
+
+def fingerprint(state_dict: dict) -> str:
+    """A digest of the names, shapes and some numbers of each tensor: of other weights it is another one."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        some = tensor.flatten()[:: tensor.numel() // 64 + 1].clone()
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
