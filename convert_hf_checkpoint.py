@@ -11,8 +11,8 @@ Llama, Mistral, Qwen2, Qwen3 and GPT-2, and whatever else is published under the
 - Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
-Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantize.py` and `checkpoint.py` beside
-it.
+Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantize.py`, `tp.py` and `checkpoint.py`
+beside it.
 """
 
 import argparse

@@ -7,6 +7,7 @@
     python scripts/benchmark.py batch --shape llama-3.1-8b --sizes 1 4 16 64
     python scripts/benchmark.py forward --shape gpt-1.2b
     python scripts/benchmark.py speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
+    torchrun --standalone --nproc_per_node=2 scripts/benchmark.py decode --shape llama-2-7b
     python scripts/benchmark.py plot --json_path FILE --png FILE
 
 Decisions to know:
@@ -27,6 +28,8 @@ Decisions to know:
 - `context` and `batch` decode greedily.
 - `speculate` makes a draft of the first layers of its random model, in int4, and what the later layers add so small
   that the model keeps the wanted share of the drafts. Speed depends on that share alone.
+- Under torchrun `decode` measures a model that is split among the ranks, each with random weights of its own; the
+  figures are rank 0's.
 - Memory is the run's, with all models on the device; in `forward`, on an NVIDIA GPU, each row's, which is alone there.
 
 Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
@@ -51,6 +54,7 @@ from unittest.mock import patch
 
 import torch
 
+import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
 from convert_hf_checkpoint import config_from_hf
@@ -90,6 +94,16 @@ SHAPES = {
         rope_base=500000.0,
         rope_scaling=LLAMA3_SCALING | {"original_max_position_embeddings": 8192},
     ),
+    "llama-2-70b": GPTConfig(
+        block_size=4096,
+        vocab_size=32000,
+        n_layer=80,
+        n_head=64,
+        n_kv_head=8,
+        head_dim=128,
+        dim=8192,
+        hidden_dim=28672,
+    ),
     "gpt-1.2b": GPTConfig(
         block_size=1024,
         vocab_size=2562,
@@ -117,15 +131,17 @@ def shapes_of(config: GPTConfig) -> dict:
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
-def random_state(config: GPTConfig, device: str) -> dict:
-    """bf16 weights of a model whose activations stay near 1."""
-    shapes = shapes_of(config)
+def random_state(config: GPTConfig, device: str, ranks: int = 1) -> dict:
+    """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard."""
+    local = tp.shard_config(config, ranks)
+    shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
     generator = torch.Generator(device).manual_seed(0)
     state_dict = {}
     for name, shape in shapes.items():
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
         if len(shape) == 2:
-            state_dict[name] = values.normal_(0, shape[1] ** -0.5, generator=generator)
+            columns = shape[1] * (ranks if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+            state_dict[name] = values.normal_(0, columns**-0.5, generator=generator)
         else:
             state_dict[name] = values.fill_(0 if name.endswith("bias") else 1)
     return state_dict
@@ -139,7 +155,8 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
     else:
         dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
         config, state_dict = quantize_model(config, state_dict, weights, group_size)
-    return build_model(config, state_dict, device, dtype, reference)
+    rank, ranks = tp.rank_and_count()
+    return build_model(config, state_dict, device, dtype, reference, rank, ranks)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
@@ -269,7 +286,7 @@ def print_row(row: dict) -> None:
         ]
     rest += [f"cache {row['cache_share']:.0%} of that floor"] if "cache_share" in row else []
     rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
-    print(
+    tp.print0(
         f"{row['name']:34}{row['seconds'] * 1e3:9.2f} ms ({spread}){rate}  {row['share_of_floor']:4.0%} of the floor  "
         + ", ".join(rest),
         flush=True,
@@ -667,6 +684,9 @@ def main(
         if not json_path or not png:
             raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
         return plot(json_path, png)
+    rank, ranks = tp.rank_and_count()
+    if ranks > 1 and (suite != "decode" or checkpoint_path or hf):
+        raise ValueError("under torchrun there is the suite decode of a --shape; run the others without it")
     if (shape is None) == (checkpoint_path is None):
         raise ValueError("give either --shape or --checkpoint_path")
     if hf and suite != "decode":
@@ -684,12 +704,12 @@ def main(
             raise ValueError(f"{checkpoint_path} is quantized already; give the model.pth that it was made from")
     else:
         config = read_shape(shape)
-        state_dict = random_state(config, device)
+        state_dict = random_state(config, device, ranks)
     rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
-    print(f"{hardware(device)}, torch {torch.__version__}")
+    tp.print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
     multiplies = limits["operations_per_second"] / 1e12
-    print(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
+    tp.print0(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
     if suite == "forward":
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
         models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
@@ -702,7 +722,7 @@ def main(
         for kind, model in models.items():
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
-            print(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
+            tp.print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
     if suite == "speculate":
         small = replace(config, n_layer=max(1, config.n_layer // 8))
         kept = {name: state_dict[name] for name in shapes_of(small)}
@@ -720,13 +740,14 @@ def main(
         rows.append(row)
     memory = {} if suite == "forward" else {"peak_memory": peak_memory(device)}
     if memory:
-        print(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
-    if json_path:
+        tp.print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
+    if json_path and rank == 0:
         content = {
             "suite": suite,
             "model": str(shape or checkpoint_path.name),
             "hardware": hardware(device),
             "torch": torch.__version__,
+            "ranks": ranks,
             "commit": commit(),
         }
         content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
@@ -768,8 +789,10 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
+    arguments = parse_arguments()
     try:
-        main(**vars(parse_arguments()))
+        with tp.among_ranks(arguments) as options:
+            main(**options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tp.print_error(error)
         raise SystemExit(2) from None

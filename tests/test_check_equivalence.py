@@ -109,7 +109,7 @@ BROKEN = {
     "biases dropped": ("fast_model", "linear(x, self.weight, self.bias)", "linear(x, self.weight)", "gpt-2"),
     "activation swapped": ("fast_model", '"silu": nn.SiLU()', '"silu": nn.GELU()', "llama-2"),
     "gelu without tanh": ("fast_model", 'nn.GELU("tanh")', "nn.GELU()", "gpt-2"),
-    "gate and up exchanged": ("fast_model", "gate, up = x.chunk(2", "up, gate = x.chunk(2", "llama-2"),
+    "gate and up exchanged": ("fast_model", "gate, up = self.gate_up", "up, gate = self.gate_up", "llama-2"),
     "written one slot too far": (
         "fast_model",
         "(row, head, input_pos[:, None])",

@@ -1,11 +1,14 @@
 """What only a GPU shows: CUDA graphs, and the host that runs ahead. Skipped without one."""
 
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
+import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model
 from generate import (
@@ -28,6 +31,13 @@ def test_every_way_agrees(family):
     config = FAMILIES[family]
     rows = list(check_model(config, random_weights(config), "cuda"))
     assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_every_way_agrees_on_two_gpus():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, check_equivalence.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])

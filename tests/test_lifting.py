@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "tp": {"torch"},
     "tokenizer": set(),
     "checkpoint": {"torch", "model", "fast_model", "quantize", "tp"},
-    "generate": {"torch", "checkpoint", "quantize", "tokenizer"},
+    "generate": {"torch", "checkpoint", "quantize", "tp", "tokenizer"},
     "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint"},
 }
 MAY_IMPORT["check_equivalence"] = {"torch", *MAY_IMPORT} - {"convert_hf_checkpoint"}

@@ -37,6 +37,7 @@ class Scripted:
     def __init__(self, following, vocab_size=16, block_size=64):
         self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
         self.following, self.max_seq_length, self.max_batch_size = following, 0, 0
+        self.ranks = 1
         self.passes = []  # the number of tokens of each
 
     def setup_caches(self, rows, slots):

@@ -1,0 +1,80 @@
+"""What tests/test_tp.py lets several ranks compute: `torchrun ... tests/ranks.py MODE FILE`. No test itself."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tp  # noqa: E402
+from check_equivalence import FAMILIES, in_chunks, random_weights  # noqa: E402
+from checkpoint import build_model, quantize_model  # noqa: E402
+from generate import DraftModel, PromptLookup, Sampling, decode_step, generate  # noqa: E402
+from model import GPTConfig  # noqa: E402
+
+SMALL = {"block_size": 96, "n_layer": 2, "n_head": 8, "head_dim": 16, "hidden_dim": 256}
+CONFIGS = {name: GPTConfig(**vars(family) | SMALL | {"n_kv_head": 8}) for name, family in FAMILIES.items()}
+CONFIGS["few kv heads"] = GPTConfig(**vars(FAMILIES["llama-2"]) | SMALL | {"n_kv_head": 2})
+CONFIGS["one kv head"] = GPTConfig(**vars(FAMILIES["qwen2"]) | SMALL | {"n_kv_head": 1})
+IDS = torch.randint(331, (3, 30), generator=torch.Generator().manual_seed(0))
+NEW = 12  # tokens
+
+
+def prepared(name: str, weights: str, rank: int = 0, ranks: int = 1):
+    """A float32 model, or a rank's shard of it; with int8 or int4 weights if so named."""
+    config = CONFIGS[name]
+    state_dict = random_weights(config)
+    if weights == "float32":
+        state_dict = tp.shard(state_dict, config, rank, ranks)
+    else:
+        config, state_dict = quantize_model(config, state_dict, weights, 32, rank, ranks)
+    return build_model(config, state_dict, "cpu", torch.float32, rank=rank, ranks=ranks)
+
+
+@torch.no_grad()
+def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
+    """{case: logits or ids} of everything that must not depend on the number of ranks."""
+    found = {}
+    for name in CONFIGS:
+        model = prepared(name, "float32", rank, ranks)
+        for rows in (1, 3):
+            found[f"{name}, batch {rows}"] = in_chunks(model, IDS[:rows], 13)
+        found[f"{name}, one by one"] = in_chunks(model, IDS[:1], 1)
+        found[f"{name}, greedy"] = list(generate(model, IDS, NEW, Sampling(0), lengths=[30, 23, 7]))
+        found[f"{name}, sampled"] = list(generate(model, IDS, NEW, Sampling(), seed=5))
+    for weights in ("int8", "int4"):
+        model = prepared("few kv heads", weights, rank, ranks)
+        found[f"{weights}, batch 3"] = in_chunks(model, IDS, 13)
+        found[f"{weights}, greedy"] = list(generate(model, IDS, NEW, Sampling(0)))
+    model, draft = (prepared("few kv heads", "float32", *split) for split in ((rank, ranks), ()))
+    for name, speculation in {"draft model": DraftModel(draft, 3), "prompt lookup": PromptLookup(4)}.items():
+        found[f"{name}, greedy"] = list(generate(model, IDS, NEW, Sampling(0), speculation=speculation))
+        found[f"{name}, sampled"] = list(generate(model, IDS, NEW, Sampling(), seed=5, speculation=speculation))
+    if compiled:
+        step = torch.compile(decode_step, fullgraph=True, dynamic=False)
+        found["few kv heads, compiled"] = list(generate(model, IDS[:1], NEW, Sampling(0), decode_step=step))
+    return found
+
+
+def main(mode: str, file: str) -> None:
+    with tp.among_ranks(Namespace(device="cpu")):
+        rank, ranks = tp.rank_and_count()
+        if mode == "fail" and rank == 1:
+            raise ValueError("this rank has had enough")
+        if mode == "results":
+            found = tp.objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
+            if rank == 0:
+                torch.save(found, file)
+        else:
+            tp.all_reduce(torch.ones(2), ranks)  # which waits for the other rank
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        tp.print_error(error)
+        sys.exit(2)

@@ -1,0 +1,265 @@
+"""Tensor parallelism on a CPU, with gloo: any number of ranks computes what one process does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command
+from ranks import CONFIGS, results
+
+import generate
+import tp
+from check_equivalence import FAMILIES, random_weights
+from checkpoint import quantize_model, read_checkpoint, write_checkpoint
+from fast_model import to_fast
+from quantize import dequantize_weights
+
+ROOT = Path(generate.__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks: int, *arguments) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*start, *map(str, arguments)]
+
+
+def finish(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+# --- shard(): a pure function -----------------------------------------------------------------------------------------
+
+
+def joined(shards: list[dict], whole: dict) -> dict:
+    """The shards put together by the table, rows of replicated kv heads and of padding taken off."""
+    state_dict = {}
+    for name, tensor in whole.items():
+        parts = [part[name] for part in shards]
+        dim = next((dim for module, dim in tp.SHARDS.items() if f"{module}." in name), None)
+        if dim is None or (dim == 1 and tensor.dim() == 1):
+            assert all(torch.equal(part, tensor) for part in parts) or name.endswith("bias")
+            state_dict[name] = sum(parts[1:], parts[0]) if name.endswith("bias") and dim == 1 else parts[0]
+        else:
+            held_by = (
+                len(parts) * parts[0].shape[dim] // tensor.shape[dim] if "k_proj" in name or "v_proj" in name else 1
+            )
+            state_dict[name] = torch.cat(parts[::held_by], dim).narrow(dim, 0, tensor.shape[dim])
+    return state_dict
+
+
+@pytest.mark.parametrize("ranks", (2, 4, 8))
+@pytest.mark.parametrize("weights", ("float32", "int8", "int4"))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_shards_are_the_whole_model_bit_for_bit(family, weights, ranks):
+    config, state_dict = CONFIGS[family], random_weights(CONFIGS[family])
+    if weights != "float32":
+        config, state_dict = quantize_model(config, state_dict, weights, 32)
+    if weights == "int4" and ranks == 8:
+        with pytest.raises(ValueError, match="128 columns in 4 int4 groups, which 8 ranks do not divide"):
+            tp.shard(state_dict, config, 0, ranks)
+        return
+    shards = [tp.shard(state_dict, config, rank, ranks) for rank in range(ranks)]
+    assert all(part.keys() == state_dict.keys() for part in shards)
+    assert all(part[name].shape == shards[0][name].shape for part in shards for name in part)
+    whole = joined(shards, state_dict)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in state_dict.items())
+
+
+def test_every_matrix_is_split():
+    config = CONFIGS["llama-2"]
+    shard = tp.shard(random_weights(config), config, 1, 4)
+    sizes = {name: tensor.numel() for name, tensor in random_weights(config).items() if tensor.dim() == 2}
+    assert all(shard[name].numel() == -(-331 // 4) * 64 if "wte" in name or "lm_head" in name else size // 4
+               for name, size in sizes.items())  # fmt: skip
+
+
+def test_one_rank_gets_the_same_tensors():
+    config, state_dict = CONFIGS["gpt-2"], random_weights(CONFIGS["gpt-2"])
+    assert tp.shard(state_dict, config, 0, 1) is state_dict
+
+
+def test_the_bias_after_a_sum_is_added_once():
+    config, state_dict = CONFIGS["gpt-2"], random_weights(CONFIGS["gpt-2"])
+    name = "transformer.h.0.attn.o_proj.bias"
+    first, second = (tp.shard(state_dict, config, rank, 2)[name] for rank in range(2))
+    assert torch.equal(first, state_dict[name]) and not second.any()
+
+
+def test_a_shard_of_a_mapped_file_copies_no_rows(tiny_checkpoint):
+    config, state_dict = read_checkpoint(tiny_checkpoint / "model.pth")
+    shard = tp.shard(state_dict, config, 1, 2)
+    name = "transformer.h.1.mlp.up_proj.weight"
+    assert shard[name].untyped_storage().data_ptr() == state_dict[name].untyped_storage().data_ptr()
+
+
+def test_quantizing_while_loading_gives_shards_of_the_quantized_model():
+    config, state_dict = CONFIGS["few kv heads"], random_weights(CONFIGS["few kv heads"])
+    for mode in ("int8", "int4"):
+        _, whole = quantize_model(config, state_dict, mode, 32)
+        _, part = quantize_model(config, state_dict, mode, 32, 1, 2)
+        expected = tp.shard(whole, config, 1, 2)
+        assert part.keys() == expected.keys()
+        assert all(torch.equal(part[name], tensor) for name, tensor in expected.items())
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in part.values())  # no views of whole matrices
+
+
+def test_a_shard_has_the_numbers_of_the_dequantized_whole():
+    config, state_dict = quantize_model(CONFIGS["few kv heads"], random_weights(CONFIGS["few kv heads"]), "int4", 32)
+    shard = dequantize_weights(tp.shard(state_dict, config, 1, 2))
+    expected = tp.shard(dequantize_weights(state_dict), config, 1, 2)
+    assert all(torch.equal(shard[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_surgery_works_on_shards():
+    config = CONFIGS["llama-2"]
+    fast = to_fast(tp.shard(random_weights(config), config, 0, 2), config)
+    assert fast["layers.0.attn.qkv.weight"].shape == (3 * 4 * 16, 64)
+    assert fast["layers.0.mlp.gate_up.weight"].shape == (2 * 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    (
+        ({}, 4, "4 ranks do not divide 6 heads, 6 kv heads and 96 hidden units; these numbers of ranks do: 2, 3, 6"),
+        ({"n_kv_head": 3}, 2, "2 ranks do not divide 6 heads, 3 kv heads"),
+        ({"hidden_dim": 95}, 2, "these numbers of ranks do: none"),
+    ),
+)
+def test_what_does_not_divide_is_refused_with_a_sentence(change, ranks, message):
+    config = replace(FAMILIES["llama-2"], **change)
+    with pytest.raises(ValueError, match=message):
+        tp.shard(random_weights(config), config, 0, ranks)
+
+
+def test_other_weights_have_another_fingerprint():
+    config = CONFIGS["llama-2"]
+    one, again, other = (tp.fingerprint(random_weights(config, seed)) for seed in (0, 0, 1))
+    assert one == again != other
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return results()
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def of_ranks(request, tmp_path_factory):
+    """What each rank found."""
+    file = tmp_path_factory.mktemp("ranks") / "results"
+    done = finish(torchrun(request.param, ROOT / "tests/ranks.py", "results", file))
+    assert done.returncode == 0, done.stderr
+    found = torch.load(file, weights_only=True)
+    assert len(found) == request.param
+    return found
+
+
+def test_logits_are_those_of_one_process(of_ranks, alone):
+    cases = {name: logits for name, logits in alone.items() if isinstance(logits, torch.Tensor)}
+    assert len(cases) == 3 * len(CONFIGS) + 2
+    for name, logits in cases.items():
+        assert (of_ranks[0][name] - logits).abs().max() < 1e-4, name
+
+
+def test_texts_are_those_of_one_process(of_ranks, alone):
+    texts = {name: ids for name, ids in alone.items() if isinstance(ids, list)}
+    assert len(texts) == 2 * len(CONFIGS) + 6
+    for name, ids in texts.items():
+        assert of_ranks[0][name] == ids, name
+
+
+def test_every_rank_has_the_same_tokens(of_ranks):
+    first, *others = of_ranks
+    for other in others:
+        assert all(other[name] == ids for name, ids in first.items() if isinstance(ids, list))
+
+
+def test_a_compiled_step_gives_the_same_text(of_ranks, alone):
+    if len(of_ranks) == 4:
+        pytest.skip("compiled by two ranks")
+    expected = [ids[:1] for ids in alone["few kv heads, greedy"]]
+    assert of_ranks[0]["few kv heads, compiled"][0] == expected[0]
+    assert of_ranks[0]["few kv heads, compiled"] == of_ranks[1]["few kv heads, compiled"]
+
+
+def test_generate_under_torchrun_prints_the_plain_text_once(run, tiny_checkpoint, tmp_path):
+    questions = tmp_path / "questions.txt"
+    questions.write_text("The first question\nAnother\n")
+    options = ["--prompt_file", questions, "--quantize", "int8", "--prompt_lookup", "--num_samples", 2]
+    plain = run(*options)
+    file = tmp_path / "ranks.json"
+    done = finish(torchrun(2, *command(tiny_checkpoint, *options, "--json", file)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plain.stdout
+    assert done.stderr.count("prefill:") == 2 and "MB read a step by each rank" in done.stderr
+    data = json.loads(file.read_text())
+    assert data["samples"] == plain.samples
+    assert data["ranks"] == 2 and data["bytes_per_step"] < 0.7 * plain.data["bytes_per_step"]
+
+
+def test_check_equivalence_under_torchrun(tiny_checkpoint):
+    options = ["--checkpoint_path", tiny_checkpoint / "model.pth", "--device", "cpu", "--no_compile"]
+    done = finish(torchrun(2, ROOT / "check_equivalence.py", *options))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("All rows are within their tolerance.") == 1
+    assert done.stdout.count("token by token") == done.stdout.count("int8 by token") == 1
+
+
+def test_a_failing_rank_ends_the_run_with_its_own_error():
+    start = time.perf_counter()
+    done = finish(torchrun(2, ROOT / "tests/ranks.py", "fail", "-"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank 1: this rank has had enough") == 1
+    assert "Connection" not in done.stderr  # what rank 0 met
+    assert time.perf_counter() - start < 30
+
+
+def test_a_mistake_of_the_user_is_told_once(tiny_checkpoint):
+    done = finish(torchrun(2, *command(tiny_checkpoint, "--draft_checkpoint_path", "nowhere.pth")))
+    assert done.returncode != 0
+    assert done.stderr.count("error: nowhere.pth does not exist") == 1 and "rank 1:" not in done.stderr
+
+
+@pytest.mark.parametrize("differs", ("seed", "checkpoint"))
+def test_ranks_that_disagree_are_told_at_the_start(differs, folder, tiny_checkpoint):
+    """Two ranks started by hand, as torchrun does on two nodes, each in a folder of its own."""
+    if differs == "checkpoint":
+        config, _ = read_checkpoint(folder / "model.pth")
+        write_checkpoint(folder / "model.pth", config, random_weights(config, seed=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for rank, own in enumerate((tiny_checkpoint, folder)):
+        options = ["--checkpoint_path", "model.pth", "--device", "cpu"]
+        options += ["--seed", str(rank)] if differs == "seed" else []
+        environment = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": "0"}
+        arguments = [sys.executable, str(ROOT / "generate.py"), *options]
+        ranks.append(subprocess.Popen(arguments, cwd=own, env=environment, stderr=subprocess.PIPE, text=True))
+    message = {"seed": "rank 1 has seed 1, where rank 0 has 0", "checkpoint": "rank 1 has a checkpoint with the digest"}
+    for process in ranks:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert message[differs] in error
+
+
+def test_ctrl_c_ends_every_rank(tiny_checkpoint):
+    arguments = torchrun(2, *command(tiny_checkpoint, "--interactive"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    assert process.stdout.read(2) == b"> "  # the ranks are up, and rank 1 waits for what rank 0 reads
+    start = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.perf_counter() - start < 10
