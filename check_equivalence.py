@@ -22,7 +22,6 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -372,7 +371,7 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
     return passed
 
 
-def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile: bool) -> bool:
+def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile: bool) -> int:
     check_device(device)
     if hf and not checkpoint_path:
         raise ValueError("--hf needs --checkpoint_path, the model.pth that was made from it")
@@ -380,23 +379,25 @@ def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile:
         raise ValueError(f"{hf} is not a folder")
     if checkpoint_path:
         config, state_dict = read_checkpoint(checkpoint_path)
-        tp.check_agreement({"a checkpoint with the digest": tp.fingerprint(state_dict)})
+        tp.check_agreement({"model": tp.fingerprint(config, state_dict)})
         models = {str(checkpoint_path): (config, state_dict)}
     else:
         models = {f"{name}, small random weights": (c, random_weights(c)) for name, c in FAMILIES.items()}
-    passed = True
+    ranks, passed = tp.rank_and_count()[1], []
     for title, (config, state_dict) in models.items():
         if not checkpoint_path:
             try:
-                tp.shard_config(config, tp.rank_and_count()[1])
+                tp.shard_config(config, ranks)
             except ValueError as error:
                 tp.print0(f"\n{title}: left out, {error}")
                 continue
-        passed &= print_table(title, check_model(config, state_dict, device, not no_compile, hf))
-    tp.print0(
-        "\nAll rows are within their tolerance." if passed else "\nThe models DISAGREE: see the rows that FAILED."
-    )
-    return passed
+        rows = check_model(config, state_dict, device, not no_compile, hf)
+        passed += tp.objects_of_ranks(print_table(title, rows))
+    if not passed:
+        raise ValueError(f"{ranks} ranks divide none of the small models; take another number, or give a checkpoint")
+    agree = all(passed)
+    tp.print0("\nAll rows are within their tolerance." if agree else "\nThe models DISAGREE: see the rows that FAILED.")
+    return 0 if agree else 1
 
 
 if __name__ == "__main__":
@@ -407,11 +408,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled rows")
-    arguments = parser.parse_args()
-    try:
-        with tp.among_ranks(arguments) as options:
-            agree = main(**options)
-    except (ValueError, OSError) as error:
-        tp.print_error(error)
-        sys.exit(2)
-    sys.exit(0 if agree else 1)
+    tp.run(main, parser.parse_args())

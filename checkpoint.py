@@ -143,7 +143,7 @@ def quantize_model(
 ) -> tuple[GPTConfig, dict]:
     """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own.
 
-    With `ranks`, the shard of the quantized weights that `rank` holds; at no time the others'.
+    With `ranks`, the shard of the quantized weights that `rank` holds; of one matrix at a time the whole.
     """
     config, state_dict = untie_head(config, state_dict)
     quantized = {}

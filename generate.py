@@ -985,7 +985,8 @@ def main(
     config, state_dict = read_checkpoint(checkpoint_path)
     bandwidth = read_bandwidth(device)
     start = time.perf_counter()
-    tp.check_agreement({"a checkpoint with the digest": tp.fingerprint(state_dict)})
+    if ranks > 1:
+        tp.check_agreement({"model": tp.fingerprint(config, state_dict)})
     if quantize:
         config, state_dict = quantize_model(config, state_dict, quantize, group_size, rank, ranks)
     else:
@@ -1030,7 +1031,11 @@ def main(
         INTERACTIVE_SLOTS if interactive else max(map(len, rows)) + max_new_tokens - 1 + longest_round
     )
     slots = cache_slots(slots, config)
-    tp.check_agreement({"the prompt ids": rows, "the end-of-sequence ids": eos_ids})
+    if ranks > 1:  # what decides where a rank ends
+        pieces = tokenizer and [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+        draft_config = draft.config if draft_checkpoint_path else None
+        same = {"prompt": rows, "tokenizer": pieces, "set of end tokens": sorted(eos_ids), "draft model": draft_config}
+        tp.check_agreement(same)
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         check_room(len(ids), name)
 
@@ -1192,12 +1197,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    try:
-        with tp.among_ranks(arguments) as options:
-            main(**options)
-    except (ValueError, OSError) as error:
-        tp.print_error(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    tp.run(main, parse_arguments())

@@ -18,14 +18,16 @@ Copy me: needs torch.
 Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 """
 
+import gc
 import hashlib
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import traceback
 from dataclasses import replace
 from datetime import timedelta
+from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -138,11 +140,6 @@ def print0(*words, **options) -> None:
         print(*words, **options)
 
 
-def print_error(error: Exception) -> None:
-    rank = rank_and_count()[0]
-    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-
-
 def own_device(device: str) -> str:
     """The device of this rank: of "cuda" the GPU with the local rank's number. Raises ValueError if it has none."""
     if rank_and_count()[1] == 1 or device == "cpu":
@@ -158,34 +155,54 @@ def own_device(device: str) -> str:
     return f"cuda:{local}"
 
 
-@contextmanager
-def among_ranks(arguments):
-    """A command's arguments as a dictionary, with this rank's own device, while the group of all ranks is up.
+def run(main, arguments) -> None:
+    """Exit with what `main`, given a command's arguments, returns, or with 2 after telling an error of the user's.
 
-    With one rank there is no group. Raises ValueError if the arguments differ among the ranks. Ctrl-C is taken from
-    Python. Rank 0 is the first to show an error: torchrun ends the others when one rank has ended, so they wait with
-    theirs for a moment, and what rank 0 meets only because another rank is gone does not hide that one's error.
+    Under torchrun this starts the group of all ranks, checks that their arguments are the same, and gives each its own
+    device. torchrun ends the others when one rank has ended: rank 0 tells an error first, so that it is told once, but
+    waits with one that it may only have because another rank is gone.
     """
-    options = vars(arguments)
-    device = own_device(arguments.device)
     rank, ranks = rank_and_count()
+    options = vars(arguments)
+    try:
+        if ranks > 1:
+            device = own_device(arguments.device)
+            _start(device)
+            check_agreement(options)
+            options = options | {"device": device}
+        code = int(main(**options) or 0)
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError) as error:
+        if rank > 0:
+            time.sleep(2)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        code = 2
+    except Exception:
+        if ranks == 1:
+            raise
+        time.sleep(2 if rank else 5)
+        traceback.print_exc()
+        code = 1
     if ranks == 1:
-        yield options
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even while it waits for another rank
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if (
+        code < 2
+    ):  # all ranks have come to their end; after an error they have not, and the process takes the group along
+        Timer(10, os._exit, [code]).start()
+        torch.compiler.reset()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388)
+        gc.collect()
+        dist.destroy_process_group()
+    os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
+
+
+def _start(device: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C at once, even while this rank waits for another
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # A prompt may be long in coming, and torchrun sees a rank that ends: no other timeout is needed.
     dist.init_process_group(backend, timeout=timedelta(days=1))
-    try:
-        check_agreement(options)
-        yield options | {"device": device}
-    except BaseException as error:
-        expected = isinstance(error, (ValueError, OSError))
-        time.sleep((0 if expected else 1) if rank == 0 else 2)
-        dist.group.WORLD.abort()  # the others may never come to what this rank has begun
-        raise
-    finally:
-        dist.destroy_process_group()
 
 
 def objects_of_ranks(value) -> list:
@@ -199,23 +216,23 @@ def objects_of_ranks(value) -> list:
 
 def check_agreement(settings: dict) -> None:
     """Raises ValueError if a rank has other settings than rank 0, and names the first one."""
-    first, *others = objects_of_ranks(settings)
+    first, *others = objects_of_ranks({name: repr(value) for name, value in settings.items()})
     for rank, theirs in enumerate(others, start=1):
         for name, ours in first.items():
-            if theirs[name] != ours:
-                raise ValueError(
-                    f"rank {rank} has {name} {theirs[name]}, where rank 0 has {ours}; give every rank the same command "
-                    "and the same files"
-                )
+            if theirs[name] == ours:
+                continue
+            short = len(ours + theirs[name]) < 100
+            values = f"{name} {theirs[name]}, where rank 0 has {ours}" if short else f"another {name} than rank 0"
+            raise ValueError(f"rank {rank} has {values}; give every rank the same command and the same files")
 
 
-def fingerprint(state_dict: dict) -> str:
-    """A digest of each tensor's name, shape and first numbers: of another model's weights it is another one.
+def fingerprint(config, state_dict: dict) -> str:
+    """A digest of a config, and of each tensor's name, shape and first numbers: of another model it is another one.
 
     Of a mapped file that is a page a tensor.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(config).encode())
     for name, tensor in state_dict.items():
-        first = tensor.flatten()[:64].view(torch.uint8).numpy().tobytes()
+        first = bytes(tensor.flatten()[:64].view(torch.uint8).tolist())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + first)
     return digest.hexdigest()

@@ -135,7 +135,7 @@ def random_state(config: GPTConfig, device: str, ranks: int = 1) -> dict:
     """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard."""
     local = tp.shard_config(config, ranks)
     shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(tp.rank_and_count()[0])
     state_dict = {}
     for name, shape in shapes.items():
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -789,10 +789,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    try:
-        with tp.among_ranks(arguments) as options:
-            main(**options)
-    except (ValueError, OSError) as error:
-        tp.print_error(error)
-        raise SystemExit(2) from None
+    tp.run(main, parse_arguments())

@@ -58,23 +58,18 @@ def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
     return found
 
 
-def main(mode: str, file: str) -> None:
-    with tp.among_ranks(Namespace(device="cpu")):
-        rank, ranks = tp.rank_and_count()
-        if mode == "fail" and rank == 1:
-            raise ValueError("this rank has had enough")
-        if mode == "results":
-            found = tp.objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
-            if rank == 0:
-                torch.save(found, file)
-        else:
-            tp.all_reduce(torch.ones(2), ranks)  # which waits for the other rank
+def main(mode: str, file: str, device: str) -> None:
+    rank, ranks = tp.rank_and_count()
+    if mode == "fail" and rank == 1:
+        raise ValueError("this rank has had enough")
+    if mode == "results":
+        found = tp.objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
+        if rank == 0:
+            torch.save(found, file)
+    else:
+        tp.all_reduce(torch.ones(2), ranks)  # which waits for the other rank
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    try:
-        main(*sys.argv[1:])
-    except ValueError as error:
-        tp.print_error(error)
-        sys.exit(2)
+    tp.run(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device="cpu"))

@@ -141,8 +141,9 @@ def test_what_does_not_divide_is_refused_with_a_sentence(change, ranks, message)
 
 def test_other_weights_have_another_fingerprint():
     config = CONFIGS["llama-2"]
-    one, again, other = (tp.fingerprint(random_weights(config, seed)) for seed in (0, 0, 1))
+    one, again, other = (tp.fingerprint(config, random_weights(config, seed)) for seed in (0, 0, 1))
     assert one == again != other
+    assert one != tp.fingerprint(replace(config, block_size=95), random_weights(config))
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------
@@ -224,10 +225,23 @@ def test_a_failing_rank_ends_the_run_with_its_own_error():
     assert time.perf_counter() - start < 30
 
 
-def test_a_mistake_of_the_user_is_told_once(tiny_checkpoint):
-    done = finish(torchrun(2, *command(tiny_checkpoint, "--draft_checkpoint_path", "nowhere.pth")))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--draft_checkpoint_path", "nowhere.pth"], "error: nowhere.pth does not exist"),
+        (["--device", "cuda:1"], "error: under torchrun every rank takes a device of its own"),
+    ),
+)
+def test_a_mistake_of_the_user_is_told_once(tiny_checkpoint, options, message):
+    done = finish(torchrun(2, *command(tiny_checkpoint, *options)))
     assert done.returncode != 0
-    assert done.stderr.count("error: nowhere.pth does not exist") == 1 and "rank 1:" not in done.stderr
+    assert done.stderr.count(message) == 1 and "rank 1:" not in done.stderr
+
+
+def test_a_check_of_nothing_is_an_error():
+    done = finish(torchrun(4, ROOT / "check_equivalence.py", "--device", "cpu"))
+    assert done.returncode != 0
+    assert "error: 4 ranks divide none of the small models" in done.stderr
 
 
 @pytest.mark.parametrize("differs", ("seed", "checkpoint"))
@@ -246,7 +260,7 @@ def test_ranks_that_disagree_are_told_at_the_start(differs, folder, tiny_checkpo
         environment = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": "0"}
         arguments = [sys.executable, str(ROOT / "generate.py"), *options]
         ranks.append(subprocess.Popen(arguments, cwd=own, env=environment, stderr=subprocess.PIPE, text=True))
-    message = {"seed": "rank 1 has seed 1, where rank 0 has 0", "checkpoint": "rank 1 has a checkpoint with the digest"}
+    message = {"seed": "rank 1 has seed 1, where rank 0 has 0", "checkpoint": "rank 1 has another model than rank 0"}
     for process in ranks:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 2
