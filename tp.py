@@ -163,7 +163,7 @@ def run(main, arguments) -> None:
     waits with one that it may only have because another rank is gone.
     """
     rank, ranks = rank_and_count()
-    options = vars(arguments)
+    options, finished = vars(arguments), False
     try:
         if ranks > 1:
             device = own_device(arguments.device)
@@ -171,6 +171,7 @@ def run(main, arguments) -> None:
             check_agreement(options)
             options = options | {"device": device}
         code = int(main(**options) or 0)
+        finished = True
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError) as error:
@@ -188,9 +189,7 @@ def run(main, arguments) -> None:
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if (
-        code < 2
-    ):  # all ranks have come to their end; after an error they have not, and the process takes the group along
+    if finished:  # else others may never come to this, and the end of the process takes the group along
         Timer(10, os._exit, [code]).start()
         torch.compiler.reset()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388)
         gc.collect()
