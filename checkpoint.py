@@ -181,7 +181,7 @@ def build_model(
         swap_linears(model, state_dict)
     placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in state_dict.items()}
     model.load_state_dict(placed, strict=True, assign=True)
-    for module in model.modules():
-        if hasattr(module, "prepare"):
+    for name, module in model.named_modules():
+        if hasattr(module, "prepare") and "experts_" not in name:  # their rows are taken from the form on disk
             module.prepare()
     return model.eval().requires_grad_(False)

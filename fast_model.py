@@ -10,6 +10,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
 - q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
+- The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
+  reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
 - `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
 
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units. The sums over the ranks
@@ -21,6 +23,7 @@ Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv h
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -188,6 +191,14 @@ class Linear(nn.Linear):
         """What `gpu_kernels.linear` takes after x."""
         return (self.weight,)
 
+    def plain_weight(self, dtype):
+        """The weight as it multiplies, [N, K]."""
+        return self.weight
+
+    def rows(self, expert, experts: int):
+        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], as it multiplies."""
+        return self.weight.unflatten(0, (experts, -1))[expert]
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -231,6 +242,9 @@ class Attention(nn.Module):
         return all_reduce(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.ranks)
 
 
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ranks: int):
         super().__init__()
@@ -239,7 +253,7 @@ class MLP(nn.Module):
         self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
         width = config.hidden_dim * (2 if config.gated else 1)
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
-        self.act = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}[config.activation]
+        self.act = ACTIVATIONS[config.activation]()
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
@@ -254,13 +268,82 @@ class MLP(nn.Module):
         return all_reduce(self.down(y), self.ranks)
 
 
+def multiply_by_experts(x, weight, ends):
+    """x [N, K], sorted by expert, times each row's own matrix of weight [E, M, K]; `ends` [E] are where experts end."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    y, start = x.new_empty(len(x), weight.shape[1]), 0
+    for matrix, end in zip(weight, ends.tolist(), strict=True):
+        if end > start:
+            torch.mm(x[start:end], matrix.T, out=y[start:end])
+        start = end
+    return y
+
+
+# An operator of its own, because torch._grouped_mm is compiled for bf16 alone and computes on a CPU only eager (2.13).
+if not hasattr(torch.ops.gpt_twin, "multiply_by_experts"):
+    torch.library.define("gpt_twin::multiply_by_experts", "(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+    torch.library.impl("gpt_twin::multiply_by_experts", "CompositeExplicitAutograd", multiply_by_experts)
+    torch.library.register_fake(
+        "gpt_twin::multiply_by_experts", lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1])
+    )
+
+
+class SparseMLP(nn.Module):
+    """A mixture of experts, one rank's part of each."""
+
+    def __init__(self, config: GPTConfig, ranks: int):
+        super().__init__()
+        self.ranks, self.n_expert, self.used = ranks, config.n_expert, config.n_expert_used
+        self.norm_topk_prob = config.norm_topk_prob
+        self.router = Linear(config.dim, config.n_expert, bias=False)
+        self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=False)
+        self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=False)
+        self.act = ACTIVATIONS[config.activation]()
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)  # [N, D]
+        weights, chosen = self.router(rows).float().softmax(-1).topk(self.used)  # [N, used]
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        few = statically_known_true(rows.shape[0] * self.used <= 32) and torch.compiler.is_compiling()
+        y = (self.of_few if few else self.of_many)(rows, weights.to(x.dtype), chosen)
+        return all_reduce(y.view(x.shape), self.ranks)
+
+    def gated(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+    def of_few(self, x, weights, chosen):
+        """Products with the gathered rows, which the compiler does not gather but reads where they are."""
+        y = torch.zeros_like(x)
+        for place in range(self.used):
+            expert = chosen[:, place]
+            hidden = (self.experts_gate_up.rows(expert, self.n_expert) * x[:, None]).sum(-1).to(x.dtype)  # [N, 2 F]
+            out = (self.experts_down.rows(expert, self.n_expert) * self.gated(hidden)[:, None]).sum(-1)  # [N, D]
+            y = y + weights[:, place, None] * out.to(x.dtype)
+        return y
+
+    def of_many(self, x, weights, chosen):
+        expert = chosen.flatten()
+        order = expert.argsort(stable=True)  # [N used]
+        token = order // self.used
+        ends = (expert[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0).cumsum(0)
+        gate_up, down = (
+            m.plain_weight(x.dtype).unflatten(0, (self.n_expert, -1)) for m in (self.experts_gate_up, self.experts_down)
+        )
+        hidden = torch.ops.gpt_twin.multiply_by_experts(x[token], gate_up, ends)
+        out = torch.ops.gpt_twin.multiply_by_experts(self.gated(hidden), down, ends)  # [N used, D]
+        return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, ranks: int):
         super().__init__()
         self.norm_1 = make_norm(config, config.dim, config.norm)
         self.attn = Attention(config, ranks)
         self.norm_2 = make_norm(config, config.dim, config.norm)
-        self.mlp = MLP(config, ranks)
+        self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config, ranks)
 
     @torch.compiler.nested_compile_region
     def forward(self, x, update, rope, mask, input_pos):
@@ -368,7 +451,7 @@ class FastGPT(nn.Module):
         return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
 
 
-# The surgery: modules of the reference, and the FastGPT module that holds their rows in this order.
+# The surgery: modules of the reference, and the FastGPT module that holds their rows in this order; * is each expert.
 SURGERY = (
     (["transformer.wte"], "wte"),
     (["transformer.wpe"], "wpe"),
@@ -380,6 +463,9 @@ SURGERY = (
     (["transformer.h.{}.ln_2"], "layers.{}.norm_2"),
     (["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], "layers.{}.mlp.gate_up"),
     (["transformer.h.{}.mlp.down_proj"], "layers.{}.mlp.down"),
+    (["transformer.h.{}.mlp.router"], "layers.{}.mlp.router"),
+    ([f"transformer.h.{{}}.mlp.experts.*.{name}_proj" for name in ("gate", "up")], "layers.{}.mlp.experts_gate_up"),
+    (["transformer.h.{}.mlp.experts.*.down_proj"], "layers.{}.mlp.experts_down"),
     (["transformer.ln_f"], "norm_f"),
     (["lm_head"], "lm_head"),
 )
@@ -390,6 +476,8 @@ def _module_pairs(config: GPTConfig):
     for sources, target in SURGERY:
         if not config.gated:
             sources = [name for name in sources if not name.endswith("gate_proj")]
+        if "*" in sources[0]:
+            sources = [name.replace("*", str(expert)) for expert in range(config.n_expert) for name in sources]
         for layer in range(config.n_layer if "{}" in target else 1):
             yield [name.format(layer) for name in sources], target.format(layer)
 
@@ -421,7 +509,7 @@ def to_fast(state_dict: dict, config: GPTConfig) -> dict:
 def to_reference(state_dict: dict, config: GPTConfig) -> dict:
     """The inverse of `to_fast`; the pieces are views of the fused tensors. Raises ValueError if a name is left over."""
     rows = {"q": config.n_head * config.head_dim, "k": config.n_kv_head * config.head_dim}
-    rows |= {"v": rows["k"], "gate": config.hidden_dim, "up": config.hidden_dim}
+    rows |= {"v": rows["k"], "gate": config.hidden_dim, "up": config.hidden_dim, "down": config.dim}
     modules, reference = _by_module(state_dict), {}
     for names, target in _module_pairs(config):
         for kind, tensor in modules.pop(target, {}).items():

@@ -639,11 +639,14 @@ def read_bandwidth(device: str) -> float:
 
 
 def bytes_per_step(model) -> int:
-    """Bytes a decode step reads: the weights, of an embedding that is only looked up nothing, and the whole cache."""
+    """Bytes a decode step of one row reads: the weights, of an embedding that is only looked up nothing, of experts the
+    chosen ones, and the whole cache.
+    """
     config = model.config
     looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
+    active = config.n_expert_used / config.n_expert if config.n_expert else 1  # the experts of one token
     weights = sum(
-        tensor.nbytes
+        round(tensor.nbytes * active) if "experts_" in name else tensor.nbytes
         for name, tensor in model.state_dict().items()
         if name.removeprefix("transformer.") not in looked_up
     )

@@ -1,7 +1,8 @@
 """The reference GPT: the specification that `fast_model.py` must agree with.
 
-One decoder-only transformer covers Llama, Mistral, Qwen and GPT-2; what differs between them is a field of `GPTConfig`.
-There is no cache and no thought for a compiler here: every forward pass sees the whole sequence. Decisions to know:
+One decoder-only transformer covers Llama, Mistral, Mixtral, Qwen and GPT-2; what differs between them is a field of
+`GPTConfig`. There is no cache and no thought for a compiler here: every forward pass sees the whole sequence. Decisions
+to know:
 
 - Weights have one linear layer per projection, named as in `transformer.h.{i}.attn.q_proj.weight`; nothing is fused.
 - Rotary embeddings rotate the two halves of a head (Hugging Face's order), not neighbouring pairs.
@@ -28,6 +29,7 @@ class GPTConfig:
     `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or Llama 3.1's four numbers, named as in
     its `config.json`: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
     `sliding_window` is how many positions, its own included, a token attends to; None means all before it.
+    With `n_expert` above 0 each feed-forward is that many of `hidden_dim`, of which a token takes `n_expert_used`.
     """
 
     block_size: int  # the longest sequence, in tokens
@@ -50,6 +52,9 @@ class GPTConfig:
     rope_scaling: dict | None = None
     sliding_window: int | None = None
     tie_embeddings: bool = False
+    n_expert: int = 0  # 0: one dense feed-forward
+    n_expert_used: int = 0
+    norm_topk_prob: bool = True  # the chosen experts' weights sum to 1; without, they are probabilities among all
 
     def __post_init__(self):
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "dim", "hidden_dim")
@@ -72,6 +77,12 @@ class GPTConfig:
             raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
+        if not (self.n_expert == self.n_expert_used == 0 or 1 <= self.n_expert_used <= self.n_expert):
+            raise ValueError(
+                f"n_expert_used {self.n_expert_used} must be from 1 to n_expert {self.n_expert}, or both 0"
+            )
+        if self.n_expert and (self.mlp_bias or not self.gated):
+            raise ValueError("experts must be gated and have no bias")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
@@ -175,13 +186,37 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
+class SparseMLP(nn.Module):
+    """A mixture of experts: each token goes through the few that the router finds likeliest, weighted by how likely.
+
+    The method is that of Shazeer et al. 2017, arXiv:1701.06538, as in Jiang et al. 2024, "Mixtral of Experts".
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(config.dim, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
+
+    def forward(self, x):
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.config.n_expert_used)  # [B, T, experts used]
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            is_chosen = chosen == number
+            token = is_chosen.any(-1)  # [B, T]
+            y[token] += weights[is_chosen].type_as(x)[:, None] * expert(x[token])
+        return y
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = make_norm(config)
         self.attn = Attention(config)
         self.ln_2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))

@@ -88,6 +88,15 @@ class Int8Linear(nn.Module):
         """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales) if self.for_gpu_kernels else None
 
+    def plain_weight(self, dtype):
+        """The weight as it multiplies, [N, K]."""
+        return self.dequantize(self.weight, self.scales.to(dtype))
+
+    def rows(self, expert, experts: int):
+        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], as they multiply."""
+        weight, scales = (t.unflatten(0, (experts, -1))[expert] for t in (self.weight, self.scales.float()))
+        return weight * scales[..., None]
+
     def forward(self, x):
         if self.for_gpu_kernels:
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights()).view(*x.shape[:-1], -1)
@@ -151,6 +160,15 @@ class Int4Linear(nn.Module):
         """[N, K] in the dtype of the scales; in float32 the exact numbers."""
         q = Int4Linear.unpack(weight).unflatten(1, (scales.shape[1], -1)).to(scales.dtype)
         return ((q - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+
+    def plain_weight(self, dtype):
+        """The weight as it multiplies, [N, K], if it was not prepared."""
+        return self.dequantize(self.weight, self.scales.to(dtype), self.zeros.to(dtype))
+
+    def rows(self, expert, experts: int):
+        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], if it was not prepared."""
+        parts = (t.unflatten(0, (experts, -1))[expert] for t in (self.weight, self.scales.float(), self.zeros.float()))
+        return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
     def prepare(self):
         """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows."""
@@ -314,6 +332,9 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
     from tqdm import tqdm
 
     from model import Block
+
+    if config.n_expert:
+        raise ValueError("GPTQ of experts, which each see a part of the text, is not implemented; use int4 or int8")
 
     for name, tensor in state_dict.items():
         if name.endswith("_proj.weight"):

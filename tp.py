@@ -32,17 +32,18 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-# The dimension of each module's weight that is divided: 0 its output rows, 1 its input columns. What is not here is
-# whole on every rank. A bias is divided like rows; that of a module divided by columns is added once, by rank 0.
+# The dimension of each module's weight that is divided, of every expert's too: 0 its output rows, 1 its input columns.
+# What is not here is whole on every rank. A bias is divided like rows; that of a module divided by columns is added
+# once, by rank 0.
 SHARDS = {
     "transformer.wte": 0,
-    "attn.q_proj": 0,
-    "attn.k_proj": 0,
-    "attn.v_proj": 0,
-    "attn.o_proj": 1,
-    "mlp.gate_proj": 0,
-    "mlp.up_proj": 0,
-    "mlp.down_proj": 1,
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "o_proj": 1,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "down_proj": 1,
     "lm_head": 0,
 }
 
