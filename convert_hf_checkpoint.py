@@ -2,7 +2,8 @@
 
     python convert_hf_checkpoint.py --checkpoint_dir checkpoints/ORG/NAME
 
-Llama, Mistral, Qwen2, Qwen3 and GPT-2, and whatever else is published under their architectures. Decisions to know:
+Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and GPT-2, and whatever else is published under their architectures.
+Decisions to know:
 
 - What the model computes is read from the folder's config.json and from nothing else. A field that is neither used
   here nor known to be harmless is an error that names it, unless it is switched off: null, false, 0 or empty.
@@ -39,6 +40,8 @@ ARCHITECTURES = {
     "MistralForCausalLM": ("mistral", {}),
     "Qwen2ForCausalLM": ("qwen2", {"qkv_bias": True}),
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
+    "MixtralForCausalLM": ("mixtral", {}),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
 }
 
@@ -68,6 +71,14 @@ DEFAULTS = {
     "mistral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096},
     "qwen2": QWEN_DEFAULTS,
     "qwen3": QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+    "mixtral": LLAMA_DEFAULTS
+    | MISTRAL_SIZES
+    | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": QWEN_DEFAULTS
+    | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
+    | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
+    | {"norm_topk_prob": False},
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -95,9 +106,13 @@ SIZES = {
     "hidden_size": "dim",
     "n_embd": "dim",
     "intermediate_size": "hidden_dim",
+    "moe_intermediate_size": "hidden_dim",  # of one expert
     "n_inner": "hidden_dim",
+    "num_local_experts": "n_expert",
+    "num_experts": "n_expert",  # its older name
+    "num_experts_per_tok": "n_expert_used",
 }
-DERIVED = ("num_key_value_heads", "head_dim", "n_inner")  # null: worked out from the others
+DERIVED = ("num_key_value_heads", "head_dim", "n_inner", "num_experts")  # null: worked out from the others
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # The numbers that a kind of rotary embedding takes besides its base.
@@ -107,7 +122,7 @@ ROPE_NUMBERS = {
 }
 
 # Fields that have one implemented value, and whose being off would change the model.
-FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True}
+FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -122,6 +137,7 @@ HARMLESS = set(
     id2label label2id num_labels problem_type finetuning_task task_specific_params
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     do_sample temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    output_router_logits router_aux_loss_coef
     max_length min_length max_new_tokens num_beams num_beam_groups num_return_sequences early_stopping
     """.split()
 )
@@ -144,6 +160,19 @@ LLAMA_WEIGHTS = (
     ("model.layers.{}.mlp.down_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
     ("model.norm", ["transformer.ln_f"], AS_IS),
     ("lm_head", ["lm_head"], AS_IS),
+)
+# Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
+MIXTRAL_MLP = (
+    ("model.layers.{}.block_sparse_moe.gate", ["transformer.h.{}.mlp.router"], AS_IS),
+    ("model.layers.{}.block_sparse_moe.experts.*.w1", ["transformer.h.{}.mlp.experts.*.gate_proj"], AS_IS),
+    ("model.layers.{}.block_sparse_moe.experts.*.w3", ["transformer.h.{}.mlp.experts.*.up_proj"], AS_IS),
+    ("model.layers.{}.block_sparse_moe.experts.*.w2", ["transformer.h.{}.mlp.experts.*.down_proj"], AS_IS),
+)
+QWEN3_MOE_MLP = (
+    ("model.layers.{}.mlp.gate", ["transformer.h.{}.mlp.router"], AS_IS),
+    ("model.layers.{}.mlp.experts.*.gate_proj", ["transformer.h.{}.mlp.experts.*.gate_proj"], AS_IS),
+    ("model.layers.{}.mlp.experts.*.up_proj", ["transformer.h.{}.mlp.experts.*.up_proj"], AS_IS),
+    ("model.layers.{}.mlp.experts.*.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], AS_IS),
 )
 GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
 GPT2_WEIGHTS = (
@@ -253,6 +282,8 @@ def config_from_hf(config: dict) -> GPTConfig:
         "mlp_bias": bool(field.get("mlp_bias")),
         "tie_embeddings": bool(field["tie_word_embeddings"]),
     }
+    if "norm_topk_prob" in field:
+        values["norm_topk_prob"] = bool(field["norm_topk_prob"])
     if not gpt2:
         values["rope_base"], values["rope_scaling"] = rope_of(field)
         values["sliding_window"] = window_of(field)
@@ -325,7 +356,12 @@ def find_tensors(files: list[Path], prefix: str) -> dict:
 def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     """{tensor in the files: (parameters it becomes, how it is stored)}, the map written out for one model."""
     plan = {}
-    for source, targets, stored in rows:
+    written_out = [
+        (source.replace("*", str(expert)), [target.replace("*", str(expert)) for target in targets], stored)
+        for source, targets, stored in rows
+        for expert in range(config.n_expert if "*" in source else 1)
+    ]
+    for source, targets, stored in written_out:
         for layer in range(config.n_layer if "{}" in source else 1):
             for kind in ("weight", "bias"):
                 made = [f"{target.format(layer)}.{kind}" for target in targets]
@@ -368,8 +404,9 @@ def convert(checkpoint_dir) -> Path:
     directory = Path(checkpoint_dir)
     hf_config = read_json(directory / "config.json")
     config = config_from_hf(hf_config)
-    gpt2 = model_type_of(hf_config) == "gpt2"
-    prefix, rows = ("transformer.", GPT2_WEIGHTS) if gpt2 else ("model.", LLAMA_WEIGHTS)
+    model_type = model_type_of(hf_config)
+    prefix, rows = ("transformer.", GPT2_WEIGHTS) if model_type == "gpt2" else ("model.", LLAMA_WEIGHTS)
+    rows += {"mixtral": MIXTRAL_MLP, "qwen3_moe": QWEN3_MOE_MLP}.get(model_type, ())
     with torch.device("meta"):
         expected = GPT(config).state_dict()  # names and shapes
     plan = weight_plan(rows, config, expected)

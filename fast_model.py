@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from model import GPTConfig
-from tp import all_gather, all_reduce, shard_config, vocab_rows
+from tp import all_gather, all_reduce, from_rank_0, shard_config, vocab_rows
 
 try:
     import gpu_kernels
@@ -303,7 +303,9 @@ class SparseMLP(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
-        weights, chosen = self.router(rows).float().softmax(-1).topk(self.used)  # [N, used]
+        probabilities = self.router(rows).float().softmax(-1)  # [N, experts]
+        chosen = from_rank_0(probabilities.topk(self.used).indices, self.ranks)  # [N, used], of all ranks the same
+        weights = probabilities.gather(-1, chosen)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         few = statically_known_true(rows.shape[0] * self.used <= 32) and torch.compiler.is_compiling()

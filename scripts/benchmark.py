@@ -104,6 +104,16 @@ SHAPES = {
         dim=8192,
         hidden_dim=28672,
     ),
+    "mixtral-8x7b": GPTConfig(
+        **LLAMA,
+        block_size=32768,
+        vocab_size=32000,
+        n_kv_head=8,
+        hidden_dim=14336,
+        rope_base=1e6,
+        n_expert=8,
+        n_expert_used=2,
+    ),
     "gpt-1.2b": GPTConfig(
         block_size=1024,
         vocab_size=2562,
@@ -179,7 +189,7 @@ def operations_per_token(model) -> int:
     """Two for each weight that multiplies; attention is not counted."""
     config = model.config
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
-    mlp = (3 if config.gated else 2) * config.hidden_dim
+    mlp = (3 if config.gated else 2) * config.hidden_dim * (config.n_expert_used or 1) + config.n_expert
     return 2 * config.dim * (config.n_layer * (attention + mlp) + config.vocab_size)
 
 

@@ -37,6 +37,7 @@ ROTARY = {
     "max_position_embeddings": 96,
 }
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
+EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
 MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
@@ -47,6 +48,10 @@ MODELS = {
     "qwen2 window": ("Qwen2", ROTARY | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
+    "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral window": ("Mixtral", ROTARY | {"num_local_experts": 3, "sliding_window": 7}),
+    "qwen3 moe": ("Qwen3Moe", ROTARY | EXPERTS | {"norm_topk_prob": True}),
+    "qwen3 moe unnormalized": ("Qwen3Moe", ROTARY | EXPERTS | {"tie_word_embeddings": True}),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
@@ -378,7 +383,7 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2"])
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -430,8 +435,8 @@ REFUSED = [
     (LLAMA, {"is_causal": False}, ["is_causal"]),
     (LLAMA, {"hidden_act": "relu2"}, ["hidden_act", "relu2"]),
     (LLAMA, {"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM"]),
-    (LLAMA, {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, ["MixtralForCausalLM"]),
-    (LLAMA, {"architectures": None, "model_type": "mixtral"}, ["mixtral"]),
+    (LLAMA, {"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}, ["PhimoeForCausalLM"]),
+    (LLAMA, {"architectures": None, "model_type": "phimoe"}, ["phimoe"]),
     (LLAMA, {"architectures": None, "model_type": "absent"}, ["architectures", "model_type"]),
     (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "llama"]),
     (LLAMA, {"num_attention_heads": 0}, ["num_attention_heads", "0"]),
@@ -440,6 +445,10 @@ REFUSED = [
     (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
+    ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
+    ("qwen3 moe", {"mlp_only_layers": [0]}, ["mlp_only_layers"]),
+    ("qwen3 moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
+    ("qwen3 moe", {"shared_expert_intermediate_size": 16}, ["shared_expert_intermediate_size"]),
     (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
     (QWEN, {"layer_types": ["linear_attention"] * 2}, ["layer_types", "linear_attention"]),
     (QWEN, {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window"]),
