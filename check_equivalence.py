@@ -66,7 +66,7 @@ FAMILIES = {
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},
         n_kv_head=3,
-        head_dim=20,
+        head_dim=16,
         qk_norm=True,
         n_expert=12,
         n_expert_used=4,

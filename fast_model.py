@@ -272,12 +272,8 @@ def multiply_by_experts(x, weight, ends):
     """x [N, K], sorted by expert, times each row's own matrix of weight [E, M, K]; `ends` [E] are where experts end."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
-    y, start = x.new_empty(len(x), weight.shape[1]), 0
-    for matrix, end in zip(weight, ends.tolist(), strict=True):
-        if end > start:
-            torch.mm(x[start:end], matrix.T, out=y[start:end])
-        start = end
-    return y
+    starts = [0, *ends.tolist()]
+    return torch.cat([x[starts[i] : starts[i + 1]] @ matrix.T for i, matrix in enumerate(weight)])
 
 
 # An operator of its own, because torch._grouped_mm is compiled for bf16 alone and computes on a CPU only eager (2.13).
@@ -334,8 +330,8 @@ class SparseMLP(nn.Module):
         gate_up, down = (
             m.plain_weight(x.dtype).unflatten(0, (self.n_expert, -1)) for m in (self.experts_gate_up, self.experts_down)
         )
-        hidden = torch.ops.gpt_twin.multiply_by_experts(x[token], gate_up, ends)
-        out = torch.ops.gpt_twin.multiply_by_experts(self.gated(hidden), down, ends)  # [N used, D]
+        multiply = torch.ops.gpt_twin.multiply_by_experts if torch.compiler.is_compiling() else multiply_by_experts
+        out = multiply(self.gated(multiply(x[token], gate_up, ends)), down, ends)  # [N used, D]
         return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
 
 

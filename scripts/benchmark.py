@@ -189,7 +189,9 @@ def operations_per_token(model) -> int:
     """Two for each weight that multiplies; attention is not counted."""
     config = model.config
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
-    mlp = (3 if config.gated else 2) * config.hidden_dim * (config.n_expert_used or 1) + config.n_expert
+    mlp = (3 if config.gated else 2) * config.hidden_dim * (
+        config.n_expert_used or 1
+    ) + config.n_expert  # and the router
     return 2 * config.dim * (config.n_layer * (attention + mlp) + config.vocab_size)
 
 

@@ -284,7 +284,9 @@ def test_a_cached_token_has_the_bytes_that_the_cache_has():
 def test_operations_are_two_for_each_weight_that_multiplies(family):
     config = FAMILIES[family]
     model = build_model(config, random_weights(config), "cpu", torch.float32)
-    weights = sum(t.numel() for name, t in model.named_parameters() if t.dim() == 2 and not name.startswith("w"))
+    active = config.n_expert_used / config.n_expert if config.n_expert else 1
+    matrices = {name: t for name, t in model.named_parameters() if t.dim() == 2 and not name.startswith("w")}
+    weights = sum(t.numel() * (active if "experts_" in name else 1) for name, t in matrices.items())
     head = config.vocab_size * config.dim if config.tie_embeddings else 0
     assert benchmark.operations_per_token(model) == 2 * (weights + head)
 

@@ -107,8 +107,14 @@ BROKEN = {
     ),
     "k and v exchanged by the surgery": ("fast_model", 'for name in "qkv"', 'for name in "qvk"', "qwen2"),
     "biases dropped": ("fast_model", "linear(x, self.weight, self.bias)", "linear(x, self.weight)", "gpt-2"),
-    "activation swapped": ("fast_model", '"silu": nn.SiLU()', '"silu": nn.GELU()', "llama-2"),
-    "gelu without tanh": ("fast_model", 'nn.GELU("tanh")', "nn.GELU()", "gpt-2"),
+    "activation swapped": ("fast_model", '"silu": nn.SiLU,', '"silu": nn.GELU,', "llama-2"),
+    "gelu without tanh": ("fast_model", 'partial(nn.GELU, "tanh")', "nn.GELU", "gpt-2"),
+    "experts' weights not normalized": (
+        "fast_model",
+        "if self.norm_topk_prob",
+        "if not self.norm_topk_prob",
+        "mixtral",
+    ),
     "gate and up exchanged": ("fast_model", "gate, up = self.gate_up", "up, gate = self.gate_up", "llama-2"),
     "written one slot too far": (
         "fast_model",
