@@ -66,7 +66,8 @@ def test_a_later_token_changes_no_earlier_logit(family, reference):
     changed = ids.clone()
     changed[:, 12] = (ids[:, 12] + 1) % LLAMA.vocab_size
     before, after = model(ids), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
+    rounding = 1e-5 if TINY[family].n_expert else 0  # an expert then multiplies another number of tokens
+    assert (before[:, :12] - after[:, :12]).abs().max() <= rounding
     assert (before[:, 12] - after[:, 12]).abs().min(0).values.max() > 0.01
 
 
