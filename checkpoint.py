@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from fast_model import FastGPT, to_fast
+from fast_model import FastGPT, fuse
 from model import GPT, GPTConfig
 from quantize import dequantize_weights, quantize_weights, swap_linears
 from tp import shard
@@ -135,7 +135,7 @@ def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:
     if not config.tie_embeddings:
         return config, state_dict
     head = {"lm_head.weight": state_dict["transformer.wte.weight"]}
-    return replace(config, tie_embeddings=False), state_dict | head
+    return replace(config, tie_embeddings=False), {**state_dict, **head}
 
 
 def quantize_model(
@@ -175,13 +175,14 @@ def build_model(
 
     With `ranks`, the FastGPT of a `rank` from its shard of the state dict.
     """
-    state_dict = dequantize_weights(state_dict) if reference else to_fast(state_dict, config)
+    tensors = dequantize_weights(state_dict).items() if reference else fuse(state_dict, config)
+    placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in tensors}
     with torch.device("meta"):
         model = GPT(config) if reference else FastGPT(config, rank, ranks)
-        swap_linears(model, state_dict)
-    placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in state_dict.items()}
+        swap_linears(model, placed)
     model.load_state_dict(placed, strict=True, assign=True)
+    del placed
     for name, module in model.named_modules():
-        if hasattr(module, "prepare") and "experts_" not in name:  # their rows are taken from the form on disk
-            module.prepare()
+        if hasattr(module, "prepare"):
+            module.prepare(experts="experts_" in name)
     return model.eval().requires_grad_(False)

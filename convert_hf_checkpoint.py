@@ -143,8 +143,9 @@ HARMLESS = set(
 )
 
 # The weight maps: a module in the files, the modules that its rows become, in this order, and how it is stored.
-# What stands after the module's name, weight or bias, stays. GPT-2's linear weights are [in, out] in the files.
-AS_IS, TRANSPOSED = "as is", "transposed"
+# What stands after the module's name, weight or bias, stays. GPT-2's linear weights are [in, out] in the files. Stacked
+# is a tensor [experts, rows, columns], whose name has nothing after it.
+AS_IS, TRANSPOSED, STACKED = "as is", "transposed", "stacked"
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -173,6 +174,16 @@ QWEN3_MOE_MLP = (
     ("model.layers.{}.mlp.experts.*.gate_proj", ["transformer.h.{}.mlp.experts.*.gate_proj"], AS_IS),
     ("model.layers.{}.mlp.experts.*.up_proj", ["transformer.h.{}.mlp.experts.*.up_proj"], AS_IS),
     ("model.layers.{}.mlp.experts.*.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], AS_IS),
+)
+# The form in which transformers 5 holds both in memory, and writes them with save_original_format=False.
+STACKED_MLP = (
+    ("model.layers.{}.mlp.gate", ["transformer.h.{}.mlp.router"], AS_IS),
+    (
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        ["transformer.h.{}.mlp.experts.*.gate_proj", "transformer.h.{}.mlp.experts.*.up_proj"],
+        STACKED,
+    ),
+    ("model.layers.{}.mlp.experts.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], STACKED),
 )
 GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
 GPT2_WEIGHTS = (
@@ -355,18 +366,22 @@ def find_tensors(files: list[Path], prefix: str) -> dict:
 
 def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     """{tensor in the files: (parameters it becomes, how it is stored)}, the map written out for one model."""
-    plan = {}
-    written_out = [
-        (source.replace("*", str(expert)), [target.replace("*", str(expert)) for target in targets], stored)
-        for source, targets, stored in rows
-        for expert in range(config.n_expert if "*" in source else 1)
-    ]
+    plan, written_out = {}, []
+    for source, targets, stored in rows:
+        of_experts = [[target.replace("*", str(expert)) for target in targets] for expert in range(config.n_expert)]
+        if stored == STACKED:
+            written_out.append((source, sum(of_experts, []), stored))
+        elif "*" in source:
+            written_out += [(source.replace("*", str(i)), made, stored) for i, made in enumerate(of_experts)]
+        else:
+            written_out.append((source, targets, stored))
     for source, targets, stored in written_out:
         for layer in range(config.n_layer if "{}" in source else 1):
             for kind in ("weight", "bias"):
                 made = [f"{target.format(layer)}.{kind}" for target in targets]
                 if any(name in expected for name in made):
-                    plan[f"{source.format(layer)}.{kind}"] = made, stored
+                    name = source.format(layer)
+                    plan[name if stored == STACKED else f"{name}.{kind}"] = made, stored
     return plan
 
 
@@ -390,9 +405,12 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: s
     """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
     rows = [expected[name].shape[0] for name in targets]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
-    tensor = tensor.T if stored == TRANSPOSED and tensor.ndim == 2 else tensor
+    turned = ""
+    if stored == TRANSPOSED and tensor.ndim == 2:
+        tensor, turned = tensor.T, " after its transpose"
+    elif stored == STACKED and tensor.ndim == 3:
+        tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
     if list(tensor.shape) != shape:
-        turned = " after its transpose" if stored == TRANSPOSED and tensor.ndim == 2 else ""
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
     parts = tensor.split(rows)
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
@@ -406,12 +424,14 @@ def convert(checkpoint_dir) -> Path:
     config = config_from_hf(hf_config)
     model_type = model_type_of(hf_config)
     prefix, rows = ("transformer.", GPT2_WEIGHTS) if model_type == "gpt2" else ("model.", LLAMA_WEIGHTS)
-    rows += {"mixtral": MIXTRAL_MLP, "qwen3_moe": QWEN3_MOE_MLP}.get(model_type, ())
+    files = weight_files(directory)
+    found = find_tensors(files, prefix)
+    stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
+    if config.n_expert:
+        rows += STACKED_MLP if stacked else {"mixtral": MIXTRAL_MLP, "qwen3_moe": QWEN3_MOE_MLP}[model_type]
     with torch.device("meta"):
         expected = GPT(config).state_dict()  # names and shapes
     plan = weight_plan(rows, config, expected)
-    files = weight_files(directory)
-    found = find_tensors(files, prefix)
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)
 

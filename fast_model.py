@@ -295,22 +295,29 @@ class SparseMLP(nn.Module):
         self.router = Linear(config.dim, config.n_expert, bias=False)
         self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=False)
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=False)
-        self.act = ACTIVATIONS[config.activation]()
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
-        probabilities = self.router(rows).float().softmax(-1)  # [N, experts]
-        chosen = from_rank_0(probabilities.topk(self.used).indices, self.ranks)  # [N, used], of all ranks the same
-        weights = probabilities.gather(-1, chosen)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        few = statically_known_true(rows.shape[0] * self.used <= 32) and torch.compiler.is_compiling()
-        y = (self.of_few if few else self.of_many)(rows, weights.to(x.dtype), chosen)
+        logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
+        few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= 32)
+        if few and on_gpu_kernels(x) and self.experts_gate_up.gpu_weights():
+            y = self.on_gpu(rows, logits)
+        else:
+            weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]
+            if self.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            of_few = few and torch.compiler.is_compiling()
+            y = (self.of_few if of_few else self.of_many)(rows, weights.to(x.dtype), chosen)
         return all_reduce(y.view(x.shape), self.ranks)
+
+    def on_gpu(self, x, logits):
+        weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
+        hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *self.experts_gate_up.gpu_weights())
+        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *self.experts_down.gpu_weights())
 
     def gated(self, x):
         gate, up = x.chunk(2, dim=-1)
-        return self.act(gate) * up
+        return F.silu(gate) * up
 
     def of_few(self, x, weights, chosen):
         """Products with the gathered rows, which the compiler does not gather but reads where they are."""
@@ -489,19 +496,24 @@ def _by_module(state_dict: dict) -> dict:
     return modules
 
 
-def to_fast(state_dict: dict, config: GPTConfig) -> dict:
-    """A reference state dict renamed and fused for FastGPT. Raises ValueError if a name is missing or left over."""
-    modules, fast = _by_module(state_dict), {}
+def fuse(state_dict: dict, config: GPTConfig):
+    """(name, tensor) for FastGPT of a reference state dict, fused as they are asked for, so that only those are held
+    that are kept. Raises ValueError if a name is missing or left over."""
+    modules = _by_module(state_dict)
     for sources, target in _module_pairs(config):
         parts = [modules.pop(name) for name in sources if name in modules]
         if parts and (len(parts) < len(sources) or any(part.keys() != parts[0].keys() for part in parts)):
             raise ValueError(f"{target} needs the same tensors from each of {', '.join(sources)}")
         for kind in parts[0] if parts else ():
             tensors = [part[kind] for part in parts]
-            fast[f"{target}.{kind}"] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            yield f"{target}.{kind}", torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if modules:
         raise ValueError(f"FastGPT has no place for {', '.join(modules)}")
-    return fast
+
+
+def to_fast(state_dict: dict, config: GPTConfig) -> dict:
+    """A reference state dict renamed and fused for FastGPT; errors are those of `fuse`."""
+    return dict(fuse(state_dict, config))
 
 
 def to_reference(state_dict: dict, config: GPTConfig) -> dict:

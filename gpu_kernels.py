@@ -12,6 +12,7 @@ int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md 
 - int4 has a layout of its own here, made by `int4_layout` at load: word a of the 4 words of 32 columns holds column
   4 i + a in nibble i, so that the activations of a nibble are 4 neighbours, and two nibbles that one
   operation turns into a pair of bf16 are 16 bits apart.
+- Of experts the matrix-vector kernels read the rows of those that are chosen, and one kernel sums their results.
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding").
 - On Hopper and newer a kernel starts while the one before it ends (programmatic dependent launch) and waits for its
@@ -53,6 +54,15 @@ def _wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def _wait_for_choice(PDL: tl.constexpr):
+    """The other way round: the next kernel starts when those before this one have ended, and so may read, without
+    waiting, which experts they chose."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _row_dot(x_ptr, w_ptr, w, K: tl.constexpr, BLOCK: tl.constexpr):
     """A row of weights, of which the first tile `w` is there, times x."""
     at = tl.arange(0, BLOCK)
@@ -79,30 +89,81 @@ def _matvec_kernel(
     w_ptr,
     s_ptr,
     y_ptr,
+    chosen_ptr,
+    T,
+    N,
+    USED: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALED: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up."""
-    row, N = tl.program_id(0), tl.num_programs(0)
+    """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
+
+    Of experts, which stand one under the other, it is a row of the one that `chosen_ptr` has for each of T pairs of a
+    token and one of its USED places. The pairs come one after the other, so that equal choices find a row in the cache.
+    """
+    pair, row = tl.program_id(0) % T, tl.program_id(0) // T
     at = tl.arange(0, BLOCK)
-    w_ptr += row.to(tl.int64) * K
+    w_row = row.to(tl.int64)
+    if chosen_ptr is not None:
+        _wait_for_choice(PDL)
+        w_row += tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
+        x_ptr += pair // USED * K
+        y_ptr += pair * N
+    up_ptr = w_ptr + (w_row + N) * K
+    w_ptr += w_row * K
     w = tl.load(w_ptr + at, mask=at < K, other=0)
     if GATED:
-        up_ptr = w_ptr + N.to(tl.int64) * K
         w_up = tl.load(up_ptr + at, mask=at < K, other=0)
-    _wait_for_inputs(PDL)
+    if chosen_ptr is None:
+        _wait_for_inputs(PDL)
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
-        y *= tl.load(s_ptr + row).to(tl.float32)
+        y *= tl.load(s_ptr + w_row).to(tl.float32)
     if GATED:
         up = _row_dot(x_ptr, up_ptr, w_up, K, BLOCK)
         if SCALED:
-            up *= tl.load(s_ptr + N + row).to(tl.float32)
+            up *= tl.load(s_ptr + w_row + N).to(tl.float32)
         y = _silu_gate(y, up, y_ptr.dtype.element_ty)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _experts_sum_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    weights_ptr,
+    chosen_ptr,
+    T,
+    N,
+    USED: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
+    token, row = tl.program_id(0) % T, tl.program_id(0) // T
+    at = tl.arange(0, BLOCK)
+    chosen_ptr += token * USED
+    first = w_ptr + (tl.load(chosen_ptr) * N + row) * K
+    w = tl.load(first + at, mask=at < K, other=0)
+    _wait_for_inputs(PDL)
+    y = 0.0
+    for i in tl.static_range(USED):
+        w_row = tl.load(chosen_ptr + i) * N + row
+        if i > 0:
+            w = tl.load(w_ptr + w_row * K + at, mask=at < K, other=0)
+        out = _row_dot(x_ptr + (token * USED + i) * K, w_ptr + w_row * K, w, K, BLOCK)
+        if SCALED:
+            out *= tl.load(s_ptr + w_row).to(tl.float32)
+        out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
+    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -200,8 +261,10 @@ def _int4_matvec_kernel(
     s_ptr,
     z_ptr,
     y_ptr,
+    chosen_ptr,
     T,
     N,
+    USED: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
@@ -212,17 +275,25 @@ def _int4_matvec_kernel(
 ):
     """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
 
-    The programs of all T tokens come one after the other for the same rows, which are then in the cache.
+    The programs of all T tokens come one after the other for the same rows, which are then in the cache. Experts are as
+    for `_matvec_kernel`.
     """
     token = tl.program_id(0) % T
-    x_ptr += token * K
+    x_ptr += token // USED * K
     y_ptr += token * N
     rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
     PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
+    if chosen_ptr is not None:
+        _wait_for_choice(PDL)
+        first = tl.load(chosen_ptr + token) * (2 * N if GATED else N)
+        w_ptr += first * (K // 8)
+        s_ptr += first * (K // G)
+        z_ptr += first * (K // G)
     words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, 0, K, G, BLOCKS, PART)
     if GATED:
         up_words, up_scale, up_zero = _int4_load(w_ptr, s_ptr, z_ptr, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
-    _wait_for_inputs(PDL)
+    if chosen_ptr is None:
+        _wait_for_inputs(PDL)
     y = _int4_rows_dot(x_ptr, w_ptr, s_ptr, z_ptr, words, scale, zero, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if GATED:
         up = _int4_rows_dot(
@@ -230,6 +301,43 @@ def _int4_matvec_kernel(
         )
         y = _silu_gate(y, up, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _int4_experts_sum_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    y_ptr,
+    weights_ptr,
+    chosen_ptr,
+    T,
+    N,
+    USED: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
+    token = tl.program_id(0) % T
+    rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
+    PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
+    chosen_ptr += token * USED
+    _wait_for_inputs(PDL)
+    y = tl.zeros([ROWS, 1], tl.float32)
+    for i in tl.static_range(USED):
+        first = tl.load(chosen_ptr + i) * N
+        words_at, scales_at, zeros_at = w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr + first * (K // G)
+        words, scale, zero = _int4_load(words_at, scales_at, zeros_at, rows, N, 0, K, G, BLOCKS, PART)
+        x_at = x_ptr + (token * USED + i) * K
+        out = _int4_rows_dot(x_at, words_at, scales_at, zeros_at, words, scale, zero, rows, N, K, G, ROWS, BLOCKS, EVEN)
+        out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
+    tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -278,7 +386,10 @@ def int4_layout(q: torch.Tensor) -> torch.Tensor:
     return words.flatten(1).contiguous().view(torch.uint8)
 
 
-def dequantize(weight, scales, zeros, dtype):
+@torch.library.custom_op("gpt_twin::dequantize", mutates_args=(), device_types="cuda")
+def dequantize(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """Weights [N, K] in one pass over packed ones."""
     N, K = weight.shape[0], weight.shape[1] * (1 if zeros is None else 2)
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
@@ -289,6 +400,48 @@ def dequantize(weight, scales, zeros, dtype):
         words, group = weight.view(torch.int32), K // scales.shape[1]
         _int4_dequantize_kernel[grid](words, scales, zeros, out, out.numel(), G=group, BLOCK=4096)
     return out
+
+
+@dequantize.register_fake
+def _(weight, scales, zeros, dtype):
+    return weight.new_empty(weight.shape[0], weight.shape[1] * (1 if zeros is None else 2), dtype=dtype)
+
+
+def int4_options(N: int, K: int, scales, rows: int) -> dict:
+    """Constants of the int4 kernels, which take so many rows a program."""
+    blocks = min(128, triton.next_power_of_2(K // 32))
+    return {"K": K, "G": K // scales.shape[1], "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
+
+
+def launch_matvec(x, weight, scales, zeros, y, gated: bool, chosen=None) -> None:
+    """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
+
+    Without `chosen`, weights that are not int4 take a T of 1 alone.
+    """
+    (T, N), K = y.shape, x.shape[1]
+    used = 1 if chosen is None else chosen.shape[1]
+    options = {"USED": used, "GATED": gated} | launch_options(x.device)
+    if zeros is None:
+        block, warps = (512, 2) if gated and scales is not None else (1024, 4)
+        _matvec_kernel[(N * T,)](
+            x,
+            weight,
+            scales,
+            y,
+            chosen,
+            T,
+            N,
+            K=K,
+            BLOCK=block,
+            SCALED=scales is not None,
+            num_warps=warps,
+            **options,
+        )
+    else:
+        options |= int4_options(N, K, scales, 4 if gated else 8)
+        grid = (triton.cdiv(N, options["ROWS"]) * T,)
+        words = weight.view(torch.int32)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, y, chosen, T, N, num_warps=4, **options)
 
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
@@ -309,31 +462,127 @@ def linear(
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     if T > 1 and scales is None:
         return F.linear(x, weight)
-    N = N // 2 if gated else N
-    y = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    options = {"GATED": gated} | launch_options(x.device)
+    y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
     if T > 1 and zeros is None:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
-    elif zeros is None:
-        block, warps = (512, 2) if gated and scales is not None else (1024, 4)
-        _matvec_kernel[(N,)](
-            x, weight, scales, y, K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options
-        )
     else:
-        words, group = weight.view(torch.int32), K // scales.shape[1]
-        blocks = min(128, triton.next_power_of_2(K // 32))
-        rows = 4 if gated else 8
-        shape = {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
-        grid = (triton.cdiv(N, rows) * T,)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, y, T, N, **shape, num_warps=4, **options)
+        launch_matvec(x, weight, scales, zeros, y, gated)
     return y
 
 
 @linear.register_fake
 def _(x, weight, scales=None, zeros=None, gated=False):
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+# --- Experts of a few tokens ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _choose_experts_kernel(
+    logits_ptr,
+    weights_ptr,
+    chosen_ptr,
+    E: tl.constexpr,
+    USED: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0)
+    expert, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
+    _wait_for_inputs(PDL)
+    logits = tl.load(logits_ptr + token * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
+    rest = tl.exp(logits - tl.max(logits, 0))
+    rest = tl.where(expert < E, rest / tl.sum(rest, 0), -1.0)
+    chosen, weights = tl.zeros([PLACES], tl.int64), tl.zeros([PLACES], tl.float32)
+    for i in tl.static_range(USED):
+        best = tl.minimum(tl.argmax(rest, 0), E - 1)  # inside, whatever a NaN does
+        chosen = tl.where(place == i, best, chosen)
+        weights = tl.where(place == i, tl.sum(tl.where(expert == best, rest, 0.0), 0), weights)
+        rest = tl.where(expert == best, -1.0, rest)
+    if NORM:
+        weights /= tl.sum(weights, 0)
+    tl.store(chosen_ptr + token * USED + place, chosen, mask=place < USED)
+    tl.store(weights_ptr + token * USED + place, weights.to(weights_ptr.dtype.element_ty), mask=place < USED)
+
+
+@torch.library.custom_op("gpt_twin::choose_experts", mutates_args=(), device_types="cuda")
+def choose_experts(logits: torch.Tensor, used: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, chosen), each [T, used], of router logits [T, E]; with `norm` the weights of a token sum to 1."""
+    logits, (T, E) = logits.contiguous(), logits.shape
+    weights, chosen = logits.new_empty(T, used), logits.new_empty(T, used, dtype=torch.int64)
+    shape = {"E": E, "USED": used, "BLOCK": triton.next_power_of_2(E), "PLACES": triton.next_power_of_2(used)}
+    _choose_experts_kernel[(T,)](
+        logits, weights, chosen, **shape, NORM=norm, num_warps=1, **launch_options(logits.device)
+    )
+    return weights, chosen
+
+
+@choose_experts.register_fake
+def _(logits, used, norm):
+    return logits.new_empty(len(logits), used), logits.new_empty(len(logits), used, dtype=torch.int64)
+
+
+@torch.library.custom_op("gpt_twin::gated_experts", mutates_args=(), device_types="cuda")
+def gated_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu(gate) * up [T used, F] of x [T, K] by each of a token's `chosen` [T, used].
+
+    So many experts' matrices, F rows of gate and F of up, stand one under the other in a weight as for `linear`.
+    """
+    x = x.contiguous()
+    y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
+    launch_matvec(x, weight, scales, zeros, y, gated=True, chosen=chosen)
+    return y
+
+
+@gated_experts.register_fake
+def _(x, chosen, experts, weight, scales=None, zeros=None):
+    return x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
+
+
+@torch.library.custom_op("gpt_twin::sum_experts", mutates_args=(), device_types="cuda")
+def sum_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
+
+    The `chosen` are those of the `gated_experts` before it: on Hopper this kernel reads them before that one has ended.
+    """
+    x, (T, used) = x.contiguous(), chosen.shape
+    K, N = x.shape[1], weight.shape[0] // experts
+    y = x.new_empty(T, N)
+    options = {"USED": used} | launch_options(x.device)
+    if zeros is None:
+        _experts_sum_kernel[(N * T,)](
+            x, weight, scales, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
+        )
+    else:
+        options |= int4_options(N, K, scales, 8)
+        grid = (triton.cdiv(N, 8) * T,)
+        _int4_experts_sum_kernel[grid](x, weight.view(torch.int32), scales, zeros, y, weights, chosen, T, N, **options)
+    return y
+
+
+@sum_experts.register_fake
+def _(x, weights, chosen, experts, weight, scales=None, zeros=None):
+    return x.new_empty(len(chosen), weight.shape[0] // experts)
 
 
 # --- The residual sum and the norm after it ---------------------------------------------------------------------------

@@ -81,8 +81,8 @@ class GPTConfig:
             raise ValueError(
                 f"n_expert_used {self.n_expert_used} must be from 1 to n_expert {self.n_expert}, or both 0"
             )
-        if self.n_expert and (self.mlp_bias or not self.gated):
-            raise ValueError("experts must be gated and have no bias")
+        if self.n_expert and (self.mlp_bias or not self.gated or self.activation != "silu"):
+            raise ValueError("experts must be gated by silu and have no bias")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 

@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
         """[N, K] in the dtype of the scales; in float32 the exact numbers."""
         return weight.to(scales.dtype) * scales[:, None]
 
-    def prepare(self):
+    def prepare(self, experts: bool = False):
         self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
 
     def gpu_weights(self):
@@ -90,6 +90,8 @@ class Int8Linear(nn.Module):
 
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
+        if self.for_gpu_kernels:
+            return gpu_kernels.dequantize(self.weight, self.scales, None, dtype)
         return self.dequantize(self.weight, self.scales.to(dtype))
 
     def rows(self, expert, experts: int):
@@ -162,20 +164,23 @@ class Int4Linear(nn.Module):
         return ((q - 8) * scales[..., None] + zeros[..., None]).flatten(1)
 
     def plain_weight(self, dtype):
-        """The weight as it multiplies, [N, K], if it was not prepared."""
+        """The weight as it multiplies, [N, K], if it is not in a CPU kernel's layout."""
+        if self.for_gpu_kernels:
+            return gpu_kernels.dequantize(self.weight, self.scales, self.zeros, dtype)
         return self.dequantize(self.weight, self.scales.to(dtype), self.zeros.to(dtype))
 
     def rows(self, expert, experts: int):
-        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], if it was not prepared."""
+        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], in the layout on disk."""
         parts = (t.unflatten(0, (experts, -1))[expert] for t in (self.weight, self.scales.float(), self.zeros.float()))
         return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
-    def prepare(self):
-        """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows."""
+    def prepare(self, experts: bool = False):
+        """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows, and
+        no matrix of experts, of which single rows are read."""
         q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
-        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0:
+        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0 and not experts:
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
 
@@ -208,8 +213,11 @@ def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dic
             continue
         int8 = mode == "int8" or name == "lm_head.weight"
         check_weight(name, tensor, None if int8 else group_size)
-        parts = Int8Linear.quantize(tensor) if int8 else Int4Linear.quantize(tensor, group_size)
-        quantized |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+        # A few rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
+        some = tensor.split(max(1, 2**20 // tensor.shape[1]))
+        parts = [Int8Linear.quantize(rows) if int8 else Int4Linear.quantize(rows, group_size) for rows in some]
+        for kind in parts[0]:
+            quantized[f"{name.removesuffix('weight')}{kind}"] = torch.cat([part[kind] for part in parts])
     return quantized
 
 

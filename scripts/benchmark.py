@@ -47,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,20 +142,32 @@ def shapes_of(config: GPTConfig) -> dict:
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
-def random_state(config: GPTConfig, device: str, ranks: int = 1) -> dict:
-    """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard."""
-    local = tp.shard_config(config, ranks)
-    shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
-    generator = torch.Generator(device).manual_seed(tp.rank_and_count()[0])
-    state_dict = {}
-    for name, shape in shapes.items():
-        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        if len(shape) == 2:
-            columns = shape[1] * (ranks if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
-            state_dict[name] = values.normal_(0, columns**-0.5, generator=generator)
-        else:
-            state_dict[name] = values.fill_(0 if name.endswith("bias") else 1)
-    return state_dict
+class RandomWeights(Mapping):
+    """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard.
+
+    Each is made when it is asked for, always the same, so that a model need not fit onto the device in bf16.
+    """
+
+    def __init__(self, config: GPTConfig, device: str, ranks: int = 1):
+        local = tp.shard_config(config, ranks)
+        self.shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
+        self.seeds = {name: 2**20 * tp.rank_and_count()[0] + i for i, name in enumerate(self.shapes)}
+        self.device, self.ranks = device, ranks
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        values = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        if len(shape) == 1:
+            return values.fill_(0 if name.endswith("bias") else 1)
+        columns = shape[1] * (self.ranks if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        generator = torch.Generator(self.device).manual_seed(self.seeds[name])
+        return values.normal_(0, columns**-0.5, generator=generator)
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
 
 
 def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
@@ -165,6 +178,7 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
     else:
         dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
         config, state_dict = quantize_model(config, state_dict, weights, group_size)
+        state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
     rank, ranks = tp.rank_and_count()
     return build_model(config, state_dict, device, dtype, reference, rank, ranks)
 
@@ -489,7 +503,7 @@ def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[i
 def scale_outputs(layers, factor: float) -> None:
     """What these layers add to the residual stream, times a factor; weights are changed in place."""
     for layer in layers:
-        for linear in (layer.attn.out, layer.mlp.down):
+        for linear in (layer.attn.out, *(m for name, m in layer.mlp.named_children() if name.endswith("down"))):
             for name in ("scales", "zeros") if hasattr(linear, "scales") else ("weight",):
                 if hasattr(linear, name):
                     getattr(linear, name).mul_(factor)
@@ -716,7 +730,7 @@ def main(
             raise ValueError(f"{checkpoint_path} is quantized already; give the model.pth that it was made from")
     else:
         config = read_shape(shape)
-        state_dict = random_state(config, device, ranks)
+        state_dict = RandomWeights(config, device, ranks)
     rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
     tp.print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
@@ -727,7 +741,8 @@ def main(
         models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
     else:
         if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
-            state_dict["transformer.wte.weight"] *= 4 * config.dim**0.5
+            embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
+            state_dict = {**state_dict, **embedding}
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
         for model in models.values():
             model.int8_cache = kv_cache == "int8"

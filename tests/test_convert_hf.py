@@ -226,6 +226,22 @@ def test_every_source_gives_the_same_checkpoint(saved, copy_of, name, form):
     assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "model.pth"} == before
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe unnormalized"])
+def test_stacked_experts_give_the_same_checkpoint(saved, copy_of, name):
+    model, folder = saved(name)
+    stacked = copy_of(name)
+    model.save_pretrained(stacked, save_original_format=False)
+    tensors = load_file(stacked / "model.safetensors")
+    assert tensors["model.layers.1.mlp.experts.gate_up_proj"].ndim == 3
+    expected, state_dict = converted(folder)[1], converted(stacked)[1]
+    assert state_dict.keys() == expected.keys()
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in expected.items())
+    (stacked / "model.pth").unlink()
+    short = "model.layers.1.mlp.experts.down_proj"
+    reweigh(stacked, lambda tensors: tensors | {short: tensors[short][:-1]})
+    refused(stacked, "1.mlp.experts.down_proj", "with its experts one under the other")
+
+
 def test_the_best_source_wins(saved, copy_of):
     folder = copy_of("qwen2")
     (folder / "pytorch_model.bin").write_bytes(b"not read")

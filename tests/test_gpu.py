@@ -189,8 +189,28 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(heads, kv_heads, s
             assert changed.max() <= allowed and (changed > 0).double().mean() < 0.01, (name, first)
 
 
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("experts, used, hidden", [(8, 2, 3584), (12, 5, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, hidden, dtype):
+    sizes = {"n_layer": 1, "dim": 1120, "hidden_dim": hidden, "n_expert": experts, "n_expert_used": used}
+    config = replace(FAMILIES["mixtral"], **sizes, norm_topk_prob=used == 2)
+    state = random_weights(config)
+    if kind != "plain":
+        config, state = quantize_model(config, state, kind, 32)
+    mlp = build_model(config, state, "cuda", dtype).layers[0].mlp
+    for tokens in (1, 3, 6):
+        x = torch.randn(1, tokens, config.dim, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            y = mlp(x)
+        with torch.enable_grad():
+            expected = mlp(x)
+        assert close(y, expected, dtype, times=2), tokens
+
+
+@pytest.mark.parametrize("family", ["llama-2", "mixtral"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_model_decodes_the_same_compiled(mode):
+def test_a_quantized_model_decodes_the_same_compiled(mode, family):
     torch.compiler.reset()
-    config, state = quantize_model(FAMILIES["llama-2"], random_weights(FAMILIES["llama-2"]), mode, 32)
+    config, state = quantize_model(FAMILIES[family], random_weights(FAMILIES[family]), mode, 32)
     assert [row for row in check_model(config, state, "cuda") if not row.passed] == []

@@ -10,7 +10,7 @@ import torch
 import quantize
 from check_equivalence import FAMILIES, check_model, in_chunks, random_weights
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, write_checkpoint
-from fast_model import to_fast, to_reference
+from fast_model import fuse, to_fast, to_reference
 from quantize import Int4Linear, Int8Linear, dequantize_weights, quantize_weights
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 256)]
@@ -99,7 +99,7 @@ def test_broken_packing_fails_the_check(monkeypatch, mode, spoil):
     config = FAMILIES["llama-2"]
     config, state = quantize_model(config, random_weights(config), mode, 32)
     assert all(row.passed for row in check_model(config, state, compiled=False))
-    monkeypatch.setattr("checkpoint.to_fast", lambda state, config: to_fast(spoil(state), config))
+    monkeypatch.setattr("checkpoint.fuse", lambda state, config: fuse(spoil(state), config))
     assert not all(row.passed for row in check_model(config, state, compiled=False))
 
 
