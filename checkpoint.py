@@ -8,6 +8,7 @@ mean nothing. Decisions to know:
 - Loading is strict: a tensor that is missing, left over or of another shape is an error that names it.
 - `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put in front of names, are taken off.
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
+- `save` and `load` are for a live model of either twin, in whatever wrappers: the file does not show which.
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py` and `tp.py` beside it.
 """
@@ -21,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from fast_model import FastGPT, fuse
+from fast_model import FastGPT, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
-from quantize import dequantize_weights, quantize_weights, swap_linears
+from quantize import Int4Linear, dequantize_weights, quantize_weights, swap_linears
 from tp import shard
 
 FORMAT_VERSION = 1
@@ -61,8 +62,9 @@ def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | No
     """
     state_dict = strip_prefixes(state_dict)
     _check_fit(state_dict, config, path)
-    # A view would drag its whole storage into the file.
-    whole = {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in state_dict.items()}
+    # A view would drag its whole storage into the file, and a parameter would not be the tensor that others write.
+    whole = {name: t.detach().cpu() for name, t in state_dict.items()}
+    whole = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in whole.items()}
     content = {
         "format_version": FORMAT_VERSION,
         "config": asdict(config),
@@ -76,6 +78,51 @@ def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | No
                 torch.save(content, file)
         except RuntimeError as error:  # of torch's zip writer
             raise OSError(f"{path} could not be written whole; is the disk full?") from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The GPT or FastGPT inside what torch.compile and DistributedDataParallel put around it, in any order."""
+    while not isinstance(model, (GPT, FastGPT)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def reference_state(model: nn.Module) -> dict:
+    """The weights of a live GPT or FastGPT, wrapped or not, in the reference's layout; views where that is possible.
+
+    Raises ValueError if they are in the layout of a kernel for int4.
+    """
+    inner = unwrapped(model)
+    state_dict = strip_prefixes(inner.state_dict())
+    if isinstance(inner, GPT):
+        return state_dict
+    if any(isinstance(module, Int4Linear) and module.prepared for module in inner.modules()):
+        raise ValueError("this model's int4 weights are in the layout of this device's kernel; copy its model.pth")
+    return to_reference(state_dict, inner.config)
+
+
+def save(model: nn.Module, path) -> None:
+    """Write the `model.pth` of a GPT or FastGPT, compiled, in DistributedDataParallel, or as it is: the same file."""
+    write_checkpoint(path, unwrapped(model).config, dict(sorted(reference_state(model).items())))
+
+
+@torch.no_grad()
+def load(model: nn.Module, path) -> None:
+    """Copy the weights of a `model.pth` into a plain GPT or FastGPT, wrapped or not, in the dtype that it has.
+
+    Raises ValueError, and changes nothing, if the file is of another config or is quantized.
+    """
+    config, state_dict = read_checkpoint(path)
+    inner = unwrapped(model)
+    if config != inner.config:
+        differ = [name for name, value in asdict(config).items() if value != getattr(inner.config, name)]
+        raise ValueError(f"{path} is of another model, it differs in {', '.join(differ)}; build one of its config")
+    if describe_quantization(state_dict):
+        raise ValueError(f"{path} is quantized; load the model.pth that it was made from")
+    if isinstance(inner, FastGPT):
+        state_dict = to_fast(state_dict, config)
+    for name, tensor in strip_prefixes(inner.state_dict()).items():
+        tensor.copy_(state_dict[name])
 
 
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:

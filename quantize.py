@@ -184,6 +184,11 @@ class Int4Linear(nn.Module):
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the weight is in the layout of a kernel."""
+        return self.for_gpu_kernels or self.cpu_scales is not None
+
     def gpu_weights(self):
         """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales, self.zeros) if self.for_gpu_kernels else None

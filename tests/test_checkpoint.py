@@ -3,14 +3,25 @@
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import build_model, read_checkpoint, write_checkpoint
+from checkpoint import (
+    build_model,
+    load,
+    quantize_model,
+    read_checkpoint,
+    reference_state,
+    save,
+    write_checkpoint,
+)
 from fast_model import to_reference
 
 CONFIG = replace(FAMILIES["qwen2"], block_size=32, vocab_size=50)
@@ -134,6 +145,99 @@ def test_wrappers_prefixes_in_somebody_elses_file_are_taken_off(path, wrapper):
     model = build_model(CONFIG, WEIGHTS, "cpu", torch.float32, reference=True)
     rewrite(path, state_dict=WRAPPERS[wrapper](model).state_dict())
     same(dict(sorted(read_checkpoint(path)[1].items())), dict(sorted(WEIGHTS.items())))
+
+
+# A live model, saved and loaded.
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A process group of this process alone, which DistributedDataParallel needs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model):
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.layers
+    for i, block in enumerate(blocks):
+        blocks[i] = torch.compile(block, backend="eager")
+    return model
+
+
+LIVE = {
+    "bare": lambda model: model,
+    "torch.compile": partial(torch.compile, backend="eager"),
+    "model.compile": compiled_in_place,
+    "DDP": DistributedDataParallel,
+    "compiled DDP": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    "DDP of a compiled one": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+    "its blocks compiled": compiled_blocks,
+}
+
+
+def live(kind, reference, weights=WEIGHTS):
+    copies = {name: tensor.clone() for name, tensor in weights.items()}  # a model holds the tensors that it is given
+    model = build_model(CONFIG, copies, "cpu", torch.float32, reference=reference).requires_grad_(True)
+    return LIVE[kind](model)
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("kind", LIVE)
+def test_every_live_model_saves_the_same_file_and_loads_it(tmp_path, group, kind, reference):
+    save(live("bare", True), tmp_path / "plain.pth")
+    model = live(kind, reference)
+    save(model, tmp_path / "model.pth")
+    assert (tmp_path / "model.pth").read_bytes() == (tmp_path / "plain.pth").read_bytes()
+    same(read_checkpoint(tmp_path / "model.pth")[1], dict(sorted(WEIGHTS.items())))
+
+    other = random_weights(CONFIG, seed=1)
+    write_checkpoint(tmp_path / "other.pth", CONFIG, other)
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids)
+    load(model, tmp_path / "other.pth")
+    after = model(ids)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, live("bare", True, other)(ids))
+    same(dict(sorted(reference_state(model).items())), dict(sorted(other.items())))
+
+
+def test_compiling_after_loading_changes_nothing(tmp_path, path):
+    model = live("bare", False, random_weights(CONFIG, seed=1))
+    load(model, path)
+    save(torch.compile(model, backend="eager"), tmp_path / "again.pth")
+    same(dict(sorted(read_checkpoint(tmp_path / "again.pth")[1].items())), dict(sorted(WEIGHTS.items())))
+
+
+def test_what_does_not_fit_is_not_loaded(path):
+    model = live("bare", False)
+    model.config = replace(CONFIG, norm_eps=1e-3)
+    with pytest.raises(ValueError, match="differs in norm_eps"):
+        load(model, path)
+    write_checkpoint(path, *quantize_model(CONFIG, WEIGHTS, "int8", 32))
+    model.config = read_checkpoint(path)[0]
+    with pytest.raises(ValueError, match="is quantized"):
+        load(model, path)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_model_is_saved_as_it_was_or_refused(tmp_path, mode):
+    config, state_dict = quantize_model(CONFIG, WEIGHTS, mode, 32)
+    model = build_model(config, state_dict, "cpu", torch.float32)
+    save(model, tmp_path / "model.pth")
+    saved = read_checkpoint(tmp_path / "model.pth")[1]
+    for name, tensor in state_dict.items():  # scales are in the dtype that the model computes in
+        assert torch.equal(saved[name], tensor.to(saved[name].dtype)), name
+    if mode == "int4":
+        prepared = build_model(config, state_dict, "cpu", torch.bfloat16)
+        with pytest.raises(ValueError, match="layout of this device's kernel"):
+            save(prepared, tmp_path / "prepared.pth")
+        assert not (tmp_path / "prepared.pth").exists()
 
 
 def test_two_tensors_that_become_one_are_refused(path):
