@@ -13,6 +13,8 @@ of every family are checked. Decisions to know:
 - A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself with noise in its weights, so that it is right at times.
+- The gradients' row is of both twins in training: the loss of the next tokens, and each parameter's gradient through
+  the surgery. Quantized models have none, and those above 2 billion numbers are left out for the memory.
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 
@@ -32,6 +34,7 @@ import torch
 
 import tp
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
+from fast_model import to_reference
 from generate import (
     DraftModel,
     PromptLookup,
@@ -69,7 +72,7 @@ FAMILIES = {
         head_dim=16,
         qk_norm=True,
         n_expert=12,
-        n_expert_used=4,
+        n_expert_used=3,
         norm_topk_prob=False,
     ),
     "gpt-2": GPTConfig(
@@ -110,7 +113,7 @@ class Row:
     name: str
     difference: float  # largest of any logit
     divergence: float | None  # largest KL(reference, this way) of any position, nats; None of a text
-    agreement: float  # share of positions with the same most likely token
+    agreement: float | None  # share of positions with the same most likely token; None of gradients
     first_change: int | None  # tokens of greedy text before the first that differs
     tolerance: float  # of `difference`
     reason: str
@@ -225,6 +228,34 @@ def speculative(model, speculation, expected, prompt, greedy, tolerance: float, 
     )
 
 
+def gradients(model, ids) -> tuple[float, dict]:
+    """(loss, {name: gradient}) of predicting the next tokens of ids [B, T]; nothing of it stays in the model."""
+    with torch.enable_grad():
+        model.requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.requires_grad_(False).zero_grad()
+    return loss.item(), found
+
+
+def compare_gradients(reference, fast, ids) -> Row:
+    """The row whose difference is the largest of the loss and of any gradient, as shares of the loss and of the largest
+    gradient of the same tensor, or of a thousandth of all tensors' largest: that of GPT-2's key bias is noise around 0.
+    """
+    expected_loss, expected = gradients(reference, ids)
+    loss, found = gradients(fast, ids)
+    least = 1e-3 * max(gradient.abs().max() for gradient in expected.values())
+    differences = [torch.tensor(abs(loss - expected_loss) / expected_loss)]
+    for name, gradient in to_reference(found, fast.config).items():
+        largest = expected[name].abs().max().clamp(min=least)
+        differences.append(((gradient - expected[name]).abs().max() / largest).cpu())
+    worst = torch.stack(differences).max().item()  # of a NaN, NaN
+    return Row(
+        "gradients", worst, None, None, None, tolerance=1e-3, reason="of the loss and each tensor's largest gradient"
+    )
+
+
 # --- The check --------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +325,9 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
     plain = {name: tensor.float() for name, tensor in dequantize_weights(state_dict).items()}
     fast = build_model(config, shard, device, torch.float32, rank=rank, ranks=ranks)
     yield compare("without a cache", expected, without_cache(fast, ids), length, **exact)
+    trainable = ranks == 1 and describe_quantization(state_dict) is None
+    if trainable and sum(tensor.numel() for tensor in state_dict.values()) < 2e9:  # two more copies in float32
+        yield compare_gradients(reference, fast, ids)
     yield compare("prefill at once", expected, at_once(fast, ids), length, **exact)
     yield compare("token by token", expected, in_chunks(fast, ids, 1), length, **exact)
     yield compare("in chunks of 7", expected, in_chunks(fast, ids, 7), length, **exact)
@@ -377,9 +411,10 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
     passed = True
     for row in rows:
         divergence = "" if row.divergence is None else f"{row.divergence:.1e}"
-        change = "same" if row.first_change is None else row.first_change
+        agreement = "" if row.agreement is None else f"{row.agreement:.2%}"
+        change = row.first_change if row.first_change is not None else "same" if agreement else ""
         tp.print0(
-            f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {divergence:>9} {row.agreement:7.2%} "
+            f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {divergence:>9} {agreement:>7} "
             f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
             flush=True,
         )

@@ -136,7 +136,7 @@ def break_line(monkeypatch, file, line, replacement):
     broken = types.ModuleType(f"broken_{file}")
     monkeypatch.setitem(sys.modules, broken.__name__, broken)  # dataclasses look their module up
     exec(compile(source.replace(line, replacement), broken.__name__, "exec"), vars(broken))
-    for name in {"model": ["GPT"], "fast_model": ["FastGPT", "to_fast"]}[file]:
+    for name in {"model": ["GPT"], "fast_model": ["FastGPT", "fuse"]}[file]:
         monkeypatch.setattr(checkpoint, name, getattr(broken, name))
 
 
@@ -162,6 +162,12 @@ def test_an_int8_cache_with_one_scale_for_all_heads_fails(monkeypatch):
     break_line(monkeypatch, "fast_model", line, f"{line}.amin(1, keepdim=True).expand(x.shape[:-1])")
     names = {row.name for row in failures(SHORT["llama-2"], compiled=False)}
     assert names == {"int8 cache", "int8 cache, chunks of 7"}
+
+
+def test_gradients_that_are_cut_off_fail(monkeypatch):
+    line = "self.attn(normed, rope, mask, input_pos)"
+    break_line(monkeypatch, "fast_model", line, f"{line}.detach()")
+    assert {row.name for row in failures(SHORT["qwen2"], compiled=False)} == {"gradients"}
 
 
 def test_a_single_token_broken_by_the_compiler_alone_fails(monkeypatch):

@@ -1,0 +1,164 @@
+"""`model.pth` back to a Hugging Face model folder, for transformers and whatever else reads one.
+
+    python scripts/export_hf_checkpoint.py --checkpoint_path checkpoints/NAME/model.pth --out_dir NAME-hf
+
+Writes config.json, safetensors in files of at most 5 GB, and copies of the tokenizer's files. Decisions to know:
+
+- The tables are those of convert_hf_checkpoint.py, read backwards; converting the folder gives the same model.pth.
+- A checkpoint does not name its architecture. The first one that computes its config is written: a Mistral without a
+  sliding window comes out as the Llama that it is. What no architecture computes is refused.
+- transformers 4 and 5 read it: experts are written one by one, rotary fields in the older form, no field is left out.
+- dtypes are kept. Memory holds one file's tensors at a time.
+- The folder is written beside its name and renamed into place, so that its presence means that it is complete.
+
+Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantize.py and tp.py on the path, and
+`pip install huggingface_hub numpy safetensors tqdm`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import convert_hf_checkpoint as convert
+from checkpoint import describe_quantization, read_checkpoint
+from model import GPTConfig
+
+MAX_FILE_SIZE = "5GB"
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
+    chat_template.jinja generation_config.json
+    """.split()
+# The architectures for a model with rotary embeddings, in the order in which they are tried.
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+# Fields with one implemented value.
+GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
+FIXED = {
+    "gpt2": {"scale_attn_weights": True} | GPT2_OFF,
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+
+
+def config_to_hf(config: GPTConfig) -> dict:
+    """The content of a config.json, the inverse of config_from_hf. Raises ValueError if no architecture fits."""
+    activation = {ours: theirs for theirs, ours in convert.ACTIVATIONS.items()}[config.activation]
+    window, layers = config.sliding_window, config.n_layer
+    values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()} | {
+        "hidden_act": activation,
+        "activation_function": activation,
+        "rms_norm_eps": config.norm_eps,
+        "layer_norm_epsilon": config.norm_eps,
+        "attention_bias": config.o_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "norm_topk_prob": config.norm_topk_prob,
+        # As transformers 4 wrote it, which 5 reads as well.
+        "rope_theta": config.rope_base,
+        "rope_scaling": config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": layers if window is None else 0,
+        "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
+    }
+    rotary = SPARSE if config.n_expert else DENSE
+    differs = {}
+    for architecture in ("GPT2LMHeadModel",) if config.rope_base is None else rotary:
+        model_type = convert.ARCHITECTURES[architecture][0]
+        fields = {"architectures": [architecture], "model_type": model_type} | FIXED.get(model_type, {})
+        fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
+        made = asdict(convert.config_from_hf(fields))
+        differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
+        if config.dim % config.n_head and model_type in ("llama", "gpt2"):
+            differs[architecture].append("dim")  # they refuse one that the heads do not divide
+        if not differs[architecture]:
+            return fields
+    nearest = min(differs, key=lambda architecture: len(differs[architecture]))
+    told = ", ".join(f"{name} = {getattr(config, name)!r}" for name in differs[nearest])
+    raise ValueError(
+        f"no architecture of transformers computes this model; the nearest is {nearest}, but not with {told}"
+    )
+
+
+def stored_tensor(state_dict: dict, parameters: list[str], stored: str) -> torch.Tensor:
+    """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed."""
+    tensor = torch.cat([state_dict[name] for name in parameters])
+    return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
+
+
+def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
+    """Write the tensors of a weight_plan, and an index if they need more than one file; the number of files."""
+    meta = {name: tensor.to("meta") for name, tensor in state_dict.items()}
+    sizes = {name: stored_tensor(meta, *made) for name, made in plan.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_FILE_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        # No name for the tensors: it would keep them while the next file's are made.
+        save_file({name: stored_tensor(state_dict, *plan[name]) for name in names}, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return len(split.filename_to_tensors)
+
+
+def export(checkpoint_path, out_dir) -> str:
+    """Write the folder, and return what is in it in words. Raises ValueError or OSError, and leaves nothing there."""
+    path, out = Path(checkpoint_path), Path(out_dir).resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out_dir} exists and is not an empty folder; give a new one")
+    config, state_dict = read_checkpoint(path)
+    if describe_quantization(state_dict):
+        raise ValueError(f"{path} is quantized; export the checkpoint that it was made from")
+    fields = config_to_hf(config)
+    model_type = fields["model_type"]
+    dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
+    found = {}
+    for name in ("config.json", "generation_config.json"):  # of the original, if it is still there
+        if (path.parent / name).is_file():
+            found |= convert.read_json(path.parent / name)
+    # Written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
+    fields |= {name: found.get(name) for name in ("bos_token_id", "eos_token_id")} | {"torch_dtype": dtype}
+    rows = convert.GPT2_WEIGHTS if model_type == "gpt2" else convert.LLAMA_WEIGHTS
+    rows += {"mixtral": convert.MIXTRAL_MLP, "qwen3_moe": convert.QWEN3_MOE_MLP}.get(model_type, ())
+    plan = convert.weight_plan(rows, config, state_dict)
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        count = write_weights(temporary, plan, state_dict)
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2))
+        copied = [name for name in TOKENIZER_FILES if (path.parent / name).is_file()]
+        for name in copied:
+            shutil.copyfile(path.parent / name, temporary / name)
+        os.replace(temporary, out)
+    except ImportError as error:
+        raise ValueError("writing safetensors needs numpy: pip install -r scripts/requirements.txt") from error
+    except SafetensorError as error:
+        raise OSError(f"{out_dir} could not be written whole; is the disk full?") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    weights = f"{len(plan)} tensors in {count} file{'s' * (count > 1)}"
+    return f"{fields['architectures'][0]} in {dtype}, {weights}, {', '.join(copied) or 'no tokenizer files'}"
+
+
+def main(checkpoint_path: Path, out_dir: Path) -> None:
+    print(f"wrote {out_dir}: {export(checkpoint_path, out_dir)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Export model.pth to a Hugging Face model folder.")
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
+    parser.add_argument("--out_dir", type=Path, required=True, help="the folder to make; it may exist if it is empty")
+    try:
+        main(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
