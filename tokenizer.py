@@ -21,6 +21,12 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+# The files that are read.
+FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "config.json", "chat_template.jinja"),
+)
+
 # In a byte-level tokenizer.json each byte is one character: "Ġ" is a space. Printable bytes are themselves, the other
 # 68 are numbered from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -96,8 +102,10 @@ class Tokenizer:
         """A new `Stream`, which decodes ids one at a time."""
         return Stream(self)
 
-    def render_chat(self, messages):
+    def render_chat(self, messages, answer_next=True):
         """messages: list of {"role": str, "content": str} -> str, the prompt up to where the answer begins.
+
+        Without `answer_next` it ends with the last message, as for training on an answer that is among them.
 
         Raises ValueError when the model has no chat template, or when the template refuses the messages.
         """
@@ -120,7 +128,7 @@ class Tokenizer:
         # {% generation %}, which jinja2 lacks, marks the answers for training; what it encloses is rendered as it is.
         template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", self.chat_template())
         template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer_next}
         try:
             return environment.from_string(template).render(self.named_tokens | values)
         except (jinja2.TemplateError, TypeError) as error:

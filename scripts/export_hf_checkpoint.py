@@ -11,8 +11,8 @@ Writes config.json, safetensors in files of at most 5 GB, and copies of the toke
 - dtypes are kept. Memory holds one file's tensors at a time.
 - The folder is written beside its name and renamed into place, so that its presence means that it is complete.
 
-Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantize.py and tp.py on the path, and
-`pip install huggingface_hub numpy safetensors tqdm`.
+Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantize.py, tp.py and
+tokenizer.py on the path, and `pip install huggingface_hub numpy safetensors tqdm`.
 """
 
 import argparse
@@ -32,12 +32,10 @@ from safetensors.torch import save_file
 import convert_hf_checkpoint as convert
 from checkpoint import describe_quantization, read_checkpoint
 from model import GPTConfig
+from tokenizer import FILES
 
 MAX_FILE_SIZE = "5GB"
-TOKENIZER_FILES = """
-    tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
-    chat_template.jinja generation_config.json
-    """.split()
+TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
@@ -135,7 +133,7 @@ def export(checkpoint_path, out_dir) -> str:
     try:
         count = write_weights(temporary, plan, state_dict)
         (temporary / "config.json").write_text(json.dumps(fields, indent=2))
-        copied = [name for name in TOKENIZER_FILES if (path.parent / name).is_file()]
+        copied = [name for name in sorted(TOKENIZER_FILES) if (path.parent / name).is_file()]
         for name in copied:
             shutil.copyfile(path.parent / name, temporary / name)
         os.replace(temporary, out)

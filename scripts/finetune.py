@@ -1,0 +1,480 @@
+"""Train a model: from a checkpoint or from scratch, on text or on conversations, on either twin.
+
+    python scripts/finetune.py --checkpoint_path checkpoints/NAME/model.pth --data FILE.txt --out_dir checkpoints/NEW
+    python scripts/finetune.py --config DIR/config.json --data FILE.txt --out_dir checkpoints/NEW --compile
+    torchrun --standalone --nproc_per_node=2 scripts/finetune.py --checkpoint_path ... --data ... --out_dir ...
+
+Decisions to know:
+
+- A text, or a JSONL file of {"text": ...}, is one long row of tokens, cut into windows. A JSONL file of {"messages":
+  [...]} goes through the model's chat template, a conversation a row, and only the answers count for the loss.
+- The rows of a step follow from the seed and the step's number alone, each row once an epoch. So a run goes on after
+  any interruption as if there had been none, and several ranks compute what one would with as many rows.
+- training.pth has the trained weights, the optimizer and the step; model.pth beside it is for everything else. Both are
+  renamed into place when they are whole.
+- Weights and optimizer are float32. With bfloat16, matrices multiply in it (autocast).
+- The loss of a step is the mean over its tokens that count, whatever their spread over rows, accumulation and ranks.
+- Ranks are DistributedDataParallel's: the whole model on each.
+- LoRA (Hu et al. 2021, arXiv:2106.09685) trains two thin matrices beside each chosen projection, in a fused matrix
+  beside that part of its rows; what is saved is the sum.
+
+Copy me: with the root's files on the path; `pip install tqdm`.
+
+Shapes: R rows of a step, T tokens of a row, N output rows and K input columns of a projection.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import tp
+from checkpoint import (
+    build_model,
+    describe_quantization,
+    read_checkpoint,
+    reference_state,
+    write_checkpoint,
+    written_in_place,
+)
+from convert_hf_checkpoint import config_from_hf, read_json
+from fast_model import FastGPT, to_reference
+from generate import Sampling, check_device, default_device, find_tokenizer, generate, positive
+from model import GPT, GPTConfig
+from tokenizer import FILES
+
+IGNORED = -100  # cross_entropy's mark of a target that does not count
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSONL file. Raises ValueError that names a line that is none."""
+    objects = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
+        if not isinstance(found, dict) or not {"text", "messages"} & found.keys():
+            raise ValueError(f'line {number} of {file} is no object with "text" or "messages"')
+        objects.append(found)
+    return objects
+
+
+def windows(ids: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each [R, T]: the windows of a long row, each target the next token."""
+    count = (len(ids) - 1) // length
+    row = torch.tensor(ids[: count * length + 1], dtype=torch.int32)
+    return row[:-1].view(count, length), row[1:].view(count, length)
+
+
+def conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation, and which of them the model is to say: each answer and the token that ends it."""
+    text, ids, said = "", [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render_chat(messages[:i])
+        after = tokenizer.render_chat(messages[: i + 1], answer_next=False)
+        if not before.startswith(text) or not after.startswith(before):
+            raise ValueError("the chat template rewrites earlier messages, so that answers cannot be told apart")
+        prompt = tokenizer.encode(before[len(text) :], bos=False)
+        answer = tokenizer.encode(after[len(before) :], bos=False)
+        end = next((place for place, id in enumerate(answer, 1) if id in tokenizer.eos_ids), len(answer))
+        ids += prompt + answer
+        said += [False] * len(prompt) + [place < end for place in range(len(answer))]
+        text = after
+    return ids, said
+
+
+def padded(conversations: list[tuple[list[int], list[bool]]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each [R, T], of `conversation`s; those with no answer within T are left out."""
+    rows = []
+    for ids, said in conversations:
+        ids, said = ids[: length + 1], said[: length + 1]
+        if any(said[1:]):
+            targets = [id if counts else IGNORED for id, counts in zip(ids[1:], said[1:], strict=True)]
+            padding = length + 1 - len(ids)
+            rows.append((ids[:-1] + [0] * padding, targets + [IGNORED] * padding))
+    ids, targets = zip(*rows, strict=True) if rows else ([], [])
+    return tuple(torch.tensor(part, dtype=torch.int32).view(-1, length) for part in (ids, targets))
+
+
+def read_data(file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), int32 [R, T], of a text or JSONL file. Raises ValueError if it does not fill a row."""
+    try:
+        lines = read_lines(file) if file.suffix == ".jsonl" else [{"text": file.read_text(encoding="utf-8")}]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    if any("messages" in line for line in lines):
+        if not all("messages" in line for line in lines):
+            raise ValueError(f"{file} has lines with messages and lines with text; make it two files")
+        data = padded([conversation(line["messages"], tokenizer) for line in lines], length)
+    else:
+        end = sorted(tokenizer.eos_ids)[:1]
+        data = windows([id for line in lines for id in tokenizer.encode(line["text"]) + end], length)
+    if not len(data[0]):
+        raise ValueError(f"{file} does not fill one row of {length} tokens; give more data or a smaller --length")
+    return data
+
+
+def rows_of_step(step: int, count: int, rows: int, seed: int) -> torch.Tensor:
+    """The numbers [count] of the rows that step `step` takes of so many, each once in an epoch."""
+    place = torch.arange(step * count, (step + 1) * count)
+    order = {
+        epoch: torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch))
+        for epoch in set((place // rows).tolist())
+    }
+    return torch.stack([order[at // rows][at % rows] for at in place.tolist()])
+
+
+# --- The model --------------------------------------------------------------------------------------------------------
+
+
+def new_weights(config: GPTConfig, seed: int) -> dict:
+    """Weights to start from, as GPT-2's: normal with deviation 0.02, what is added to the residual stream with less for
+    more layers (Radford et al. 2019)."""
+    generator, state_dict = torch.Generator().manual_seed(seed), {}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            state_dict[name] = torch.full(shape, float(name.endswith("weight")))
+        else:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            deviation = 0.02 / (2 * config.n_layer) ** 0.5 if adds else 0.02
+            state_dict[name] = torch.empty(shape).normal_(0, deviation, generator=generator)
+    return state_dict
+
+
+PARTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": ("gate_proj", "up_proj")}
+PARTS |= {"down": ("down_proj",)}  # of the fused matrices; the reference's are their own
+PROJECTIONS = tuple(name for names in PARTS.values() for name in names)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus scale * up(down(x)) for each part of its rows that is trained.
+
+    `parts` are (rows, whether they are trained), from the first row on. up is zero at first.
+    """
+
+    def __init__(self, base: nn.Linear, parts: list[tuple[int, bool]], rank: int, alpha: float):
+        super().__init__()
+        self.base, self.parts, self.scale = base, parts, alpha / rank
+        new = {"dtype": base.weight.dtype, "device": base.weight.device}
+        sizes = [rows for rows, trained in parts if trained]
+        self.down = nn.ParameterList(torch.randn(rank, base.in_features, **new) * rank**-0.5 for _ in sizes)
+        self.up = nn.ParameterList(torch.zeros(rows, rank, **new) for rows in sizes)
+
+    def forward(self, x):
+        deltas, pairs = [], zip(self.down, self.up, strict=True)
+        for rows, trained in self.parts:
+            if trained:
+                down, up = next(pairs)
+                deltas.append(F.linear(F.linear(x, down), up))
+            else:
+                deltas.append(x.new_zeros(*x.shape[:-1], rows))
+        return self.base(x) + self.scale * torch.cat(deltas, dim=-1)
+
+    def merged(self) -> torch.Tensor:
+        """The weight [N, K] of one linear layer that does the same."""
+        weight, pairs, first = self.base.weight.clone(), zip(self.down, self.up, strict=True), 0
+        for rows, trained in self.parts:
+            if trained:
+                down, up = next(pairs)
+                weight[first : first + rows] += self.scale * up @ down
+            first += rows
+        return weight
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+    """Freeze the model but for LoRA beside each of the `targets` in PROJECTIONS. Raises ValueError if it lacks one."""
+    config = model.config
+    rows = {"q_proj": config.n_head * config.head_dim, "o_proj": config.dim, "down_proj": config.dim}
+    rows |= dict.fromkeys(("k_proj", "v_proj"), config.n_kv_head * config.head_dim)
+    rows |= dict.fromkeys(("gate_proj", "up_proj"), config.hidden_dim)
+    model.requires_grad_(False)
+    found = set()
+    for name, linear in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        names = PARTS.get(child, (child,)) if isinstance(model, FastGPT) else (child,)
+        names = [part for part in names if part != "gate_proj" or config.gated]
+        if not set(names) & set(targets) or ".experts" in name:
+            continue
+        found |= set(names) & set(targets)
+        parts = [(rows[part], part in targets) for part in names]
+        setattr(model.get_submodule(parent), child, LoRALinear(linear, parts, rank, alpha))
+    if missing := sorted(set(targets) - found):
+        raise ValueError(f"the model has no {', '.join(missing)} for LoRA to train; take others of {PROJECTIONS}")
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> dict:
+    """The weights in the reference's layout, LoRA merged."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not adapted:
+        return reference_state(model)
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        module = next((module for module in adapted if name.startswith(f"{module}.")), None)
+        if module is None:
+            state_dict[name] = tensor
+        elif name.startswith(f"{module}.base."):
+            kind = name.rpartition(".")[2]
+            state_dict[f"{module}.{kind}"] = adapted[module].merged() if kind == "weight" else tensor
+    return to_reference(state_dict, model.config) if isinstance(model, FastGPT) else state_dict
+
+
+class Loss(nn.Module):
+    """The sum of the next tokens' cross-entropy, in one piece for the compiler and for DistributedDataParallel."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, targets):
+        """A number, for ids and targets [R, T]."""
+        logits = self.model(ids).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float, device: str):
+    """AdamW (Loshchilov and Hutter 2017), in one kernel on a GPU; norms and biases do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=device.startswith("cuda"))
+
+
+def learning_rate_at(step: int, steps: int, most: float, warmup: float) -> float:
+    """Linear up to `most` over the first `warmup` share of the steps, then half a cosine down to a tenth."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return most * (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return most * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mean_loss(loss, data, batch_size: int, device: str, autocast) -> float:
+    """The mean over all tokens of (ids, targets) that count."""
+    total, count = 0.0, 0
+    for ids, targets in zip(*(part.split(batch_size) for part in data), strict=True):
+        with autocast():
+            total += loss(ids.to(device).long(), targets.to(device).long()).item()
+        count += (targets != IGNORED).sum().item()
+    return total / count
+
+
+def sample_text(model, prompt: str, tokenizer, chat: bool, device: str, dtype) -> str:
+    """What the model makes of a prompt, 60 tokens at most; a new model, because one in training has no cache."""
+    if chat:
+        ids = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": prompt}]), bos=False)
+    else:
+        ids = tokenizer.encode(prompt)
+    copy = build_model(model.config, weights_of(model), device, dtype)
+    new = generate(copy, torch.tensor([ids], device=device), 60, Sampling(), eos_ids=tokenizer.eos_ids)
+    return tokenizer.decode([row[0] for row in new])
+
+
+def save_training(path: Path, model: nn.Module, optimizer, step: int, settings: dict) -> None:
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    content = {"settings": settings, "step": step, "trained": trained, "optimizer": optimizer.state_dict()}
+    with written_in_place(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> int:
+    """Put the trained weights and the optimizer's state back; the number of steps done. Raises ValueError if the run
+    was another one."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in settings.items():
+        if content["settings"][name] != value:
+            was = content["settings"][name]
+            raise ValueError(
+                f"{path} is of a run with {name} = {was}, not {value}; give the same, or another --out_dir"
+            )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in content["trained"].items():
+            parameters[name].copy_(tensor)
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"]
+
+
+def main(
+    checkpoint_path: Path | None,
+    config: Path | None,
+    data: Path,
+    val_data: Path | None,
+    out_dir: Path,
+    model: str,
+    compile: bool,
+    steps: int,
+    batch_size: int,
+    accumulate: int,
+    length: int | None,
+    learning_rate: float,
+    warmup: float,
+    weight_decay: float,
+    clip: float,
+    every: int,
+    sample: str | None,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_targets: list[str],
+    precision: str | None,
+    device: str,
+    seed: int,
+    resume: bool,
+) -> None:
+    if (checkpoint_path is None) == (config is None):
+        raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
+    check_device(device)
+    rank, ranks = tp.rank_and_count()
+    folder, training = (checkpoint_path or config).parent, out_dir / "training.pth"
+    if training.exists() and not resume:
+        raise ValueError(f"{training} is there; give --resume to go on with that run, or another --out_dir")
+    if checkpoint_path:
+        shape, state_dict = read_checkpoint(checkpoint_path)
+        if describe_quantization(state_dict):
+            raise ValueError(f"{checkpoint_path} is quantized; train the model.pth that it was made from")
+    else:
+        shape = config_from_hf(read_json(config))
+        state_dict = new_weights(shape, seed)
+    if compile and shape.n_expert:
+        raise ValueError(
+            "a mixture of experts is trained without --compile: its grouped products have no gradient there"
+        )
+    tokenizer = find_tokenizer(folder, shape.vocab_size, needed=True)
+    length = min(length or 1024, shape.block_size)
+    rows = read_data(data, tokenizer, length)
+    if val_data:
+        held_out = read_data(val_data, tokenizer, length)
+    else:  # the last twentieth
+        keep = len(rows[0]) - max(1, len(rows[0]) // 20)
+        if not keep:
+            raise ValueError(
+                f"{data} fills one row of {length} tokens, and the validation needs another; see --val_data"
+            )
+        rows, held_out = tuple(part[:keep] for part in rows), tuple(part[keep:] for part in rows)
+    chat = any(IGNORED in part for part in (rows[1], held_out[1]))
+
+    twin = build_model(shape, state_dict, device, torch.float32, reference=model == "reference")
+    twin.train().requires_grad_(True)
+    if lora_rank:
+        torch.manual_seed(seed)
+        add_lora(twin, lora_rank, lora_alpha, lora_targets)
+    optimizer = make_optimizer(twin, learning_rate, weight_decay, device)
+    settings = {"data": str(data), "steps": steps, "batch_size": batch_size, "accumulate": accumulate, "ranks": ranks}
+    settings |= {"length": length, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay}
+    settings |= {"clip": clip, "seed": seed, "model": model, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
+    settings |= {"lora_targets": lora_targets if lora_rank else [], "rows": len(rows[0])}
+    first = load_training(training, twin, optimizer, settings) if training.exists() else 0
+
+    precision = precision or ("bfloat16" if device.startswith("cuda") else "float32")
+
+    def autocast():
+        return torch.autocast(device.partition(":")[0], torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+    loss = Loss(twin)
+    if compile:
+        loss.compile(dynamic=False)
+    parallel = DistributedDataParallel(loss) if ranks > 1 else loss
+    trained = sum(p.numel() for p in twin.parameters() if p.requires_grad)
+    tp.print0(f"{trained:,} numbers to train, {len(rows[0]):,} rows of {length} tokens, {len(held_out[0]):,} held out")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in FILES if rank == 0 and out_dir.resolve() != folder.resolve() else ():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out_dir / name)
+
+    def evaluate(step: int) -> None:
+        if rank == 0:
+            held_out_loss = mean_loss(loss, held_out, batch_size, device, autocast)
+            tqdm.write(f"step {step}: loss {held_out_loss:.4f} of what is held out")
+            if sample is not None:
+                dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+                tqdm.write(f"  {sample!r} -> {sample_text(twin, sample, tokenizer, chat, device, dtype)!r}")
+
+    of_rank = batch_size * accumulate
+    with tqdm(total=steps, initial=first, unit="step", disable=None if rank == 0 else True) as bar:
+        if first == 0:
+            evaluate(0)
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
+            chosen = rows_of_step(step, of_rank * ranks, len(rows[0]), seed)
+            counting = (rows[1][chosen] != IGNORED).sum().item()  # of all ranks
+            total = torch.zeros((), device=device)
+            batches = chosen[rank * of_rank : (rank + 1) * of_rank].split(batch_size)
+            for i, batch in enumerate(batches):
+                ids, targets = (part[batch].to(device).long() for part in rows)
+                waits = parallel.no_sync() if ranks > 1 and i < len(batches) - 1 else nullcontext()
+                with waits:
+                    with autocast():
+                        part = parallel(ids, targets) * (ranks / counting)  # the ranks' gradients are averaged
+                    part.backward()
+                total += part.detach()
+            nn.utils.clip_grad_norm_((p for p in twin.parameters() if p.requires_grad), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if step % 10 == 9 or step == steps - 1:
+                bar.set_postfix(loss=f"{sum(tp.objects_of_ranks(total.item())) / ranks:.4f}")
+            if (step + 1) % every == 0 or step == steps - 1:
+                evaluate(step + 1)
+                if rank == 0:
+                    write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
+                    save_training(training, twin, optimizer, step + 1, settings)
+    tp.print0(f"wrote {out_dir / 'model.pth'}, trained for {steps} steps")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a model on text or conversations.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, its tokenizer beside it")
+    add("--config", type=Path, help="instead: a Hugging Face config.json, a tokenizer beside it, for new weights")
+    add("--data", type=Path, required=True, help='a text, or JSONL with "text" or "messages" in each line')
+    add("--val_data", type=Path, help="what is held out; default: the last twentieth of the rows")
+    add("--out_dir", type=Path, required=True, help="for model.pth, training.pth and the tokenizer's files")
+    add("--model", choices=("reference", "fast"), default="fast", help="the twin that is trained")
+    add("--compile", action="store_true", help="compile the step's forward and backward pass")
+    add("--steps", type=positive, default=1000)
+    add("--batch_size", type=positive, default=8, help="rows at a time, on each rank")
+    add("--accumulate", type=positive, default=1, help="batches of a step")
+    add("--length", type=positive, help="tokens of a row; default: 1024 or the context")
+    add("--learning_rate", type=float, default=3e-4, help="the highest, after the warm-up; a cosine to a tenth follows")
+    add("--warmup", type=float, default=0.05, help="the share of the steps in which it rises")
+    add("--weight_decay", type=float, default=0.1)
+    add("--clip", type=float, default=1.0, help="the largest norm of all gradients")
+    add("--every", type=positive, default=100, help="steps between two evaluations, each of which saves")
+    add("--sample", metavar="TEXT", help="a prompt that the model continues, or answers, at each evaluation")
+    add("--lora_rank", type=int, default=0, help="0: all weights are trained")
+    add("--lora_alpha", type=float, default=16.0, help="LoRA adds alpha / rank times its product")
+    add("--lora_targets", nargs="+", choices=PROJECTIONS, default=["q_proj", "v_proj"])
+    add("--precision", choices=("float32", "bfloat16"), help="of the products; default: bfloat16 on CUDA, else float32")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    add("--seed", type=int, default=1234)
+    add("--resume", action="store_true", help="go on from what --out_dir has, if there is something")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    tp.run(main, parse_arguments())

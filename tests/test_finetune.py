@@ -1,0 +1,327 @@
+"""finetune.py: both twins learn the same, interrupted or not, alone or on several ranks; answers alone count."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import scripts.finetune as finetune
+from check_equivalence import FAMILIES, random_weights
+from checkpoint import build_model, quantize_model, read_checkpoint, write_checkpoint
+from generate import Sampling, generate
+from tokenizer import load_tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+STEPS = ["--steps", 6, "--every", 2, "--length", 24, "--batch_size", 4, "--learning_rate", 3e-3, "--device", "cpu"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+def command(folder, data, out_dir, *more):
+    files = ["--checkpoint_path", folder / "model.pth", "--data", data, "--out_dir", out_dir]
+    return [finetune.__file__, *map(str, [*files, *STEPS, *more])]
+
+
+@pytest.fixture
+def train(tiny_checkpoint, text, tmp_path, monkeypatch, capsys):
+    """train(name, *arguments): a run into a folder of that name; its weights, and what it printed."""
+
+    def train(name, *more, folder=tiny_checkpoint, data=text):
+        monkeypatch.setattr(sys, "argv", command(folder, data, tmp_path / name, *more))
+        finetune.main(**vars(finetune.parse_arguments()))
+        return read_checkpoint(tmp_path / name / "model.pth")[1], capsys.readouterr().out
+
+    return train
+
+
+@pytest.fixture
+def refused(train):
+    def refused(*more, match, **options):
+        with pytest.raises((ValueError, OSError), match=match) as error:
+            train("refused", *more, **options)
+        assert "\n" not in str(error.value)
+
+    return refused
+
+
+def close(weights, expected, tolerance=1e-5):
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def same(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def losses(output):
+    return [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if line.startswith("step ")]
+
+
+# What is learned.
+
+
+def test_both_twins_learn_the_same_and_the_loss_falls(train, tiny_checkpoint):
+    reference, told = train("reference", "--model", "reference")
+    fast, told_fast = train("fast", "--model", "fast")
+    close(fast, reference)
+    assert losses(told) == pytest.approx(losses(told_fast), abs=1e-3)
+    assert len(losses(told)) == 4 and losses(told)[-1] < losses(told)[0] - 0.5
+    before = read_checkpoint(tiny_checkpoint / "model.pth")[1]
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in fast.items())
+
+
+def test_compiled_it_learns_the_same(train):
+    close(train("compiled", "--compile")[0], train("eager")[0])
+
+
+def test_accumulated_batches_are_one(train):
+    close(train("accumulated", "--batch_size", 1, "--accumulate", 4)[0], train("at once")[0])
+
+
+def test_bfloat16_keeps_the_weights_in_float32(train):
+    weights, told = train("bf16", "--precision", "bfloat16")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert losses(told)[-1] < losses(told)[0] - 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt-2", "qwen3-moe"])
+def test_other_families_learn_the_same_on_both_twins(train, tiny_checkpoint, tmp_path, family):
+    folder = tmp_path / "family"
+    config = FAMILIES[family]
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
+    write_checkpoint(folder / "model.pth", config, random_weights(config))
+    # Adam divides by the size of a gradient, also of one that is noise around 0 (GPT-2's key bias): 1e-4
+    fast, reference = (train(name, "--model", name, folder=folder)[0] for name in ("fast", "reference"))
+    for name, tensor in reference.items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(fast[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_from_scratch(train, tiny_checkpoint, tmp_path, text, monkeypatch, capsys):
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 260}
+    (folder / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]} | sizes))
+    arguments = command(tiny_checkpoint, text, tmp_path / "made", "--steps", 60, "--sample", "the quick")
+    arguments[1:3] = ["--config", str(folder / "config.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    finetune.main(**vars(finetune.parse_arguments()))
+    told = capsys.readouterr().out
+    assert losses(told)[0] == pytest.approx(math.log(260), abs=0.1)  # it knows nothing
+    assert losses(told)[-1] < 2.5
+    assert told.count("'the quick' -> ") == 31
+    config, weights = read_checkpoint(tmp_path / "made" / "model.pth")
+    model = build_model(config, weights, "cpu", torch.float32)
+    tokenizer = load_tokenizer(tmp_path / "made")
+    prompt = torch.tensor([tokenizer.encode("the ")])
+    assert len(list(generate(model, prompt, 8, Sampling(temperature=0)))) == 8
+
+
+# Interrupted.
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(train, tiny_checkpoint, text, tmp_path):
+    whole, _ = train("whole", "--steps", 40)
+    arguments = command(tiny_checkpoint, text, tmp_path / "cut", "--steps", 40)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    training = tmp_path / "cut" / "training.pth"
+    while not training.exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = torch.load(training, weights_only=True)["step"]
+    assert done < 40
+    weights, told = train("cut", "--steps", 40, "--resume")
+    assert len(losses(told)) == (40 - done) / 2
+    close(weights, whole, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_rank", 2]])
+def test_a_run_stopped_in_the_middle_of_saving_goes_on(train, monkeypatch, more):
+    whole, _ = train("whole", *more)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "save_training", stop)
+        train("cut", *more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "write_checkpoint", stop)
+        train("cut", *more, "--resume")  # nothing was saved, so it starts anew
+    same(train("cut", *more, "--resume")[0], whole)
+    weights, told = train("cut", *more, "--resume")  # there is nothing left to do
+    same(weights, whole)
+    assert losses(told) == []
+
+
+def test_another_run_is_not_gone_on_with(train, refused):
+    train("refused")
+    refused(match="training.pth is there; give --resume")
+    refused("--resume", "--learning_rate", 1e-3, match="of a run with learning_rate = 0.003, not 0.001")
+
+
+# LoRA.
+
+
+def test_lora_changes_its_targets_alone_and_alike_in_both_twins(train, tiny_checkpoint):
+    before = read_checkpoint(tiny_checkpoint / "model.pth")[1]
+    targets = ["--lora_rank", 2, "--lora_targets", "q_proj", "v_proj", "up_proj", "down_proj"]
+    fast, told = train("fast", *targets)
+    close(train("reference", "--model", "reference", *targets)[0], fast)
+    changed = {name.split(".")[-2] for name, tensor in fast.items() if not torch.equal(tensor, before[name])}
+    assert changed == set(targets[3:])
+    for name in changed:
+        difference = fast[f"transformer.h.0.{'attn' if name in 'q_proj v_proj' else 'mlp'}.{name}.weight"]
+        difference = (
+            difference - before[f"transformer.h.0.{'attn' if name in 'q_proj v_proj' else 'mlp'}.{name}.weight"]
+        )
+        assert torch.linalg.matrix_rank(difference, atol=1e-5) == 2
+    assert losses(told)[-1] < losses(told)[0]
+
+
+def test_a_merged_layer_does_what_the_two_do():
+    base = torch.nn.Linear(6, 9)
+    layer = finetune.LoRALinear(base, [(4, True), (2, False), (3, True)], rank=2, alpha=8)
+    for up in layer.up:
+        torch.nn.init.normal_(up)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.merged(), base.bias))
+    assert torch.equal(layer.merged()[4:6], base.weight[4:6])
+
+
+# Data.
+
+
+def test_each_row_comes_once_an_epoch():
+    for count in (1, 3, 10):
+        rows = torch.cat([finetune.rows_of_step(step, count, 10, seed=1) for step in range(30 // count)])
+        assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in rows.split(10))
+        assert rows[:10].tolist() != rows[10:20].tolist()
+
+
+def test_the_learning_rate():
+    rates = [finetune.learning_rate_at(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 == max(rates)
+    assert rates[55] == pytest.approx(1.1, abs=0.02) and rates[99] == pytest.approx(0.2, abs=0.01)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+
+
+def test_a_text_becomes_windows_of_next_tokens(tiny_checkpoint, tmp_path):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    (tmp_path / "a.jsonl").write_text('{"text": "abcdef"}\n\n{"text": "ghij"}\n')
+    ids, targets = finetune.read_data(tmp_path / "a.jsonl", tokenizer, 3)
+    expected = tokenizer.encode("abcdef") + [256] + tokenizer.encode("ghij") + [256]
+    assert ids.flatten().tolist() == expected[:9]
+    assert targets.flatten().tolist() == expected[1:10]
+
+
+def test_only_answers_count(tiny_checkpoint, tmp_path, train):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    ids, targets = finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 40)
+    text = "<|user|>one<|end|><|assistant|>two<|end|><|user|>three<|end|><|assistant|>four<|end|>"
+    expected = tokenizer.encode(text, bos=False)
+    assert ids[0].tolist() == expected[:-1] + [0] * (41 - len(expected))
+    said = [target for target in targets[0].tolist() if target != finetune.IGNORED]
+    assert said == tokenizer.encode("two<|end|>four<|end|>", bos=False)
+    assert targets[0, len(expected) - 2] == 256
+    with pytest.raises(ValueError, match="does not fill one row of 3 tokens"):
+        finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 3)
+
+    questions = [[{"role": "user", "content": c}, {"role": "assistant", "content": c * 3}] for c in "abcdefgh"]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in questions))
+    chat = tmp_path / "chat.jsonl"
+    told = train("chat", "--sample", "a", "--steps", 80, "--val_data", chat, data=chat)[1]
+    assert losses(told)[-1] < losses(told)[0] - 2
+    assert "'a' -> 'aaa'" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"text": "a"', "line 2 of .*chat.jsonl is not JSON"),
+        ('["a"]', 'line 2 of .*chat.jsonl is no object with "text" or "messages"'),
+        ('{"messages": []}', "lines with messages and lines with text"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path, refused, line, match):
+    (tmp_path / "chat.jsonl").write_text('{"text": "a"}\n' + line)
+    refused(match=match, data=tmp_path / "chat.jsonl")
+
+
+def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, text):
+    refused("--length", 100000, "--config", "config.json", match="either --checkpoint_path or")
+    refused("--lora_rank", 2, "--lora_targets", "q_proj", "--device", "nothing", match="nothing")
+    (tmp_path / "short.txt").write_text("a few words, which fill a row alone")
+    refused(match="the validation needs another", data=tmp_path / "short.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    refused(match="is not UTF-8", data=tmp_path / "latin.txt")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
+    config, weights = read_checkpoint(tiny_checkpoint / "model.pth")
+    write_checkpoint(folder / "model.pth", *quantize_model(config, weights, "int8", 32))
+    refused(match="is quantized", folder=folder)
+    write_checkpoint(folder / "model.pth", FAMILIES["gpt-2"], random_weights(FAMILIES["gpt-2"]))
+    refused("--lora_rank", 2, "--lora_targets", "gate_proj", match="no gate_proj for LoRA", folder=folder)
+    write_checkpoint(folder / "model.pth", FAMILIES["mixtral"], random_weights(FAMILIES["mixtral"]))
+    refused("--compile", match="trained without --compile", folder=folder)
+    assert not (tmp_path / "refused").exists()
+
+
+# Several ranks, and the command.
+
+
+def test_two_ranks_learn_what_one_does_with_their_rows(train, tiny_checkpoint, text, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = ["--batch_size", 1, "--accumulate", 2]
+    arguments = command(tiny_checkpoint, text, tmp_path / "ranks", *more)
+    done = subprocess.run(
+        [*launcher, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    expected, told = train("one")
+    close(read_checkpoint(tmp_path / "ranks" / "model.pth")[1], expected)
+    assert losses(done.stdout) == pytest.approx(losses(told), abs=1e-3)
+
+
+def test_the_command_tells_an_error_in_a_sentence(tiny_checkpoint, tmp_path):
+    arguments = command(tiny_checkpoint, tmp_path / "missing.txt", tmp_path / "out")
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "missing.txt" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_saved_config_is_the_one_that_was_trained(train, tiny_checkpoint, tmp_path):
+    train("made")
+    before, after = (read_checkpoint(f / "model.pth")[0] for f in (tiny_checkpoint, tmp_path / "made"))
+    assert asdict(after) == asdict(before)
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
