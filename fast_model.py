@@ -272,6 +272,12 @@ def multiply_by_experts(x, weight, ends):
     """x [N, K], sorted by expert, times each row's own matrix of weight [E, M, K]; `ends` [E] are where experts end."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph, in which the host cannot know the ends
+        expert = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True)
+        y = x.new_zeros(len(x), weight.shape[1])
+        for i, matrix in enumerate(weight):
+            y = torch.where((expert == i)[:, None], x @ matrix.T, y)
+        return y
     starts = [0, *ends.tolist()]
     return torch.cat([x[starts[i] : starts[i + 1]] @ matrix.T for i, matrix in enumerate(weight)])
 
@@ -299,8 +305,10 @@ class SparseMLP(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
         logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
-        few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= 32)
-        if few and on_gpu_kernels(x) and self.experts_gate_up.gpu_weights():
+        on_gpu = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
+        most = 64 if on_gpu else 32
+        few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
+        if few and on_gpu:
             y = self.on_gpu(rows, logits)
         else:
             weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]

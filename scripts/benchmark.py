@@ -6,6 +6,7 @@
     python scripts/benchmark.py context --shape llama-3.1-8b --used 128 2048 8192 32768 --slots 131072
     python scripts/benchmark.py batch --shape llama-3.1-8b --sizes 1 4 16 64
     python scripts/benchmark.py forward --shape gpt-1.2b
+    python scripts/benchmark.py train --shape gpt-124m --batch 16 --tokens 1024
     python scripts/benchmark.py speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
     torchrun --standalone --nproc_per_node=2 scripts/benchmark.py decode --shape llama-2-7b
     python scripts/benchmark.py plot --json_path FILE --png FILE
@@ -30,7 +31,10 @@ Decisions to know:
   that the model keeps the wanted share of the drafts. Speed depends on that share alone.
 - Under torchrun `decode` measures a model that is split among the ranks, each with random weights of its own; the
   figures are rank 0's.
-- Memory is the run's, with all models on the device; in `forward`, on an NVIDIA GPU, each row's, which is alone there.
+- Memory is the run's, with all models on the device; in `forward` and `train`, on an NVIDIA GPU, each row's, which is
+  alone there.
+- `train` measures whole steps of finetune.py, forward, backward and AdamW, of weights in float32, with `--weights
+  bfloat16` under autocast. The losses of the first three steps must be those of `model.py`.
 
 Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
 
@@ -55,6 +59,7 @@ from unittest.mock import patch
 
 import torch
 
+import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
@@ -114,6 +119,24 @@ SHAPES = {
         rope_base=1e6,
         n_expert=8,
         n_expert_used=2,
+    ),
+    "gpt-124m": GPTConfig(
+        block_size=1024,
+        vocab_size=50257,
+        n_layer=12,
+        n_head=12,
+        n_kv_head=12,
+        head_dim=64,
+        dim=768,
+        hidden_dim=3072,
+        norm="layer",
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        rope_base=None,
+        tie_embeddings=True,
     ),
     "gpt-1.2b": GPTConfig(
         block_size=1024,
@@ -312,6 +335,7 @@ def print_row(row: dict) -> None:
         ]
     rest += [f"cache {row['cache_share']:.0%} of that floor"] if "cache_share" in row else []
     rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
+    rest += [f"losses within {row['losses_within']:.1e}"] if "losses_within" in row else []
     tp.print0(
         f"{row['name']:34}{row['seconds'] * 1e3:9.2f} ms ({spread}){rate}  {row['share_of_floor']:4.0%} of the floor  "
         + ", ".join(rest),
@@ -500,6 +524,51 @@ def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[i
         yield row_of(title, seconds, floor, **more)
 
 
+def trainings(models: dict, limits: dict, device: str, batch: int, tokens: list[int], samples: int, **_):
+    """One training step on a batch: the reference, the fast model, and it compiled; `models` is as for `forwards`."""
+    ((name, build),) = models.items()
+    expected = None
+    for kind in ("model.py", "fast_model.py", "compiled"):
+        title = f"{name} {kind}"
+        model = build(reference=kind == "model.py").train().requires_grad_(True)
+        loss, optimizer = finetune.Loss(model), finetune.make_optimizer(model, 1e-4, 0.1, device)
+        if kind == "compiled":
+            loss.compile(fullgraph=True, dynamic=False)
+        size = batch * (tokens[0] + 1)
+        ids = torch.randint(model.config.vocab_size, (size,), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(device).view(batch, -1)
+
+        def step(loss=loss, optimizer=optimizer, ids=ids) -> torch.Tensor:
+            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=name == "bfloat16"):
+                value = loss(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return value.detach()
+
+        losses = torch.stack([step() for _ in range(3)])
+        if not losses.isfinite().all():
+            raise ValueError(f"{title}: a loss is not a finite number, so its speed means nothing")
+        expected = losses if expected is None else expected
+        off = ((losses - expected).abs().max() / expected.abs().max()).item()
+        if not off < (1e-4 if name == "float32" else 1e-2):
+            raise ValueError(f"{title}: its losses {losses.tolist()} are not those of model.py, {expected.tolist()}")
+        more = {"tokens": batch * tokens[0], "losses_within": off}
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            seconds = [timed(device, step) for _ in range(samples)]
+        if device.startswith("cuda"):
+            more["peak_memory"] = peak_memory(device)
+        # Two passes more backwards than forwards; what AdamW reads and writes is not counted.
+        floor = 3 * operations_per_token(model) * more["tokens"] / limits["operations_per_second"]
+        del model, loss, optimizer, step
+        torch.compiler.reset()
+        gc.collect()  # what was compiled refers to itself
+        torch.cuda.empty_cache()
+        yield row_of(title, seconds, floor, **more)
+
+
 def scale_outputs(layers, factor: float) -> None:
     """What these layers add to the residual stream, times a factor; weights are changed in place."""
     for layer in layers:
@@ -593,7 +662,8 @@ def speculations(
 
 
 SUITES = {"decode": decode, "prefill": prefills, "context": contexts, "batch": batches, "forward": forwards}
-SUITES |= {"speculate": speculations}
+SUITES |= {"train": trainings, "speculate": speculations}
+ALONE = ("forward", "train")  # suites of one kind of weights, whose rows are alone on the device
 
 
 def transformers_row(
@@ -717,11 +787,12 @@ def main(
         raise ValueError("give either --shape or --checkpoint_path")
     if hf and suite != "decode":
         raise ValueError(f"--hf is a row of the suite decode; leave it out of {suite}")
-    if suite in ("forward", "speculate"):
+    if suite in (*ALONE, "speculate"):
         weights = weights or ["float32" if device == "cpu" else "bfloat16"]
-    if suite == "forward":
-        if len(weights) > 1:
-            raise ValueError(f"forward takes one kind of weights, not {len(weights)}; run it once for each")
+    if suite in ALONE and len(weights) > 1:
+        raise ValueError(f"{suite} takes one kind of weights, not {len(weights)}; run it once for each")
+    if suite == "train" and weights[0] not in ("float32", "bfloat16"):
+        raise ValueError(f"train takes the weights float32 or bfloat16, not {weights[0]}")
     weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
     check_device(device)
     if checkpoint_path:
@@ -736,9 +807,10 @@ def main(
     tp.print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
     multiplies = limits["operations_per_second"] / 1e12
     tp.print0(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
-    if suite == "forward":
+    if suite in ALONE:
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
-        models = {kind: partial(make_model, config, state_dict, kind, group_size, device) for kind in weights}
+        built = "float32" if suite == "train" else weights[0]
+        models = {weights[0]: partial(make_model, config, state_dict, built, group_size, device)}
     else:
         if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
             embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
@@ -765,7 +837,7 @@ def main(
     for row in SUITES[suite](models, limits, device, samples=samples, **numbers):
         print_row(row)
         rows.append(row)
-    memory = {} if suite == "forward" else {"peak_memory": peak_memory(device)}
+    memory = {} if suite in ALONE else {"peak_memory": peak_memory(device)}
     if memory:
         tp.print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
     if json_path and rank == 0:
@@ -788,7 +860,12 @@ def parse_arguments():
     add("suite", choices=(*SUITES, "plot"))
     add("--shape", help=f"{', '.join(SHAPES)}, or a Hugging Face config.json: random weights of this shape")
     add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, instead of --shape")
-    add("--weights", nargs="+", choices=WEIGHTS, help="default: bfloat16, int8, int4, on a CPU float32; forward: one")
+    add(
+        "--weights",
+        nargs="+",
+        choices=WEIGHTS,
+        help="default: bfloat16, int8, int4, on a CPU float32; forward, train: one",
+    )
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of int4")
     add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
     add("--kv_cache", choices=("int8",), help="decode, context, batch: keys and values in 8 bits")
@@ -801,11 +878,17 @@ def parse_arguments():
         default=Sampling.temperature,
         help="decode, speculate; 0 is greedy, else top-k is 200",
     )
-    add("--tokens", type=positive, nargs="+", default=[512, 2048, 8192], help="prefill; forward takes the first")
+    add(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=[512, 2048, 8192],
+        help="prefill; forward and train take the first",
+    )
     add("--used", type=positive, nargs="+", default=[128, 2048, 8192, 32768], help="context: tokens in the cache")
     add("--slots", type=positive, default=131072, help="context: cache slots")
     add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")
-    add("--batch", type=positive, default=32, help="forward: rows")
+    add("--batch", type=positive, default=32, help="forward, train: rows")
     add("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="speculate: shares of drafts to keep")
     add("--drafts", type=positive, nargs="+", default=[5], help="speculate: drafts in a round")
     add("--draft_weights", choices=WEIGHTS, default="int4", help="speculate: of the draft, an eighth of the layers")

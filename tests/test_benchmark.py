@@ -84,7 +84,7 @@ def tiny_draft():
 
 
 def measure(suite, models=None, **numbers):
-    models = models or {"float32": build_tiny if suite == "forward" else tiny()}
+    models = models or {"float32": build_tiny if suite in benchmark.ALONE else tiny()}
     if suite == "speculate":
         models = {name: (model, tiny_draft()) for name, model in models.items()}
     return list(benchmark.SUITES[suite](models, LIMITS, **NUMBERS | numbers))
@@ -110,12 +110,14 @@ def test_a_row_says_how_its_tokens_agree(suite, no_kernels, capsys):
         "context": ["float32, 40 of 256", "float32, 100 of 256"],
         "batch": ["float32, batch 1", "float32, batch 3"],
         "forward": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
+        "train": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
         "speculate": ["float32, 3 drafts"],
     }
     assert [row["name"] for row in rows] == names[suite]
     for row in rows:
         plain = row["name"].endswith("model.py") and "fast" not in row["name"] or "eager" in row["name"]
-        assert plain or row["agrees"].startswith(("same", "within"))  # the plain row is what the others agree with
+        # the plain row is what the others agree with
+        assert plain or row.get("losses_within", 1) < 1e-4 or row["agrees"].startswith(("same", "within"))
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
         assert not {"peak_memory", "kernels"} & row.keys()  # of one row on a CPU neither can be said
@@ -171,9 +173,10 @@ def test_a_compiled_prefill_that_is_not_the_eager_one_does_not_count(no_kernels,
         measure("prefill")
 
 
-def test_a_fast_model_that_is_not_the_reference_does_not_count():
-    with pytest.raises(ValueError, match="float32 fast_model.py: a greedy token is not"):
-        measure("forward", {"float32": lambda reference: build_tiny(reference, seed=int(reference))})
+@pytest.mark.parametrize("suite, told", [("forward", "a greedy token is not"), ("train", "its losses")])
+def test_a_fast_model_that_is_not_the_reference_does_not_count(suite, told):
+    with pytest.raises(ValueError, match=f"float32 fast_model.py: {told}"):
+        measure(suite, {"float32": lambda reference: build_tiny(reference, seed=int(reference))})
 
 
 @pytest.mark.parametrize("suite", benchmark.SUITES)
@@ -184,7 +187,7 @@ def test_a_logit_that_is_no_number_does_not_count(suite, no_kernels):
         return model
 
     with pytest.raises(ValueError, match="not a finite number"):
-        measure(suite, {"float32": build if suite == "forward" else build()})
+        measure(suite, {"float32": build if suite in benchmark.ALONE else build()})
 
 
 def test_a_logit_of_the_compiled_run_alone_is_checked_too():

@@ -199,13 +199,23 @@ def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, 
     if kind != "plain":
         config, state = quantize_model(config, state, kind, 32)
     mlp = build_model(config, state, "cuda", dtype).layers[0].mlp
-    for tokens in (1, 3, 6):
+    for tokens in (1, 3, 12):
         x = torch.randn(1, tokens, config.dim, device="cuda", dtype=dtype)
         with torch.no_grad():
             y = mlp(x)
         with torch.enable_grad():
             expected = mlp(x)
         assert close(y, expected, dtype, times=2), tokens
+
+
+def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
+    torch.compiler.reset()
+    config = FAMILIES["mixtral"]
+    model = build_model(config, random_weights(config), "cuda", torch.float32)
+    step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cuda"))
+    prompt = torch.arange(120, device="cuda").view(40, 3)  # 80 pairs of a token and an expert
+    expected = list(generate(model, prompt, 12, Sampling(temperature=0)))
+    assert list(generate(model, prompt, 12, Sampling(temperature=0), decode_step=step)) == expected
 
 
 @pytest.mark.parametrize("family", ["llama-2", "mixtral"])
