@@ -44,13 +44,20 @@ def strip_prefixes(state_dict: dict) -> dict:
 
 @contextmanager
 def written_in_place(path):
-    """A temporary path beside `path`; renamed to it if the block ends well, deleted if not."""
+    """A temporary path beside `path`; renamed to it if the block ends well, deleted if not.
+
+    What torch's zip writer says of a full disk becomes an OSError.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"{path} could not be written whole; is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,11 +80,8 @@ def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | No
         "state_dict": whole,
     }
     with written_in_place(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:  # given a path, torch.save writes its name into the file
-                torch.save(content, file)
-        except RuntimeError as error:  # of torch's zip writer
-            raise OSError(f"{path} could not be written whole; is the disk full?") from error
+        with open(temporary, "wb") as file:  # given a path, torch.save writes its name into the file
+            torch.save(content, file)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -110,7 +114,7 @@ def save(model: nn.Module, path) -> None:
 def load(model: nn.Module, path) -> None:
     """Copy the weights of a `model.pth` into a plain GPT or FastGPT, wrapped or not, in the dtype that it has.
 
-    Raises ValueError, and changes nothing, if the file is of another config or is quantized.
+    Raises ValueError, and changes nothing, if the file is of another config, or it or the model is quantized.
     """
     config, state_dict = read_checkpoint(path)
     inner = unwrapped(model)
@@ -121,7 +125,10 @@ def load(model: nn.Module, path) -> None:
         raise ValueError(f"{path} is quantized; load the model.pth that it was made from")
     if isinstance(inner, FastGPT):
         state_dict = to_fast(state_dict, config)
-    for name, tensor in strip_prefixes(inner.state_dict()).items():
+    own = strip_prefixes(inner.state_dict())
+    if own.keys() != state_dict.keys():
+        raise ValueError("this model is quantized, or has adapters; load into a plain one")
+    for name, tensor in own.items():
         tensor.copy_(state_dict[name])
 
 

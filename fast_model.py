@@ -342,8 +342,12 @@ class SparseMLP(nn.Module):
         order = expert.argsort(stable=True)  # [N used]
         token = order // self.used
         ends = (expert[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0).cumsum(0)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # which does not know the grouped product
+            x, weights = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weights))
         gate_up, down = (
-            m.plain_weight(x.dtype).unflatten(0, (self.n_expert, -1)) for m in (self.experts_gate_up, self.experts_down)
+            m.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
+            for m in (self.experts_gate_up, self.experts_down)
         )
         multiply = torch.ops.gpt_twin.multiply_by_experts if torch.compiler.is_compiling() else multiply_by_experts
         out = multiply(self.gated(multiply(x[token], gate_up, ends)), down, ends)  # [N used, D]

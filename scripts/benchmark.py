@@ -36,7 +36,8 @@ Decisions to know:
 - `train` measures whole steps of finetune.py, forward, backward and AdamW, of weights in float32, with `--weights
   bfloat16` under autocast. The losses of the first three steps must be those of `model.py`.
 
-Copy me: with the root's files on the path; `pip install matplotlib` for the plot, transformers for --hf.
+Copy me: with the root's files and scripts/finetune.py on the path; `pip install safetensors tqdm`, matplotlib for the
+plot, transformers for --hf.
 
 Shapes: B batch, T tokens.
 """

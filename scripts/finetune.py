@@ -7,7 +7,7 @@
 Decisions to know:
 
 - A text, or a JSONL file of {"text": ...}, is one long row of tokens, cut into windows. A JSONL file of {"messages":
-  [...]} goes through the model's chat template, a conversation a row, and only the answers count for the loss.
+  [...]} goes through the model's chat template, a row for each answer, and only the answer counts for the loss.
 - The rows of a step follow from the seed and the step's number alone, each row once an epoch. So a run goes on after
   any interruption as if there had been none, and several ranks compute what one would with as many rows.
 - training.pth has the trained weights, the optimizer and the step; model.pth beside it is for everything else. Both are
@@ -26,6 +26,7 @@ Shapes: R rows of a step, T tokens of a row, N output rows and K input columns o
 import argparse
 import json
 import math
+import pickle
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +48,7 @@ from checkpoint import (
 )
 from convert_hf_checkpoint import config_from_hf, read_json
 from fast_model import FastGPT, to_reference
-from generate import Sampling, check_device, default_device, find_tokenizer, generate, positive
+from generate import Sampling, check_device, check_length, default_device, find_tokenizer, generate, positive
 from model import GPT, GPTConfig
 from tokenizer import FILES
 
@@ -58,7 +59,7 @@ IGNORED = -100  # cross_entropy's mark of a target that does not count
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSONL file. Raises ValueError that names a line that is none."""
+    """The objects of a JSONL file, with their `line`. Raises ValueError that names a line of another form."""
     objects = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -67,49 +68,66 @@ def read_lines(file: Path) -> list[dict]:
             found = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
-        if not isinstance(found, dict) or not {"text", "messages"} & found.keys():
-            raise ValueError(f'line {number} of {file} is no object with "text" or "messages"')
-        objects.append(found)
+        found = found if isinstance(found, dict) else {}
+        messages = found.get("messages")
+        if isinstance(messages, list):
+            texts = [m.get(name) if isinstance(m, dict) else None for m in messages for name in ("role", "content")]
+        else:
+            texts = [found.get("text")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'line {number} of {file} has no "text", nor "messages" of a "role" and a "content"')
+        objects.append(found | {"line": number})
     return objects
 
 
-def windows(ids: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_long(text: str, tokenizer) -> torch.Tensor:
+    """The ids of a text, int32, a million characters at a time, which takes a small part of the memory."""
+    ids, start, size = [], 0, 2**20
+    while start < len(text):
+        end = len(text) if len(text) - start <= size else text.rfind("\n", start, start + size) + 1 or start + size
+        ids.append(torch.tensor(tokenizer.encode(text[start:end], bos=start == 0), dtype=torch.int32))
+        start = end
+    return torch.cat([torch.empty(0, dtype=torch.int32), *ids])
+
+
+def windows(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), each [R, T]: the windows of a long row, each target the next token."""
     count = (len(ids) - 1) // length
-    row = torch.tensor(ids[: count * length + 1], dtype=torch.int32)
+    row = ids[: count * length + 1]
     return row[:-1].view(count, length), row[1:].view(count, length)
 
 
-def conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, and which of them the model is to say: each answer and the token that ends it."""
-    text, ids, said = "", [], []
+def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
+    """For each answer in a conversation the ids up to the token that ends it, and how many of them the model is given.
+
+    Each is rendered as the last one: templates leave things out of earlier answers.
+    """
+    found = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = tokenizer.render_chat(messages[:i])
         after = tokenizer.render_chat(messages[: i + 1], answer_next=False)
-        if not before.startswith(text) or not after.startswith(before):
-            raise ValueError("the chat template rewrites earlier messages, so that answers cannot be told apart")
-        prompt = tokenizer.encode(before[len(text) :], bos=False)
-        answer = tokenizer.encode(after[len(before) :], bos=False)
+        if not after.startswith(before):
+            raise ValueError("the chat template does not render an answer as it asks for one")
+        given, ids = (tokenizer.encode(text, bos=False) for text in (before, after))
+        if ids[: len(given)] != given:  # a token reaches from one into the other
+            ids = given + tokenizer.encode(after[len(before) :], bos=False)
+        answer = ids[len(given) :]
         end = next((place for place, id in enumerate(answer, 1) if id in tokenizer.eos_ids), len(answer))
-        ids += prompt + answer
-        said += [False] * len(prompt) + [place < end for place in range(len(answer))]
-        text = after
-    return ids, said
+        found.append((given + answer[:end], len(given)))
+    return found
 
 
-def padded(conversations: list[tuple[list[int], list[bool]]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), each [R, T], of `conversation`s; those with no answer within T are left out."""
-    rows = []
-    for ids, said in conversations:
-        ids, said = ids[: length + 1], said[: length + 1]
-        if any(said[1:]):
-            targets = [id if counts else IGNORED for id, counts in zip(ids[1:], said[1:], strict=True)]
-            padding = length + 1 - len(ids)
-            rows.append((ids[:-1] + [0] * padding, targets + [IGNORED] * padding))
-    ids, targets = zip(*rows, strict=True) if rows else ([], [])
-    return tuple(torch.tensor(part, dtype=torch.int32).view(-1, length) for part in (ids, targets))
+def padded(found: list[tuple[list[int], int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each [R, T], of `answers`; those that do not begin within T are left out."""
+    rows = [(ids[: length + 1], given) for ids, given in found if given <= length]
+    ids = torch.zeros(len(rows), length, dtype=torch.int32)
+    targets = torch.full_like(ids, IGNORED)
+    for i, (row, given) in enumerate(rows):
+        ids[i, : len(row) - 1] = torch.tensor(row[:-1])
+        targets[i, given - 1 : len(row) - 1] = torch.tensor(row[given:])
+    return ids, targets
 
 
 def read_data(file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,12 +137,20 @@ def read_data(file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.T
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     if any("messages" in line for line in lines):
-        if not all("messages" in line for line in lines):
-            raise ValueError(f"{file} has lines with messages and lines with text; make it two files")
-        data = padded([conversation(line["messages"], tokenizer) for line in lines], length)
+        found = []
+        for line in lines:
+            if "messages" not in line:
+                raise ValueError(f"line {line['line']} of {file} is text among messages; make it two files")
+            try:
+                found += answers(line["messages"], tokenizer)
+            except ValueError as error:
+                raise ValueError(f"line {line['line']} of {file}: {error}") from error
+        data = padded(found, length)
     else:
-        end = sorted(tokenizer.eos_ids)[:1]
-        data = windows([id for line in lines for id in tokenizer.encode(line["text"]) + end], length)
+        end = torch.tensor(sorted(tokenizer.eos_ids)[:1], dtype=torch.int32)
+        data = windows(
+            torch.cat([part for line in lines for part in (encode_long(line["text"], tokenizer), end)]), length
+        )
     if not len(data[0]):
         raise ValueError(f"{file} does not fill one row of {length} tokens; give more data or a smaller --length")
     return data
@@ -283,12 +309,8 @@ def mean_loss(loss, data, batch_size: int, device: str, autocast) -> float:
     return total / count
 
 
-def sample_text(model, prompt: str, tokenizer, chat: bool, device: str, dtype) -> str:
+def sample_text(model, ids: list[int], tokenizer, device: str, dtype) -> str:
     """What the model makes of a prompt, 60 tokens at most; a new model, because one in training has no cache."""
-    if chat:
-        ids = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": prompt}]), bos=False)
-    else:
-        ids = tokenizer.encode(prompt)
     copy = build_model(model.config, weights_of(model), device, dtype)
     new = generate(copy, torch.tensor([ids], device=device), 60, Sampling(), eos_ids=tokenizer.eos_ids)
     return tokenizer.decode([row[0] for row in new])
@@ -304,13 +326,15 @@ def save_training(path: Path, model: nn.Module, optimizer, step: int, settings: 
 def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> int:
     """Put the trained weights and the optimizer's state back; the number of steps done. Raises ValueError if the run
     was another one."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        was = content["settings"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of something else; give another --out_dir") from error
     for name, value in settings.items():
-        if content["settings"][name] != value:
-            was = content["settings"][name]
-            raise ValueError(
-                f"{path} is of a run with {name} = {was}, not {value}; give the same, or another --out_dir"
-            )
+        if was.get(name) != value:
+            told = f"{name} = {was.get(name)}, not {value}" if name != "start" else "other weights to start from"
+            raise ValueError(f"{path} is of a run with {told}; give the same, or another --out_dir")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in content["trained"].items():
@@ -347,11 +371,16 @@ def main(
 ) -> None:
     if (checkpoint_path is None) == (config is None):
         raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
+    if min(clip, learning_rate, lora_alpha) <= 0 or not 0 <= warmup <= 1 or lora_rank < 0:
+        need = "--clip, --learning_rate and --lora_alpha above 0, --warmup a share from 0 to 1, --lora_rank not below 0"
+        raise ValueError(f"the numbers must be {need}; correct the one that is not")
     check_device(device)
     rank, ranks = tp.rank_and_count()
     folder, training = (checkpoint_path or config).parent, out_dir / "training.pth"
     if training.exists() and not resume:
         raise ValueError(f"{training} is there; give --resume to go on with that run, or another --out_dir")
+    if (out_dir / "model.pth").exists() and not training.exists():
+        raise ValueError(f"{out_dir / 'model.pth'} is there, and of no run that could go on; give another --out_dir")
     if checkpoint_path:
         shape, state_dict = read_checkpoint(checkpoint_path)
         if describe_quantization(state_dict):
@@ -368,8 +397,8 @@ def main(
     rows = read_data(data, tokenizer, length)
     if val_data:
         held_out = read_data(val_data, tokenizer, length)
-    else:  # the last twentieth
-        keep = len(rows[0]) - max(1, len(rows[0]) // 20)
+    else:  # a twentieth, but not so many that evaluating takes longer than training
+        keep = len(rows[0]) - max(1, min(len(rows[0]) // 20, 200))
         if not keep:
             raise ValueError(
                 f"{data} fills one row of {length} tokens, and the validation needs another; see --val_data"
@@ -377,13 +406,28 @@ def main(
         rows, held_out = tuple(part[:keep] for part in rows), tuple(part[keep:] for part in rows)
     chat = any(IGNORED in part for part in (rows[1], held_out[1]))
 
+    prompt = None
+    if sample is not None:
+        if chat:
+            prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": sample}]), bos=False)
+        else:
+            prompt = tokenizer.encode(sample)
+        check_length(len(prompt), shape.block_size, "--sample")
+
     twin = build_model(shape, state_dict, device, torch.float32, reference=model == "reference")
     twin.train().requires_grad_(True)
     if lora_rank:
         torch.manual_seed(seed)
         add_lora(twin, lora_rank, lora_alpha, lora_targets)
     optimizer = make_optimizer(twin, learning_rate, weight_decay, device)
-    settings = {"data": str(data), "steps": steps, "batch_size": batch_size, "accumulate": accumulate, "ranks": ranks}
+    settings = {
+        "start": tp.fingerprint(shape, state_dict),
+        "data": data.name,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "ranks": ranks,
+    }
     settings |= {"length": length, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay}
     settings |= {"clip": clip, "seed": seed, "model": model, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
     settings |= {"lora_targets": lora_targets if lora_rank else [], "rows": len(rows[0])}
@@ -401,6 +445,8 @@ def main(
     trained = sum(p.numel() for p in twin.parameters() if p.requires_grad)
     tp.print0(f"{trained:,} numbers to train, {len(rows[0]):,} rows of {length} tokens, {len(held_out[0]):,} held out")
     out_dir.mkdir(parents=True, exist_ok=True)
+    for left in out_dir.glob(".*.pth.*.tmp") if rank == 0 else ():  # by a run that was killed while it wrote
+        left.unlink()
     for name in FILES if rank == 0 and out_dir.resolve() != folder.resolve() else ():
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out_dir / name)
@@ -411,7 +457,7 @@ def main(
             tqdm.write(f"step {step}: loss {held_out_loss:.4f} of what is held out")
             if sample is not None:
                 dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-                tqdm.write(f"  {sample!r} -> {sample_text(twin, sample, tokenizer, chat, device, dtype)!r}")
+                tqdm.write(f"  {sample!r} -> {sample_text(twin, prompt, tokenizer, device, dtype)!r}")
 
     of_rank = batch_size * accumulate
     with tqdm(total=steps, initial=first, unit="step", disable=None if rank == 0 else True) as bar:
@@ -441,8 +487,10 @@ def main(
             if (step + 1) % every == 0 or step == steps - 1:
                 evaluate(step + 1)
                 if rank == 0:
-                    write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
                     save_training(training, twin, optimizer, step + 1, settings)
+                    write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
+    if first == steps and rank == 0:  # it may have been killed in between
+        write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
     tp.print0(f"wrote {out_dir / 'model.pth'}, trained for {steps} steps")
 
 
@@ -452,7 +500,7 @@ def parse_arguments():
     add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, its tokenizer beside it")
     add("--config", type=Path, help="instead: a Hugging Face config.json, a tokenizer beside it, for new weights")
     add("--data", type=Path, required=True, help='a text, or JSONL with "text" or "messages" in each line')
-    add("--val_data", type=Path, help="what is held out; default: the last twentieth of the rows")
+    add("--val_data", type=Path, help="what is held out; default: the last rows, a twentieth, at most 200")
     add("--out_dir", type=Path, required=True, help="for model.pth, training.pth and the tokenizer's files")
     add("--model", choices=("reference", "fast"), default="fast", help="the twin that is trained")
     add("--compile", action="store_true", help="compile the step's forward and backward pass")

@@ -26,6 +26,7 @@ from fast_model import to_reference
 
 CONFIG = replace(FAMILIES["qwen2"], block_size=32, vocab_size=50)
 WEIGHTS = random_weights(CONFIG)
+UNTIED = random_weights(replace(CONFIG, tie_embeddings=False))
 Q_PROJ = "transformer.h.0.attn.q_proj.weight"
 
 
@@ -223,6 +224,13 @@ def test_what_does_not_fit_is_not_loaded(path):
     model.config = read_checkpoint(path)[0]
     with pytest.raises(ValueError, match="is quantized"):
         load(model, path)
+    config, state_dict = quantize_model(replace(CONFIG, tie_embeddings=False), UNTIED, "int8", 32)
+    model = build_model(config, state_dict, "cpu", torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    write_checkpoint(path, config, UNTIED)
+    with pytest.raises(ValueError, match="this model is quantized"):
+        load(model, path)
+    same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def test_bfloat16_keeps_the_weights_in_float32(train):
     assert losses(told)[-1] < losses(told)[0] - 0.5
 
 
+def test_a_mixture_of_experts_learns_in_bfloat16(train, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "family"
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
+    write_checkpoint(folder / "model.pth", FAMILIES["mixtral"], random_weights(FAMILIES["mixtral"]))
+    told = [
+        losses(train(name, "--model", name, "--precision", "bfloat16", folder=folder)[1])
+        for name in ("fast", "reference")
+    ]
+    assert told[0] == pytest.approx(told[1], rel=0.02)
+    assert told[0][-1] < told[0][0] - 0.5
+
+
 @pytest.mark.parametrize("family", ["gpt-2", "qwen3-moe"])
 def test_other_families_learn_the_same_on_both_twins(train, tiny_checkpoint, tmp_path, family):
     folder = tmp_path / "family"
@@ -167,17 +182,38 @@ def test_a_run_stopped_in_the_middle_of_saving_goes_on(train, monkeypatch, more)
         train("cut", *more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finetune, "write_checkpoint", stop)
-        train("cut", *more, "--resume")  # nothing was saved, so it starts anew
+        train("cut", *more, "--resume")  # nothing was saved, so it starts anew; now training.pth is there alone
     same(train("cut", *more, "--resume")[0], whole)
     weights, told = train("cut", *more, "--resume")  # there is nothing left to do
     same(weights, whole)
     assert losses(told) == []
 
 
-def test_another_run_is_not_gone_on_with(train, refused):
+def test_another_run_is_not_gone_on_with(train, refused, tmp_path):
     train("refused")
     refused(match="training.pth is there; give --resume")
     refused("--resume", "--learning_rate", 1e-3, match="of a run with learning_rate = 0.003, not 0.001")
+    folder = tmp_path / "refused"
+    refused("--resume", match="of a run with other weights to start from", folder=folder)
+    (folder / "training.pth").write_bytes((folder / "training.pth").read_bytes()[:-100])
+    refused("--resume", match="training.pth is damaged")
+    (folder / "training.pth").unlink()
+    refused("--resume", match="model.pth is there, and of no run that could go on")
+
+
+def test_what_a_killed_run_left_is_taken_away(train, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / ".training.pth.123.tmp").write_text("half")
+    train("made")
+    assert sorted(path.name for path in (tmp_path / "made").glob(".*")) == []
+
+
+def test_a_full_disk_is_told_in_a_sentence(monkeypatch, refused):
+    def fail(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 303296 vs 303188")
+
+    monkeypatch.setattr(torch, "save", fail)
+    refused(match="training.pth could not be written whole; is the disk full")
 
 
 # LoRA.
@@ -235,6 +271,31 @@ def test_a_text_becomes_windows_of_next_tokens(tiny_checkpoint, tmp_path):
     assert targets.flatten().tolist() == expected[1:10]
 
 
+def test_a_long_text_is_read_in_parts(tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    text = "many words\n" * 100_000 + "x" * 2_500_000
+    ids = finetune.encode_long(text, tokenizer)
+    assert ids.dtype == torch.int32
+    assert len(ids) == len(text) and ids[:22].tolist() == tokenizer.encode("many words\n" * 2)
+    assert ids[-1] == tokenizer.encode("x")[0]
+
+
+def test_an_answer_is_read_as_the_whole_text_is(tiny_checkpoint, tmp_path):
+    """A tokenizer that puts a space before a text would put one before each part of it."""
+    from tokenizers import Tokenizer, normalizers
+
+    folder = tmp_path / "prepends"
+    shutil.copytree(tiny_checkpoint, folder)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizers.Prepend(" ")
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    ((ids, given),) = finetune.answers(messages, tokenizer)
+    assert ids == tokenizer.encode("<|user|>one<|end|><|assistant|>two<|end|>", bos=False)
+    assert ids[:given] == tokenizer.encode("<|user|>one<|end|><|assistant|>", bos=False)
+
+
 def test_only_answers_count(tiny_checkpoint, tmp_path, train):
     tokenizer = load_tokenizer(tiny_checkpoint)
     messages = [
@@ -245,12 +306,14 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
     ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     ids, targets = finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 40)
-    text = "<|user|>one<|end|><|assistant|>two<|end|><|user|>three<|end|><|assistant|>four<|end|>"
-    expected = tokenizer.encode(text, bos=False)
-    assert ids[0].tolist() == expected[:-1] + [0] * (41 - len(expected))
-    said = [target for target in targets[0].tolist() if target != finetune.IGNORED]
-    assert said == tokenizer.encode("two<|end|>four<|end|>", bos=False)
-    assert targets[0, len(expected) - 2] == 256
+    first = "<|user|>one<|end|><|assistant|>two<|end|>"
+    texts = [first, f"{first}<|user|>three<|end|><|assistant|>four<|end|>"]
+    for row, aims, text, answer in zip(ids.tolist(), targets.tolist(), texts, ("two", "four"), strict=True):
+        expected, said = (tokenizer.encode(part, bos=False) for part in (text, f"{answer}<|end|>"))
+        assert row == expected[:-1] + [0] * (41 - len(expected))
+        given = len(expected) - 1 - len(said)
+        ignored = [finetune.IGNORED] * given, [finetune.IGNORED] * (41 - len(expected))
+        assert aims == ignored[0] + said + ignored[1]
     with pytest.raises(ValueError, match="does not fill one row of 3 tokens"):
         finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 3)
 
@@ -266,8 +329,11 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
     ("line", "match"),
     [
         ('{"text": "a"', "line 2 of .*chat.jsonl is not JSON"),
-        ('["a"]', 'line 2 of .*chat.jsonl is no object with "text" or "messages"'),
-        ('{"messages": []}', "lines with messages and lines with text"),
+        ('["a"]', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
+        ('{"text": 3}', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
+        ('{"messages": [{"role": "user"}]}', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
+        ('{"messages": [{"role": "user", "content": null}]}', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
+        ('{"messages": []}', "line 1 of .*chat.jsonl is text among messages"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path, refused, line, match):
@@ -278,6 +344,10 @@ def test_damaged_lines_are_named(tmp_path, refused, line, match):
 def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, text):
     refused("--length", 100000, "--config", "config.json", match="either --checkpoint_path or")
     refused("--lora_rank", 2, "--lora_targets", "q_proj", "--device", "nothing", match="nothing")
+    for numbers in (("--clip", 0), ("--warmup", 100), ("--lora_rank", -1), ("--learning_rate", -1)):
+        refused(*numbers, match="the numbers must be --clip")
+    refused("--sample", "", match="--sample is empty")
+    refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")
     (tmp_path / "short.txt").write_text("a few words, which fill a row alone")
     refused(match="the validation needs another", data=tmp_path / "short.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)

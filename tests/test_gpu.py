@@ -208,6 +208,21 @@ def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, 
         assert close(y, expected, dtype, times=2), tokens
 
 
+def test_a_mixture_of_experts_has_gradients_under_autocast():
+    config = FAMILIES["mixtral"]
+    models = [build_model(config, random_weights(config), "cuda", torch.float32, reference=r) for r in (True, False)]
+    ids = torch.randint(config.vocab_size, (2, 32), device="cuda")
+    losses = []
+    for model in models:
+        model.requires_grad_(True)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(ids[:, :-1])
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()))
+        losses[-1].backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert (losses[0] - losses[1]).abs() < 0.02 * losses[0]
+
+
 def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
     torch.compiler.reset()
     config = FAMILIES["mixtral"]

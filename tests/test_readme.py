@@ -47,7 +47,7 @@ def test_no_placeholder_is_left():
 def test_figures_are_those_of_the_files(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     for row in content["rows"]:
-        if content["suite"] in ("prefill", "forward"):
+        if content["suite"] in ("prefill", "forward", "train"):
             figure = f"{row['seconds'] * 1e3:.1f} ms"
         else:
             figure = f"| {row['tokens'] / row['seconds']:.1f} "
