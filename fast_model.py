@@ -282,12 +282,38 @@ def multiply_by_experts(x, weight, ends):
     return torch.cat([x[starts[i] : starts[i + 1]] @ matrix.T for i, matrix in enumerate(weight)])
 
 
-# An operator of its own, because torch._grouped_mm is compiled for bf16 alone and computes on a CPU only eager (2.13).
+def experts_weight_gradients(gradient, x, ends):
+    """[E, M, K] of `multiply_by_experts`, for the gradient [N, M] of its result."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch._grouped_mm(gradient.T, x, offs=ends.int())
+    starts = [0, *ends.tolist()]
+    return torch.stack([gradient[i:end].T @ x[i:end] for i, end in zip(starts, starts[1:], strict=False)])
+
+
+def _experts_backward(ctx, gradient):
+    x, weight, ends = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_x = torch.ops.gpt_twin.multiply_by_experts(gradient, weight.transpose(1, 2), ends)
+    return of_x, torch.ops.gpt_twin.experts_weight_gradients(gradient, x, ends), None
+
+
+# Operators of their own, because torch._grouped_mm is compiled for bf16 alone and computes on a CPU only eager (2.13).
 if not hasattr(torch.ops.gpt_twin, "multiply_by_experts"):
     torch.library.define("gpt_twin::multiply_by_experts", "(Tensor x, Tensor weight, Tensor ends) -> Tensor")
     torch.library.impl("gpt_twin::multiply_by_experts", "CompositeExplicitAutograd", multiply_by_experts)
     torch.library.register_fake(
         "gpt_twin::multiply_by_experts", lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1])
+    )
+    torch.library.define("gpt_twin::experts_weight_gradients", "(Tensor gradient, Tensor x, Tensor ends) -> Tensor")
+    torch.library.impl("gpt_twin::experts_weight_gradients", "CompositeExplicitAutograd", experts_weight_gradients)
+    torch.library.register_fake(
+        "gpt_twin::experts_weight_gradients",
+        lambda gradient, x, ends: x.new_empty(ends.shape[0], gradient.shape[1], x.shape[1]),
+    )
+    torch.library.register_autograd(
+        "gpt_twin::multiply_by_experts",
+        _experts_backward,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     )
 
 
@@ -349,7 +375,7 @@ class SparseMLP(nn.Module):
             m.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
             for m in (self.experts_gate_up, self.experts_down)
         )
-        multiply = torch.ops.gpt_twin.multiply_by_experts if torch.compiler.is_compiling() else multiply_by_experts
+        multiply = torch.ops.gpt_twin.multiply_by_experts
         out = multiply(self.gated(multiply(x[token], gate_up, ends)), down, ends)  # [N used, D]
         return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
 

@@ -388,10 +388,6 @@ def main(
     else:
         shape = config_from_hf(read_json(config))
         state_dict = new_weights(shape, seed)
-    if compile and shape.n_expert:
-        raise ValueError(
-            "a mixture of experts is trained without --compile: its grouped products have no gradient there"
-        )
     tokenizer = find_tokenizer(folder, shape.vocab_size, needed=True)
     length = min(length or 1024, shape.block_size)
     rows = read_data(data, tokenizer, length)
