@@ -43,7 +43,8 @@ def run(*arguments):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_running_agrees(family):
-    assert failures(FAMILIES[family]) == []
+    """What the others have is in those that are compiled, too; seconds."""
+    assert failures(FAMILIES[family], compiled=family in ("llama-2", "mistral", "qwen3-moe", "gpt-2")) == []
 
 
 def test_the_small_models_pass_from_the_command_line():
