@@ -18,7 +18,7 @@ Decisions to know:
 - LoRA (Hu et al. 2021, arXiv:2106.09685) trains two thin matrices beside each chosen projection, in a fused matrix
   beside that part of its rows; what is saved is the sum.
 
-Copy me: with the root's files on the path; `pip install tqdm`.
+Copy me: with the root's files on the path; `pip install safetensors tqdm`.
 
 Shapes: R rows of a step, T tokens of a row, N output rows and K input columns of a projection.
 """
