@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
+from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
 from fast_model import to_reference
 from generate import (
     DraftModel,
@@ -48,7 +48,7 @@ from generate import (
     generate,
     verify,
 )
-from model import GPT, GPTConfig
+from model import GPTConfig
 from quantize import dequantize_weights
 
 LONG = 1040  # tokens of the long prompt
@@ -93,11 +93,8 @@ FAMILIES = {
 
 def random_weights(config: GPTConfig, seed: int = 0) -> dict:
     """A float32 state dict in which every tensor matters: biases are not zero, norms not one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    state_dict = {}
-    for name, shape in shapes.items():
+    generator, state_dict = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes_of(config).items():
         values = torch.randn(shape, generator=generator)
         if len(shape) == 2:
             state_dict[name] = values / shape[1] ** 0.5

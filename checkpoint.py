@@ -207,6 +207,12 @@ def quantize_model(
     return config, quantized
 
 
+def shapes_of(config: GPTConfig) -> dict:
+    """{name: shape} of the reference's state dict."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+
+
 def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
     with torch.device("meta"):
         model = GPT(config)

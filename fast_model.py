@@ -331,11 +331,11 @@ class SparseMLP(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
         logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
-        on_gpu = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
-        most = 64 if on_gpu else 32
+        by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
+        most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
-        if few and on_gpu:
-            y = self.on_gpu(rows, logits)
+        if few and by_kernels:
+            y = self.of_few_by_kernels(rows, logits)
         else:
             weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]
             if self.norm_topk_prob:
@@ -344,7 +344,7 @@ class SparseMLP(nn.Module):
             y = (self.of_few if of_few else self.of_many)(rows, weights.to(x.dtype), chosen)
         return all_reduce(y.view(x.shape), self.ranks)
 
-    def on_gpu(self, x, logits):
+    def of_few_by_kernels(self, x, logits):
         weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
         hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *self.experts_gate_up.gpu_weights())
         return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *self.experts_down.gpu_weights())

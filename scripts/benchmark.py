@@ -63,7 +63,15 @@ import torch
 import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
-from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
+from checkpoint import (
+    DTYPES,
+    build_model,
+    describe_quantization,
+    quantize_model,
+    read_checkpoint,
+    shapes_of,
+    written_in_place,
+)
 from convert_hf_checkpoint import config_from_hf
 from generate import (
     DraftModel,
@@ -86,7 +94,7 @@ from generate import (
     synchronize,
     verify,
 )
-from model import GPT, GPTConfig
+from model import GPTConfig
 from quantize import GROUP_SIZES
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
@@ -160,12 +168,6 @@ WEIGHTS = (*DTYPES, "int8", "int4")
 # --- What is measured -------------------------------------------------------------------------------------------------
 
 
-def shapes_of(config: GPTConfig) -> dict:
-    """{name: shape} of the reference's state dict."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-
-
 class RandomWeights(Mapping):
     """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard.
 
@@ -227,10 +229,9 @@ def operations_per_token(model) -> int:
     """Two for each weight that multiplies; attention is not counted."""
     config = model.config
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
-    mlp = (3 if config.gated else 2) * config.hidden_dim * (
-        config.n_expert_used or 1
-    ) + config.n_expert  # and the router
-    return 2 * config.dim * (config.n_layer * (attention + mlp) + config.vocab_size)
+    mlp = (3 if config.gated else 2) * config.hidden_dim * (config.n_expert_used or 1)
+    router = config.n_expert
+    return 2 * config.dim * (config.n_layer * (attention + mlp + router) + config.vocab_size)
 
 
 def slot_bytes(model) -> int:

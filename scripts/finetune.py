@@ -43,13 +43,14 @@ from checkpoint import (
     describe_quantization,
     read_checkpoint,
     reference_state,
+    shapes_of,
     write_checkpoint,
     written_in_place,
 )
 from convert_hf_checkpoint import config_from_hf, read_json
 from fast_model import FastGPT, to_reference
 from generate import Sampling, check_device, check_length, default_device, find_tokenizer, generate, positive
-from model import GPT, GPTConfig
+from model import GPTConfig
 from tokenizer import FILES
 
 IGNORED = -100  # cross_entropy's mark of a target that does not count
@@ -173,9 +174,7 @@ def new_weights(config: GPTConfig, seed: int) -> dict:
     """Weights to start from, as GPT-2's: normal with deviation 0.02, what is added to the residual stream with less for
     more layers (Radford et al. 2019)."""
     generator, state_dict = torch.Generator().manual_seed(seed), {}
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    for name, shape in shapes.items():
+    for name, shape in shapes_of(config).items():
         if len(shape) == 1:
             state_dict[name] = torch.full(shape, float(name.endswith("weight")))
         else:
