@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from model import GPTConfig
-from tp import all_gather, all_reduce, from_rank_0, shard_config, vocab_rows
+from tp import all_gather, all_reduce, from_rank_0, shard_config, shared_memory, vocab_rows
 
 try:
     import gpu_kernels
@@ -110,11 +110,14 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def add_norm(x, update, norm):
-    """x + update, and its norm."""
-    if isinstance(norm, nn.RMSNorm) and is_single_token(x) and on_gpu_kernels(x):
+def add_norm(x, update, norm, rank=0, ranks=1, peers=None):
+    """x + the sum of the ranks' updates, and its norm; `peers` are FastGPT's."""
+    by_kernel = isinstance(norm, nn.RMSNorm) and on_gpu_kernels(x)
+    if by_kernel and ranks == 1 and is_single_token(x):
         return gpu_kernels.add_norm(x, update, norm.weight, norm.eps)
-    x = x + update
+    if by_kernel and peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_ROWS * x.shape[-1]):
+        return gpu_kernels.add_norm(x, update, norm.weight, norm.eps, peers, rank)
+    x = x + all_reduce(update, ranks)
     return x, norm(x)
 
 
@@ -206,9 +209,8 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
 
-    def __init__(self, config: GPTConfig, ranks: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ranks = ranks
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.head_dim, self.window = config.head_dim, config.sliding_window
         self.queries_per_kv = config.n_head // config.n_kv_head
@@ -230,7 +232,7 @@ class Attention(nn.Module):
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
             y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window)
-            return all_reduce(self.out(y.view(B, T, -1)), self.ranks)
+            return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
@@ -239,16 +241,15 @@ class Attention(nn.Module):
             y = sliding_attention(q.transpose(1, 2), k, v, self.window)
         else:
             y = attention(q.transpose(1, 2), k, v, mask)
-        return all_reduce(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.ranks)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig, ranks: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ranks = ranks
         self.gated = config.gated
         self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
         width = config.hidden_dim * (2 if config.gated else 1)
@@ -265,7 +266,7 @@ class MLP(nn.Module):
             y = self.act(gate) * up
         else:
             y = self.act(self.gate_up(x))
-        return all_reduce(self.down(y), self.ranks)
+        return self.down(y)
 
 
 def multiply_by_experts(x, weight, ends):
@@ -342,7 +343,7 @@ class SparseMLP(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True)
             of_few = few and torch.compiler.is_compiling()
             y = (self.of_few if of_few else self.of_many)(rows, weights.to(x.dtype), chosen)
-        return all_reduce(y.view(x.shape), self.ranks)
+        return y.view(x.shape)
 
     def of_few_by_kernels(self, x, logits):
         weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
@@ -381,18 +382,23 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, ranks: int):
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
+        self.rank, self.ranks = rank, ranks
         self.norm_1 = make_norm(config, config.dim, config.norm)
-        self.attn = Attention(config, ranks)
+        self.attn = Attention(config)
         self.norm_2 = make_norm(config, config.dim, config.norm)
-        self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config, ranks)
+        self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
 
     @torch.compiler.nested_compile_region
-    def forward(self, x, update, rope, mask, input_pos):
-        """x and what is to be added to it: the next norm does that in its own kernel, which this region ends before."""
-        x, normed = add_norm(x, update, self.norm_1)
-        x, normed = add_norm(x, self.attn(normed, rope, mask, input_pos), self.norm_2)
+    def forward(self, x, update, rope, mask, input_pos, peers):
+        """x, and this rank's part of what is to be added to it: the next norm does that, which this region ends before.
+
+        So the ranks' sums after attention and after the feed-forward are in the norms' kernels.
+        """
+        x, normed = add_norm(x, update, self.norm_1, self.rank, self.ranks, peers)
+        update = self.attn(normed, rope, mask, input_pos)
+        x, normed = add_norm(x, update, self.norm_2, self.rank, self.ranks, peers)
         return x, self.mlp(normed)
 
 
@@ -409,10 +415,12 @@ class FastGPT(nn.Module):
         self.n_kv_head = local.n_kv_head
         self.wte = nn.Embedding(rows, config.dim)
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
-        self.layers = nn.ModuleList(Block(local, ranks) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(local, rank, ranks) for _ in range(config.n_layer))
         self.norm_f = make_norm(config, config.dim, config.norm)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
+        for name in ("inbox", "peers"):  # where GPUs tell each other their parts of sums, see gpu_kernels.add_norm
+            self.register_buffer(name, None, persistent=False)
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False  # set it before setup_caches
 
@@ -435,6 +443,8 @@ class FastGPT(nn.Module):
                 setattr(layer.attn, f"{name}_scale_cache", scales)
         if config.rope_base is not None:
             self.rope = rope_table(config, max_seq_length, weight.device)
+        if self.ranks > 1 and self.peers is None and gpu_kernels is not None and gpu_kernels.runs_on(weight.device):
+            self.inbox, self.peers = shared_memory(gpu_kernels.inbox_words(self.ranks, config.dim), weight.device)
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
 
     def _apply(self, fn, recurse=True):
@@ -445,12 +455,12 @@ class FastGPT(nn.Module):
         return self
 
     def embed(self, idx):
+        """This rank's part of the embedding [B, T, D]: zeros of a token that another rank has."""
         if self.ranks == 1:
             return self.wte(idx)
         row = idx - self.rank * self.wte.num_embeddings
         ours = (row >= 0) & (row < self.wte.num_embeddings)
-        x = self.wte(torch.where(ours, row, 0)) * ours[..., None]
-        return all_reduce(x, self.ranks)  # the row of the rank that has it, and zeros
+        return self.wte(torch.where(ours, row, 0)) * ours[..., None]
 
     def forward(self, idx, input_pos=None, last=None):
         """Logits [B, T, V] for ids [B, T], or [B, 1, V] of one token of each row, whose indices in T are `last` [B].
@@ -476,20 +486,19 @@ class FastGPT(nn.Module):
             if window is not None:
                 mask = mask & (slots > positions[:, None, :, None] - window)
 
-        x = self.embed(idx)  # [B, T, D]
-        rope = None
+        update = self.embed(idx)
+        x, rope = torch.zeros_like(update), None
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
             rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
-        update = torch.zeros_like(x)
         for layer in self.layers:
-            x, update = layer(x, update, rope, mask, input_pos)
+            x, update = layer(x, update, rope, mask, input_pos, self.peers)
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             x, update = x[rows, last][:, None], update[rows, last][:, None]  # [B, 1, D]
-        x = add_norm(x, update, self.norm_f)[1]
+        x = add_norm(x, update, self.norm_f, self.rank, self.ranks, self.peers)[1]
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
 

@@ -17,7 +17,8 @@ int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md 
   2023, "Flash-Decoding").
 - On Hopper and newer a kernel starts while the one before it ends (programmatic dependent launch) and waits for its
   results after fetching weights, which do not depend on them. So norms are here too, and RoPE, cache and attention are
-  one operator: a kernel of the compiler's in between would break the chain.
+  one operator: a kernel of the compiler's in between would break the chain. The ranks' sum of tensor parallelism is in
+  the norm's kernel for the same reason.
 
 `quantize.py` and `fast_model.py` have the plain twin of each.
 
@@ -589,38 +590,115 @@ def _(x, weights, chosen, experts, weight, scales=None, zeros=None):
 
 
 @triton.jit
-def _add_norm_kernel(
-    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+def _sum_over_ranks(
+    values, at, row, peers_ptr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
 ):
-    at = tl.arange(0, BLOCK)
+    """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum.
+
+    Each rank writes its own into the memory of the others as words of a number and the round's count, which arrive
+    together, so that nobody waits for more than the words (as NCCL's protocol LL). A rank is at most one round ahead of
+    another, so two places for each word are enough. The memory is that of `inbox_words`, and begins with the counts.
+    """
     inside = at < D
+    own = tl.load(peers_ptr + RANK).to(tl.pointer_type(tl.int64))
+    count = tl.load(own + row) + 1
+    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            inbox = tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
+            tl.store(inbox + place + RANK * D, words, mask=inside)
+    total = tl.zeros_like(values)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            total += values
+        else:
+            inbox = tl.multiple_of(own, 16) + place + rank * D
+            words = tl.load(inbox, mask=inside, other=0, volatile=True)
+            while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
+                words = tl.load(inbox, mask=inside, other=0, volatile=True)
+            total += words.to(tl.uint32).to(tl.float32, bitcast=True)
+    tl.store(own + row, count)
+    return total
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr,
+    update_ptr,
+    w_ptr,
+    sum_ptr,
+    y_ptr,
+    peers_ptr,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, mine = at < D, tl.program_id(0) * D + at
     weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
     _wait_for_inputs(PDL)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
+    if RANKS > 1:
+        update = _sum_over_ranks(update, at, row, peers_ptr, RANK, RANKS, ROWS, D)
+    x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32) + update
     rounded = x.to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + at, rounded, mask=inside)
+    tl.store(sum_ptr + mine, rounded, mask=inside)
     x = rounded.to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    tl.store(y_ptr + at, (x * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + mine, (x * weight).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+MOST_ROWS = 16  # of D numbers, for which an inbox has room
+
+
+def inbox_words(ranks: int, dim: int) -> int:
+    """Words of 8 bytes, zeros at first, that each rank has for what the others tell it in `add_norm`."""
+    return MOST_ROWS * (1 + 2 * ranks * dim)
 
 
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
-    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    peers: torch.Tensor | None = None,
+    rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + update and its RMS norm, for a single token of D numbers."""
+    """x [..., D] + update, or + the sum of all ranks' updates, and its RMS norm. Of ranks x has up to MOST_ROWS rows.
+
+    `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks call this
+    equally often and with as many rows; who comes first waits.
+    """
     x, update, D = x.contiguous(), update.contiguous(), weight.shape[0]
     total, y = torch.empty_like(x), torch.empty_like(x)
-    options = launch_options(x.device)
-    _add_norm_kernel[(1,)](
-        x, update, weight, total, y, eps, D=D, BLOCK=triton.next_power_of_2(D), num_warps=8, **options
+    ranks = 1 if peers is None else len(peers)
+    _add_norm_kernel[(x.numel() // D,)](
+        x,
+        update,
+        weight,
+        total,
+        y,
+        peers,
+        eps,
+        RANK=rank,
+        RANKS=ranks,
+        ROWS=MOST_ROWS,
+        D=D,
+        BLOCK=triton.next_power_of_2(D),
+        num_warps=8,
+        **launch_options(x.device),
     )
     return total, y
 
 
 @add_norm.register_fake
-def _(x, update, weight, eps):
+def _(x, update, weight, eps, peers=None, rank=0):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
         x, memory_format=torch.contiguous_format
     )

@@ -5,13 +5,14 @@
 Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053):
 
 - Heads and hidden units are divided among the ranks: rows of q, k, v, gate and up, columns of output and down. So the
-  ranks add up their results once after attention and once after the feed-forward; see `all_reduce` in fast_model.py.
+  ranks add up their results once after attention and once after the feed-forward; see `add_norm` in fast_model.py.
 - Embedding and head are split over the vocabulary, with rows of zeros where it does not divide. The logits are
   gathered, so that sampling sees all of them, and the token that rank 0 samples is everybody's.
 - Fewer kv heads than ranks are each held by several ranks. Heads that do not divide otherwise are refused.
 - `shard` works on the unfused state dict before it is loaded, plain or quantized: of a mapped file a rank reads its own
   slices only. Quantized columns are cut between groups, so that a shard holds exactly the numbers of the whole.
-- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs.
+- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. Those of a
+  few tokens, on GPUs that reach each other's memory, are in the kernel of the next norm (`gpu_kernels.add_norm`).
 
 Copy me: needs torch.
 
@@ -31,6 +32,7 @@ from threading import Timer
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 # The dimension of each module's weight that is divided, of every expert's too: 0 its output rows, 1 its input columns.
 # What is not here is whole on every rank. A bias is divided like rows; that of a module divided by columns is added
@@ -125,6 +127,21 @@ def all_gather(x, ranks: int):
 def from_rank_0(x, ranks: int):
     """Rank 0's x. Ranks compute alike but for a last bit here and there, and a token must be the same to the bit."""
     return x if ranks == 1 else ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
+
+
+def shared_memory(words: int, device) -> tuple:
+    """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them), or (None, None) where the
+    GPUs do not reach each other's memory: on several hosts, or without NVLink or its like. All ranks call this."""
+    rank, ranks = rank_and_count()
+    one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == ranks
+    reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
+    if not all(objects_of_ranks(reached)):
+        return None, None
+    own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
+    addresses = [handle.get_buffer(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
+    return own, torch.tensor(addresses, device=device)
 
 
 # --- Under torchrun ---------------------------------------------------------------------------------------------------

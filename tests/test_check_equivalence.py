@@ -86,7 +86,12 @@ BROKEN = {
         "gpt-2",
     ),
     "a norm left out": ("fast_model", "return x, self.mlp(normed)", "return x, self.mlp(x)", "llama-2"),
-    "the last norm left out": ("fast_model", "x = add_norm(x, update, self.norm_f)[1]", "x = x + update", "qwen2"),
+    "the last norm left out": (
+        "fast_model",
+        "x = add_norm(x, update, self.norm_f, self.rank, self.ranks, self.peers)[1]",
+        "x = x + update",
+        "qwen2",
+    ),
     "qk norm left out": ("fast_model", "self.qk_norm = config.qk_norm", "self.qk_norm = False", "qwen3"),
     "another norm_eps": ("fast_model", "eps=config.norm_eps", "eps=1e-6", "llama-2"),
     "another scale of the scores": ("model", "math.sqrt(cfg.head_dim)", "math.sqrt(cfg.dim // cfg.n_head)", "qwen2"),
