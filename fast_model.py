@@ -534,25 +534,25 @@ def _module_pairs(config: GPTConfig):
             yield [name.format(layer) for name in sources], target.format(layer)
 
 
-def _by_module(state_dict: dict) -> dict:
-    """{"a.b.weight": tensor} to {"a.b": {"weight": tensor}}."""
+def _by_module(names) -> dict:
+    """["a.b.weight"] to {"a.b": {"weight": "a.b.weight"}}."""
     modules = {}
-    for name, tensor in state_dict.items():
+    for name in names:
         module, _, kind = name.rpartition(".")
-        modules.setdefault(module, {})[kind] = tensor
+        modules.setdefault(module, {})[kind] = name
     return modules
 
 
 def fuse(state_dict: dict, config: GPTConfig):
-    """(name, tensor) for FastGPT of a reference state dict, fused as they are asked for, so that only those are held
-    that are kept. Raises ValueError if a name is missing or left over."""
+    """(name, tensor) for FastGPT of a reference state dict, read and fused as they are asked for, so that only those
+    are held that are kept. Raises ValueError if a name is missing or left over."""
     modules = _by_module(state_dict)
     for sources, target in _module_pairs(config):
         parts = [modules.pop(name) for name in sources if name in modules]
         if parts and (len(parts) < len(sources) or any(part.keys() != parts[0].keys() for part in parts)):
             raise ValueError(f"{target} needs the same tensors from each of {', '.join(sources)}")
         for kind in parts[0] if parts else ():
-            tensors = [part[kind] for part in parts]
+            tensors = [state_dict[part[kind]] for part in parts]
             yield f"{target}.{kind}", torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if modules:
         raise ValueError(f"FastGPT has no place for {', '.join(modules)}")
@@ -569,10 +569,10 @@ def to_reference(state_dict: dict, config: GPTConfig) -> dict:
     rows |= {"v": rows["k"], "gate": config.hidden_dim, "up": config.hidden_dim, "down": config.dim}
     modules, reference = _by_module(state_dict), {}
     for names, target in _module_pairs(config):
-        for kind, tensor in modules.pop(target, {}).items():
-            pieces = [tensor]
+        for kind, fused in modules.pop(target, {}).items():
+            pieces = [state_dict[fused]]
             if len(names) > 1:
-                pieces = tensor.split([rows[name.rpartition(".")[2].removesuffix("_proj")] for name in names])
+                pieces = pieces[0].split([rows[name.rpartition(".")[2].removesuffix("_proj")] for name in names])
             reference |= {f"{name}.{kind}": piece for name, piece in zip(names, pieces, strict=True)}
     if modules:
         raise ValueError(f"the reference has no place for {', '.join(modules)}")

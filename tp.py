@@ -32,7 +32,6 @@ from threading import Timer
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 
 # The dimension of each module's weight that is divided, of every expert's too: 0 its output rows, 1 its input columns.
 # What is not here is whole on every rank. A bias is divided like rows; that of a module divided by columns is added
@@ -130,17 +129,24 @@ def from_rank_0(x, ranks: int):
 
 
 def shared_memory(words: int, device) -> tuple:
-    """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them), or (None, None) where the
-    GPUs do not reach each other's memory: on several hosts, or without NVLink or its like. All ranks call this."""
+    """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them), or (None, None) where GPUs
+    do not reach each other's memory: on several hosts, or without NVLink or its like. All ranks call this."""
     rank, ranks = rank_and_count()
     one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == ranks
     reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
     if not all(objects_of_ranks(reached)):
         return None, None
-    own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
-    torch.cuda.synchronize(device)
-    handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
-    addresses = [handle.get_buffer(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
+    import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
+
+    try:
+        own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+        torch.cuda.synchronize(device)  # nobody writes before the zeros are there
+        handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
+        addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
+    except RuntimeError:  # of a container, say, that does not let processes share memory
+        addresses = None
+    if None in objects_of_ranks(addresses):
+        return None, None
     return own, torch.tensor(addresses, device=device)
 
 

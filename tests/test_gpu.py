@@ -148,30 +148,6 @@ def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
         assert close(y, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_kernel_adds_up_over_ranks(dtype):
-    """Each stream is a rank; it waits inside its kernel for what the others write."""
-    import gpu_kernels
-
-    ranks, size = 3, 1000
-    inboxes = torch.zeros(ranks, gpu_kernels.inbox_words(ranks, size), dtype=torch.int64, device="cuda")
-    peers = torch.tensor([inbox.data_ptr() for inbox in inboxes], device="cuda")
-    streams = [torch.cuda.Stream() for _ in range(ranks)]
-    for rows in (1, 3, gpu_kernels.MOST_ROWS, 1, 2, 2, 1):
-        x, *updates = torch.randn(1 + ranks, rows, size, device="cuda", dtype=dtype)
-        weight = torch.randn(size, device="cuda", dtype=dtype)
-        results = []
-        torch.cuda.synchronize()
-        for rank, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results.append(gpu_kernels.add_norm(x, updates[rank], weight, 1e-5, peers, rank))
-        torch.cuda.synchronize()
-        for total, y in results:
-            assert torch.equal(total, results[0][0]) and torch.equal(y, results[0][1])
-            assert close(total, x.double() + sum(update.double() for update in updates), dtype), rows
-            assert close(y, torch.nn.functional.rms_norm(total.double(), (size,), weight.double(), 1e-5), dtype), rows
-
-
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (6, 3, 20)])
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (2, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

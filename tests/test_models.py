@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fast_model
 from check_equivalence import FAMILIES, LLAMA3_SCALING, random_weights
 from checkpoint import build_model
-from fast_model import FastGPT, rope_table, to_fast, to_reference
+from fast_model import FastGPT, fuse, rope_table, to_fast, to_reference
 from model import GPT, GPTConfig, rope_frequencies, rotate
 
 TINY = {name: replace(config, block_size=48) for name, config in FAMILIES.items()}
@@ -208,6 +208,19 @@ def test_a_fused_matrix_with_a_part_missing_is_refused(lost):
     del weights[f"transformer.h.1.{lost}"]
     with pytest.raises(ValueError, match=r"layers\.1\..* needs .*" + lost.rpartition(".")[0]):
         to_fast(weights, config)
+
+
+def test_fusing_reads_a_tensor_when_its_turn_comes():
+    asked = []
+
+    class Asked(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    fused = fuse(Asked(random_weights(TINY["gpt-2"])), TINY["gpt-2"])
+    assert next(fused)[0] == "wte.weight"
+    assert asked == ["transformer.wte.weight"]
 
 
 @pytest.mark.parametrize("surgery, state_dict", [(to_fast, random_weights), (to_reference, None)])

@@ -86,6 +86,13 @@ def test_one_rank_gets_the_same_tensors():
     assert tp.shard(state_dict, config, 0, 1) is state_dict
 
 
+def test_ranks_without_shared_memory_go_on_without_it(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert tp.shared_memory(8, "cpu") == (None, None)  # which PyTorch has on GPUs alone
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # another host has the rest
+    assert tp.shared_memory(8, "cpu") == (None, None)
+
+
 def test_the_bias_after_a_sum_is_added_once():
     config, state_dict = CONFIGS["gpt-2"], random_weights(CONFIGS["gpt-2"])
     name = "transformer.h.0.attn.o_proj.bias"
