@@ -13,9 +13,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
 - `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
-
-- Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units. The sums over the ranks
-  stand in `forward`; with one rank they are nothing.
+- Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
+  updates. `add_norm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
 Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed on a GPU `gpu_kernels.py`.
 
@@ -110,7 +109,7 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def add_norm(x, update, norm, rank=0, ranks=1, peers=None):
+def add_norm(x, update, norm, rank, ranks, peers):
     """x + the sum of the ranks' updates, and its norm; `peers` are FastGPT's."""
     by_kernel = isinstance(norm, nn.RMSNorm) and on_gpu_kernels(x)
     if by_kernel and ranks == 1 and is_single_token(x):
@@ -392,10 +391,7 @@ class Block(nn.Module):
 
     @torch.compiler.nested_compile_region
     def forward(self, x, update, rope, mask, input_pos, peers):
-        """x, and this rank's part of what is to be added to it: the next norm does that, which this region ends before.
-
-        So the ranks' sums after attention and after the feed-forward are in the norms' kernels.
-        """
+        """x, and this rank's part of what is to be added to it: the next norm does that, in its own kernel."""
         x, normed = add_norm(x, update, self.norm_1, self.rank, self.ranks, peers)
         update = self.attn(normed, rope, mask, input_pos)
         x, normed = add_norm(x, update, self.norm_2, self.rank, self.ranks, peers)
@@ -419,16 +415,17 @@ class FastGPT(nn.Module):
         self.norm_f = make_norm(config, config.dim, config.norm)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
-        for name in ("inbox", "peers"):  # where GPUs tell each other their parts of sums, see gpu_kernels.add_norm
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see gpu_kernels.add_norm
+        self.inbox = None  # this rank's memory of them; no buffer, because it must stay where it is
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False  # set it before setup_caches
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
 
-        With `int8_cache` set, keys and values are int8, with a bf16 scale for each head of each token.
-        Raises ValueError if that is more than the model's context.
+        With `int8_cache` set, keys and values are int8, with a bf16 scale for each head of each token. Of a split model
+        all ranks call this together: on GPUs it also gives them memory for their sums. Raises ValueError if the slots
+        are more than the model's context.
         """
         config, weight = self.config, self.wte.weight
         if max_seq_length > config.block_size:
@@ -443,7 +440,8 @@ class FastGPT(nn.Module):
                 setattr(layer.attn, f"{name}_scale_cache", scales)
         if config.rope_base is not None:
             self.rope = rope_table(config, max_seq_length, weight.device)
-        if self.ranks > 1 and self.peers is None and gpu_kernels is not None and gpu_kernels.runs_on(weight.device):
+        kernels = gpu_kernels is not None and gpu_kernels.runs_on(weight.device)
+        if self.ranks > 1 and kernels and config.norm == "rms" and self.peers is None:
             self.inbox, self.peers = shared_memory(gpu_kernels.inbox_words(self.ranks, config.dim), weight.device)
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
 

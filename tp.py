@@ -103,7 +103,7 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
     return shards
 
 
-# --- Between the ranks, inside a graph: PyTorch's functional collectives. With one rank they do nothing. --------------
+# --- Between the ranks: PyTorch's functional collectives, inside a graph too. With one rank they do nothing. ----------
 
 ops = torch.ops._c10d_functional
 
@@ -129,21 +129,21 @@ def from_rank_0(x, ranks: int):
 
 
 def shared_memory(words: int, device) -> tuple:
-    """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them), or (None, None) where GPUs
-    do not reach each other's memory: on several hosts, or without NVLink or its like. All ranks call this."""
+    """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them, valid as long as the first
+    is held), or (None, None) if GPUs are on several hosts or do not reach each other's memory. All ranks call this."""
     rank, ranks = rank_and_count()
-    one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == ranks
+    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ranks
     reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
     if not all(objects_of_ranks(reached)):
         return None, None
     import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
 
+    own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+    torch.cuda.synchronize(device)
     try:
-        own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
-        torch.cuda.synchronize(device)  # nobody writes before the zeros are there
         handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
         addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
-    except RuntimeError:  # of a container, say, that does not let processes share memory
+    except RuntimeError:  # in a container, say, that does not let processes share memory; then all of them come here
         addresses = None
     if None in objects_of_ranks(addresses):
         return None, None

@@ -1,4 +1,4 @@
-"""What tests/test_tp.py lets several ranks compute: `torchrun ... tests/ranks.py MODE FILE`. No test itself."""
+"""What several ranks compute for test_tp.py and test_gpu.py: `torchrun ... tests/ranks.py MODE FILE`. No test."""
 
 import sys
 from argparse import Namespace
@@ -59,8 +59,26 @@ def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
     return found
 
 
+def check_norms(device: str, rank: int, ranks: int) -> None:
+    """The kernel of a norm with the sum of all ranks in it, against plain PyTorch."""
+    import gpu_kernels
+
+    size = 1000
+    memory, peers = tp.shared_memory(gpu_kernels.inbox_words(ranks, size), device)
+    assert peers is not None, "the GPUs share no memory"
+    random = torch.Generator().manual_seed(0)
+    for rows in (1, 16, 3, 1, 16) * 20:
+        x, weights, *updates = torch.randn(2 + ranks, rows, size, generator=random).to(device)
+        total, y = gpu_kernels.add_norm(x, updates[rank], weights[0], 1e-5, peers, rank)
+        expected = x + sum(updates)
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))
+
+
 def main(mode: str, file: str, device: str) -> None:
     rank, ranks = tp.rank_and_count()
+    if mode == "norms":
+        return check_norms(device, rank, ranks)
     if mode == "fail" and rank == 1:
         raise ValueError("this rank has had enough")
     if mode == "results":
@@ -73,4 +91,5 @@ def main(mode: str, file: str, device: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tp.run(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device="cpu"))
+    device = "cuda" if sys.argv[1] == "norms" else "cpu"
+    tp.run(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,14 +34,22 @@ def test_every_way_agrees(family):
     assert [row for row in rows if not row.passed] == []
 
 
+def on_two_gpus(*arguments) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("family", ["llama-3.1", "mixtral", "gpt-2"])
 def test_every_way_agrees_on_two_gpus(family, tmp_path):
     write_checkpoint(tmp_path / "model.pth", FAMILIES[family], random_weights(FAMILIES[family]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [check_equivalence.__file__, "--checkpoint_path", tmp_path / "model.pth"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_two_gpus(check_equivalence.__file__, "--checkpoint_path", tmp_path / "model.pth")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_norm_kernel_sums_over_two_gpus():
+    on_two_gpus(Path(__file__).with_name("ranks.py"), "norms", "-")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])

@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import command
 from ranks import CONFIGS, FOUR_RANKS, results
 
+import fast_model
 import generate
 import tp
 from check_equivalence import FAMILIES, random_weights
@@ -86,11 +88,78 @@ def test_one_rank_gets_the_same_tensors():
     assert tp.shard(state_dict, config, 0, 1) is state_dict
 
 
-def test_ranks_without_shared_memory_go_on_without_it(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert tp.shared_memory(8, "cpu") == (None, None)  # which PyTorch has on GPUs alone
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # another host has the rest
-    assert tp.shared_memory(8, "cpu") == (None, None)
+@pytest.mark.parametrize(
+    "missing", [None, "on this host", "reached", "reached by others", "shared", "shared by others"]
+)
+def test_ranks_share_memory_where_all_of_them_can(missing, monkeypatch):
+    """Rank 0 of 2, with PyTorch's symmetric memory and the other rank made up."""
+
+    def rendezvous(own, group):
+        if missing == "shared":
+            raise RuntimeError("no")
+        return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: memories[rank])
+
+    def of_both(value):
+        if missing == "shared by others" and isinstance(value, list):
+            return [value, None]
+        return [value, missing != "reached by others" and value]
+
+    memories = torch.ones(2, 8, dtype=torch.int64)
+    symmetric_memory = "torch.distributed._symmetric_memory"
+    monkeypatch.setattr(f"{symmetric_memory}.empty", lambda words, dtype, device: memories[0])
+    monkeypatch.setattr(f"{symmetric_memory}.rendezvous", rendezvous)
+    monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: missing != "reached")
+    monkeypatch.setattr(tp, "objects_of_ranks", of_both)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, "1" if name == "LOCAL_WORLD_SIZE" and missing == "on this host" else value)
+    own, addresses = tp.shared_memory(8, "cpu")
+    if missing:
+        assert own is None and addresses is None
+    else:
+        assert not own.any()
+        assert addresses.tolist() == [memory.data_ptr() for memory in memories]
+
+
+def test_kernels_sum_what_there_is_room_for(monkeypatch):
+    """Which sums go to the kernel, and when memory is asked for, with a made-up kernel."""
+    taken, asked = [], []
+    kernels = SimpleNamespace(
+        MOST_ROWS=16,
+        runs_on=lambda device: True,
+        inbox_words=lambda ranks, dim: ranks * dim,
+        add_norm=lambda x, update, weight, eps, peers, rank: taken.append((len(peers), rank)),
+    )
+
+    def shared_memory(words, device):
+        asked.append(words)
+        return torch.zeros(words), torch.zeros(2)
+
+    monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
+    monkeypatch.setattr(fast_model, "shared_memory", shared_memory)
+    monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: 2 * update)
+
+    def by_kernel(rows, norm, peers):
+        taken.clear()
+        x = torch.ones(1, rows, 8)
+        result = fast_model.add_norm(x, x, norm, 1, 2, peers)
+        assert result is None or torch.equal(result[0], 3 * x)
+        return taken == [(2, 1)]
+
+    rms, peers = torch.nn.RMSNorm(8), torch.zeros(2)
+    with torch.no_grad():
+        assert by_kernel(1, rms, peers) and by_kernel(16, rms, peers)
+        assert not by_kernel(17, rms, peers)
+        assert not by_kernel(1, rms, None)
+        assert not by_kernel(1, torch.nn.LayerNorm(8), peers)
+    assert not by_kernel(1, rms, peers)
+
+    for name in ("few kv heads", "gpt-2"):
+        model = fast_model.FastGPT(CONFIGS[name], rank=1, ranks=2)
+        model.setup_caches(1, 8)
+        model.setup_caches(2, 8)
+    assert asked == [2 * CONFIGS["few kv heads"].dim]  # once, and not for layer norms
 
 
 def test_the_bias_after_a_sum_is_added_once():
