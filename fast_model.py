@@ -111,10 +111,11 @@ def linear(x, weight, bias=None):
 
 def add_norm(x, update, norm, rank, ranks, peers):
     """x + the sum of the ranks' updates, and its norm; `peers` are FastGPT's."""
-    by_kernel = isinstance(norm, nn.RMSNorm) and on_gpu_kernels(x)
-    if by_kernel and ranks == 1 and is_single_token(x):
-        return gpu_kernels.add_norm(x, update, norm.weight, norm.eps)
-    if by_kernel and peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_ROWS * x.shape[-1]):
+    if ranks == 1:
+        few = is_single_token(x)
+    else:
+        few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_ROWS * x.shape[-1])
+    if few and isinstance(norm, nn.RMSNorm) and on_gpu_kernels(x):
         return gpu_kernels.add_norm(x, update, norm.weight, norm.eps, peers, rank)
     x = x + all_reduce(update, ranks)
     return x, norm(x)

@@ -676,8 +676,8 @@ def add_norm(
     """x [..., D] + update and its RMS norm; with `peers`, x + the sum of all ranks' updates, up to MOST_ROWS rows of D.
 
     `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
-    calls; who comes first waits. To the compiler it changes nothing: each sum needs the one before, so none is dropped,
-    joined or moved, as it is not for PyTorch's collectives.
+    calls; who comes first waits. The compiler is told that this changes nothing: each sum needs the one before it, so
+    none is dropped, joined or moved.
     """
     x, update, D = x.contiguous(), update.contiguous(), weight.shape[0]
     total, y = torch.empty_like(x), torch.empty_like(x)
