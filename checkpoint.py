@@ -13,8 +13,12 @@ mean nothing. Decisions to know:
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py` and `tp.py` beside it.
 """
 
+import json
+import math
 import os
 import pickle
+import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,24 +46,61 @@ def strip_prefixes(state_dict: dict) -> dict:
     return stripped
 
 
+def _is_special(path) -> bool:
+    """Whether bytes are sent to this path, not a file put in its place: a FIFO, a device, an open stream's name."""
+    streams = ("/dev/std", "/dev/fd/", "/proc/")
+    return os.path.abspath(path).startswith(streams) or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def check_target(path) -> None:
+    """Raises OSError if no file can be written at `path`; a command asks before its work, not after it."""
+    special, target = _is_special(path), Path(os.path.realpath(path))  # resolve() fails at a link to itself
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    place = Path(path) if special else next(parent for parent in target.parents if parent.exists())
+    if not os.access(place, os.W_OK) or not special and (target.is_symlink() or not place.is_dir()):
+        raise PermissionError(f"{path} cannot be written, because {place} does not allow it; give another place")
+
+
 @contextmanager
 def written_in_place(path):
     """A temporary path beside `path`; renamed to it if the block ends well, deleted if not.
 
-    What torch's zip writer says of a full disk becomes an OSError.
+    A symlink stays and its target is new. A FIFO or a device gets the bytes, when they are all there. What torch's zip
+    writer says of a full disk becomes an OSError.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    special, target = _is_special(path), Path(os.path.realpath(path))
+    if not special:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.gettempdir()) if special else target.parent
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
         yield temporary
-        os.replace(temporary, path)
+        if special:
+            with open(temporary, "rb") as source, open(path, "ab") as sink:  # stdout may be a file with text in it
+                shutil.copyfileobj(source, sink)
+        else:
+            os.replace(temporary, target)
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
         raise OSError(f"{path} could not be written whole; is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content) -> None:
+    """Write dicts, lists, numbers and text as JSON; a number that is not finite, which JSON lacks, becomes null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with written_in_place(path) as temporary:
+        temporary.write_text(json.dumps(finite(content), indent=1, default=str, allow_nan=False))
 
 
 def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | None = None) -> None:

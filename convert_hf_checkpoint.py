@@ -21,7 +21,6 @@ import json
 import pickle
 import reprlib
 import struct
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import tp
 from checkpoint import strip_prefixes, write_checkpoint
 from model import GPT, GPTConfig
 
@@ -465,9 +465,4 @@ def main(checkpoint_dir: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a Hugging Face model folder to model.pth in that folder.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder with config.json and weights")
-    args = parser.parse_args()
-    try:
-        main(**vars(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tp.run(main, parser.parse_args())

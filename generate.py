@@ -21,7 +21,6 @@ Shapes: B batch rows, T prompt tokens, V vocabulary.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -37,7 +36,15 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, written_in_place
+from checkpoint import (
+    DTYPES,
+    build_model,
+    describe_quantization,
+    quantize_model,
+    read_checkpoint,
+    write_json,
+    written_in_place,
+)
 from quantize import GROUP_SIZES
 from tokenizer import load_tokenizer
 
@@ -1143,8 +1150,7 @@ def main(
         setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
         names = ("prompt_ids", "token_ids", "text", "stop_reason")
         entries = [{name: getattr(answer, name) for name in names} for answer in samples]
-        with written_in_place(json_path) as temporary:
-            temporary.write_text(json.dumps({"samples": entries, "runs": runs, **figures, **setting}, indent=1))
+        write_json(json_path, {"samples": entries, "runs": runs, **figures, **setting})
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,6 @@ Shapes: N output rows, K input columns, G columns in a group.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -434,8 +433,6 @@ if __name__ == "__main__":
     add("--calibration_tokens", type=int, default=16384, help="at most this many tokens of it are used")
     add("--device", help="where int4-gptq computes; default: cuda or mps if there is one, else cpu")
     add("--out_path", type=Path, help="default: model_int8.pth or model_int4_g32.pth beside it")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    import tp  # which people who copy the classes need not have
+
+    tp.run(main, parser.parse_args())

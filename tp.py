@@ -180,7 +180,7 @@ def own_device(device: str) -> str:
 
 
 def run(main, arguments) -> None:
-    """Exit with what `main`, given a command's arguments, returns, or with 2 after telling an error of the user's.
+    """Exit with what `main`, given a command's arguments, returns, or after an error with the code of `explain`.
 
     Under torchrun this starts the group of all ranks, checks that their arguments are the same, and gives each its own
     device. torchrun ends the others when one rank has ended: rank 0 tells an error first, so that it is told once, but
@@ -198,17 +198,17 @@ def run(main, arguments) -> None:
         finished = True
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        code, sentence = explain(error)
+        if sentence is None and ranks == 1:
+            raise
         if rank > 0:
             time.sleep(2)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        code = 2
-    except Exception:
-        if ranks == 1:
-            raise
-        time.sleep(2 if rank else 5)
-        traceback.print_exc()
-        code = 1
+        if sentence is None:
+            time.sleep(0 if rank else 5)
+            traceback.print_exc()
+        else:
+            print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
     if ranks == 1:
         raise SystemExit(code)
     sys.stdout.flush()
@@ -219,6 +219,26 @@ def run(main, arguments) -> None:
         gc.collect()
         dist.destroy_process_group()
     os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
+
+
+def explain(error: Exception) -> tuple[int, str | None]:
+    """(exit code, sentence for the user) of what ended a command; the sentence is None for a fault of the program.
+
+    2 is for what the user can change, 1 for a computation that failed.
+    """
+    if isinstance(error, FloatingPointError):
+        return 1, str(error)
+    told = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
+        advice = "a smaller --batch_size or --length, fewer slots, --quantize, or a smaller model"
+        return 2, f"there is not enough memory on this device; take {advice} ({told.splitlines()[0] if told else ''})"
+    if "No working C++ compiler" in told or "Failed to find C compiler" in told:
+        return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
+    if "Python.h: No such file" in told:
+        return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
+    if isinstance(error, (ValueError, OSError)):
+        return 2, told
+    return 1, None
 
 
 def _start(device: str) -> None:

@@ -70,6 +70,7 @@ from checkpoint import (
     quantize_model,
     read_checkpoint,
     shapes_of,
+    write_json,
     written_in_place,
 )
 from convert_hf_checkpoint import config_from_hf
@@ -852,8 +853,7 @@ def main(
             "commit": commit(),
         }
         content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
-        with written_in_place(json_path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1))
+        write_json(json_path, content)
 
 
 def parse_arguments():

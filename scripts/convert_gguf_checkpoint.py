@@ -10,16 +10,17 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - Only byte-level BPE of the `smollm` kind is rebuilt. Other tokenizers split text otherwise, with other ids.
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
-Copy me: with model.py, fast_model.py, quantize.py and checkpoint.py on the path, and `pip install gguf tokenizers`.
+Copy me: with model.py, fast_model.py, quantize.py, tp.py and checkpoint.py on the path, and `pip install gguf
+tokenizers`.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
+import tp
 from checkpoint import write_checkpoint
 from model import GPT, GPTConfig
 
@@ -234,8 +235,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a GGUF file of the llama architecture.")
     parser.add_argument("--gguf", required=True, help="the .gguf file")
     parser.add_argument("--out_dir", required=True, help="folder for model.pth and the tokenizer's files")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tp.run(main, parser.parse_args())

@@ -21,9 +21,7 @@ Shapes: R rows (positions of one window), V vocabulary.
 """
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +29,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, build_model, read_checkpoint, written_in_place
+import tp
+from checkpoint import DTYPES, build_model, read_checkpoint, write_json
 from generate import (
     Answer,
     Sampling,
@@ -289,8 +288,7 @@ def main(
     if json_path:
         figures |= {"checkpoint_path": str(checkpoint_path), "device": device, "torch": torch.__version__}
         figures["precision"] = str(model.wte.weight.dtype).removeprefix("torch.")
-        with written_in_place(json_path) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1, default=str))
+        write_json(json_path, figures)
 
 
 def parse_arguments():
@@ -313,8 +311,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    try:
-        main(**vars(parse_arguments()))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tp.run(main, parse_arguments())

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import convert_hf_checkpoint as convert
+import tp
 from checkpoint import describe_quantization, read_checkpoint
 from model import GPTConfig
 from tokenizer import FILES
@@ -155,8 +155,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Export model.pth to a Hugging Face model folder.")
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
     parser.add_argument("--out_dir", type=Path, required=True, help="the folder to make; it may exist if it is empty")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tp.run(main, parser.parse_args())
