@@ -24,7 +24,6 @@ import argparse
 import statistics
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -39,6 +38,7 @@ import tp
 from checkpoint import (
     DTYPES,
     build_model,
+    check_target,
     describe_quantization,
     quantize_model,
     read_checkpoint,
@@ -48,12 +48,20 @@ from checkpoint import (
 from quantize import GROUP_SIZES
 from tokenizer import load_tokenizer
 
+try:
+    import gpu_kernels
+except ImportError:  # no Triton, so no GPU of NVIDIA's
+    gpu_kernels = None
+
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Raises ValueError outside these ranges."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Raises ValueError outside these ranges.
+
+    A temperature below 1e-6 is greedy too: it would tell apart logits that float32 does not.
+    """
 
     temperature: float = 0.8
     top_k: int = 200
@@ -62,6 +70,10 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # `not` because of NaN
             raise ValueError(f"temperature and top_k must be 0 or more and top_p above 0 and at most 1, not {self}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6
 
 
 def to_probabilities(logits, sampling: Sampling):
@@ -80,11 +92,31 @@ def to_probabilities(logits, sampling: Sampling):
     return probabilities
 
 
+def unless_nan(token, values):
+    """token [B, 1], or -1 where its entry in values [B, V] is not finite. A NaN anywhere in a row wins its argmax."""
+    return torch.where(values.gather(-1, token).isfinite(), token, -1)
+
+
 def sample(logits, noise, sampling: Sampling):
-    """One id per row, [B, 1], of logits [B, V]. `noise` [B, V] is Exp(1): argmax(p / noise) has distribution p."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return (to_probabilities(logits, sampling) / noise).argmax(-1, keepdim=True)
+    """One id per row, [B, 1], of logits [B, V]; -1 where they are not finite.
+
+    `noise` [B, V] is Exp(1): argmax(p / noise) has distribution p.
+    """
+    if sampling.greedy:
+        return unless_nan(logits.argmax(-1, keepdim=True), logits)
+    probabilities = to_probabilities(logits, sampling)
+    return unless_nan((probabilities / noise).argmax(-1, keepdim=True), probabilities)
+
+
+def why_not_finite(*models) -> str:
+    """The likely cause of logits that are not finite, and what to do, in one sentence."""
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                return f"the logits are not finite, because the weight {name} is not; convert the model again"
+    if any(tensor.dtype == torch.float16 for model in models for tensor in model.parameters()):
+        return "the logits are not finite: float16 ends at 65,504; give --precision bfloat16 or float32"
+    return "the logits are not finite, though the weights are; give --precision float32, or convert the model again"
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -97,7 +129,7 @@ def prefill(model, prompt, input_pos, last):
 
 def decode_step(model, token, input_pos, noise, sampling: Sampling):
     """The token [B, 1] after `token` [B, 1], which stands at `input_pos` [B, 1], and its own position."""
-    logits = model(token, input_pos)[:, -1]
+    logits = model(token.clamp(min=0), input_pos)[:, -1]  # -1: see sample()
     following = (input_pos + 1).clamp(max=model.max_seq_length - 1)  # a row that has ended is computed with the others
     return tp.from_rank_0(sample(logits, noise, sampling), model.ranks), following
 
@@ -126,6 +158,11 @@ def compiled_prefill(prefill=prefill):
     return run
 
 
+def copied(x):
+    """A contiguous copy: a CUDA graph's next replay overwrites its outputs, and a graph is made for certain strides."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _tokens_of_reference(model, prompt, lengths, new_noise, sampling):
     (B, T), context = prompt.shape, model.config.block_size
     row = torch.arange(B, device=prompt.device)
@@ -133,7 +170,7 @@ def _tokens_of_reference(model, prompt, lengths, new_noise, sampling):
     for end in count(T):
         token = sample(model(ids[:, : min(end, context)])[row, lengths - 1], new_noise(), sampling)
         yield token
-        ids[row, lengths.clamp(max=context - 1)] = token[:, 0]
+        ids[row, lengths.clamp(max=context - 1)] = token[:, 0].clamp(min=0)
         lengths = (lengths + 1).clamp(max=context)
 
 
@@ -146,7 +183,7 @@ def _tokens_of_fast(model, prompt, lengths, new_noise, sampling, cached, prefill
     input_pos = lengths[:, None].clamp(max=model.max_seq_length - 1)
     while True:
         token, input_pos = decode_step(model, token, input_pos, new_noise(), sampling)
-        token, input_pos = token.clone(), input_pos.clone()  # the next replay of a CUDA graph overwrites its outputs
+        token, input_pos = copied(token), copied(input_pos)
         yield token
 
 
@@ -187,10 +224,10 @@ def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: i
     and its position [B, 1].
     """
     known = draft.config.vocab_size  # embeddings that are padded differently have the same tokens
-    logits = draft(token.clamp(max=known - 1), input_pos)[:, -1, :vocab_size]
+    logits = draft(token.clamp(0, known - 1), input_pos)[:, -1, :vocab_size]
     logits = torch.nn.functional.pad(logits, (0, max(0, vocab_size - known)), value=float("-inf"))
     following = (input_pos[:, -1:] + 1).clamp(max=draft.max_seq_length - 1)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits.argmax(-1, keepdim=True), None, following
     probabilities = to_probabilities(logits, sampling)
     return (probabilities / noise).argmax(-1, keepdim=True), probabilities, following
@@ -203,10 +240,11 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     probabilities from which the drafts came, None if they were certain; `uniform` [B, k] and the Exp(1) `noise` [B, V]
     are random. Draft d is kept with probability min(1, p(d) / q(d)); in place of the first that is not kept comes one
     from max(0, p - q), normalized, so that the tokens have the distribution p (Leviathan et al. 2023,
-    arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). If all are kept, p alone gives the one after them.
+    arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). If all are kept, p alone gives the one after them. The token
+    is -1 where p or q is not finite.
     """
-    if sampling.temperature == 0:
-        best = logits.argmax(-1)  # [B, k + 1]
+    if sampling.greedy:
+        best = unless_nan(logits.argmax(-1, keepdim=True), logits)[..., 0]  # [B, k + 1]
         count = (drafts == best[:, :-1]).cumprod(1).sum(1, keepdim=True)
         return count, best.gather(1, count)
     p = to_probabilities(logits, sampling)
@@ -218,7 +256,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
-    return count, (rest / noise).argmax(-1, keepdim=True)
+    return count, unless_nan((rest / noise).argmax(-1, keepdim=True), rest)
 
 
 def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):
@@ -228,7 +266,7 @@ def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Samplin
     ids, of which the first n + 1 are of use, and n, the number of drafts kept.
     """
     k = tokens.shape[1] - 1
-    tokens = tp.from_rank_0(tokens, model.ranks)  # each rank has a draft model of its own
+    tokens = tp.from_rank_0(tokens, model.ranks).clamp(min=0)  # each rank has a draft model of its own
     input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
     logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
     drafts = tokens[:, 1:]
@@ -248,6 +286,7 @@ class Speculation:
 
     CHOICES = (2, 5, 10)
     certain = False  # whether drafts come without probabilities
+    models = ()  # that draft
 
     def __init__(self, k: int | None, verify=verify, costs: dict[int, float] | None = None):
         if k is None and costs is None:
@@ -302,7 +341,7 @@ class DraftModel(Speculation):
 
     def __init__(self, model, k: int | None, step=draft_step, prefill=prefill, **options):
         super().__init__(k, **options)
-        self.model, self.step, self.prefill = model, step, prefill
+        self.model, self.models, self.step, self.prefill = model, (model,), step, prefill
         self.seen = 0  # leading tokens that are in its cache
 
     def start(self, prompt, lengths: list[int], cached: int, slots: int, rows) -> int:
@@ -324,9 +363,7 @@ class DraftModel(Speculation):
 
     def _fill(self, ids, first) -> None:
         input_pos = None if first is None else first + torch.arange(ids.shape[1], device=ids.device)
-        self.prefill(
-            self.model, ids.clamp(max=self.model.config.vocab_size - 1), input_pos, torch.zeros_like(ids[:, 0])
-        )
+        self.prefill(self.model, ids.clamp(0, self.model.config.vocab_size - 1), input_pos, torch.zeros_like(ids[:, 0]))
 
     def propose(self, token, input_pos, position, running, k, noise, sampling, vocab_size):
         """Drafts [B, k] after `token` and their probabilities [B, k, V], None if greedy."""
@@ -340,11 +377,11 @@ class DraftModel(Speculation):
         drafts, probabilities = [], []
         for i in range(k):
             token, q, input_pos = step(token, input_pos, noise[i])
-            token, input_pos = token.clone(), input_pos.clone()  # the next replay of a CUDA graph overwrites them
+            token, input_pos = copied(token), copied(input_pos)
             drafts.append(token)
             probabilities.append(q if q is None else q.clone())
         self.seen = 1 + min(at for at, run in zip(position, running, strict=True) if run)
-        return torch.cat(drafts, dim=1), torch.stack(probabilities, dim=1) if sampling.temperature else None
+        return torch.cat(drafts, dim=1), None if sampling.greedy else torch.stack(probabilities, dim=1)
 
     def advance(self, k, kept, before, new_ids) -> None:
         """A round has ended: `before` [B, 1] is the text's last token but one, `new_ids` are new in each row."""
@@ -430,10 +467,10 @@ def _rounds(model, speculation, prompt, lengths, new, sampling, eos_ids, cached,
         if drafts is None:
             at = input_pos.clamp(max=model.max_seq_length - 1)
             following, at = decode_step(model, token, at, noise[-1], sampling)
-            return 0, following.clone(), at.clone(), token, following
+            return 0, copied(following), copied(at), token, following
         ids, proposed = torch.cat([token, drafts[0]], dim=1), drafts[1]
         following, at, before, read = speculation.verify(model, ids, input_pos, proposed, uniform, noise[-1], sampling)
-        return k, following.clone(), at.clone(), before.clone(), read
+        return k, copied(following), copied(at), copied(before), read
 
     while True:
         for row in range(B):
@@ -481,7 +518,7 @@ def generate(
     taken to be in the model's cache already. `model` is a FastGPT or a GPT; `prefill` and `decode_step` may be
     compiled versions. With `speculation` a row takes several tokens at a time, of the same distribution; its text
     then depends on the rows beside it too. Raises ValueError, at the first token, if the prompt is empty, too long, or
-    not of this vocabulary.
+    not of this vocabulary, and FloatingPointError at a token whose logits are not finite.
     """
     B, T = prompt.shape
     config, device = model.config, prompt.device
@@ -500,7 +537,7 @@ def generate(
 
     def draw(n, uniforms=0):
         """n tensors [B, V] of Exp(1), of None if greedy, and numbers [B, uniforms] from 0 to 1."""
-        if sampling.temperature == 0:
+        if sampling.greedy:
             return [None] * n, None
         shape = (n, config.vocab_size)
         noise = [torch.empty(shape, device=device).exponential_(generator=generator) for generator in generators]
@@ -529,6 +566,8 @@ def generate(
             model, speculation, prompt, lengths, new, sampling, eos_ids, cached, draw, prefill, decode_step
         )
         for new_ids, running in rounds:
+            if any(-1 in ids for ids in new_ids):
+                raise FloatingPointError(why_not_finite(model, *speculation.models))
             for queue, ids in zip(waiting, new_ids, strict=True):
                 queue.extend(ids)
             while any(waiting) and all(queue or not run for queue, run in zip(waiting, running, strict=True)):
@@ -537,6 +576,8 @@ def generate(
 
     running = [True] * B
     for done, ids in enumerate(_to_host(islice(tokens, max(new)), on_gpu=device.type == "cuda"), start=1):
+        if any(run and id < 0 for id, run in zip(ids, running, strict=True)):
+            raise FloatingPointError(why_not_finite(model))
         yield [id if run else None for id, run in zip(ids, running, strict=True)]
         running = [run and id not in eos_ids and done < n for id, run, n in zip(ids, running, new, strict=True)]
         if not any(running):
@@ -549,11 +590,15 @@ def generate(
 class Answer:
     """One row's ids and text as they grow; text that may turn out to begin a stop string is held back.
 
-    `stop_reason` is None, then "eos", "stop" (a stop string) or "length" (max_new_tokens, or the context is full).
+    `stop_reason` is None, then "eos", "stop" (a stop string) or "length" (max_new_tokens, or the context is full). A
+    stop string that is a special token, which no text shows, stops at its id.
     """
 
     def __init__(self, prompt_ids, tokenizer, eos_ids, stop, goes_on: bool):
         self.prompt_ids, self.token_ids, self.stop_reason = prompt_ids, [], None
+        self.stop_ids = {
+            id for string in stop if tokenizer and (id := tokenizer.token_id(string)) in tokenizer.special_ids
+        }
         self.stream, self.text = (tokenizer.stream(), "") if tokenizer else (None, None)
         for id in prompt_ids if self.stream and goes_on else ():
             self.stream.push(id)  # a text that goes on keeps its first space; a chat's answer begins without
@@ -564,6 +609,8 @@ class Answer:
         self.token_ids.append(id)
         if id in self.eos_ids:
             self.stop_reason = "eos"
+        elif id in self.stop_ids:
+            self.stop_reason = "stop"
         elif self.stream:
             self.text += self.stream.push(id)
         return self._show()
@@ -597,12 +644,15 @@ def say(*words):
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    """The checkpoint's own; on a CPU float32, which agrees with the reference to the last digits (bfloat16 is faster).
+    """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there.
 
-    With int4 weights it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
+    On a CPU it is float32, which agrees with the reference to the last digits (bfloat16 is faster). With int4 weights
+    it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
     """
     if device != "cpu":
-        return state_dict["transformer.wte.weight"].dtype
+        stored = state_dict["transformer.wte.weight"].dtype
+        halves = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if stored == torch.float32 and halves else stored
     quantization = describe_quantization(state_dict)
     return torch.bfloat16 if quantization and quantization["mode"] == "int4" else torch.float32
 
@@ -677,27 +727,50 @@ def compiler_cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
+def compilations() -> int:
+    """Graphs and kernels that this process has built by now."""
+    kernels = 0 if gpu_kernels is None else gpu_kernels.variants_built()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] + kernels
+
+
 def pad(rows: list[list[int]], device: str) -> tuple[torch.Tensor, list[int]]:
     """The rows' ids [B, T], padded on the right with 0, and the length of each."""
     prompt = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return prompt.to(device), [len(row) for row in rows]
 
 
-def warm_up(model, rows, max_new_tokens: int, sampling, steps: dict, device: str, speculation=None) -> dict:
+@torch.no_grad()
+def warm_prefill(prefill, model, compiled: bool) -> None:
+    """Prefill as many tokens as each variant of a kernel is for, at the cache's beginning and after other tokens."""
+    device, batch, window = model.wte.weight.device, model.max_batch_size, model.config.sliding_window
+    for length in (1, 2, 12, 40, 70, *([window + 1] if window and compiled else [])):
+        if length < model.max_seq_length:
+            ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
+            prefill(model, ids, None, ids[:, 0])
+            prefill(model, ids, torch.arange(1, length + 1, device=device).expand(batch, -1), ids[:, 0])
+
+
+def warm_up(
+    model, rows, max_new_tokens, sampling, steps: dict, device: str, speculation=None, any_length=False
+) -> dict:
     """Take the first steps, so that no figure of the run contains compilation or lazy loading; their time and kind.
 
-    A speculation that adapts gets the costs of its rounds.
+    A speculation that adapts gets the costs of its rounds. With `any_length` prompts of other lengths will follow.
     """
     if steps:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()
     prompt, lengths = pad(rows, device)
-    for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps, lengths=lengths):
-        pass
-    if speculation:
-        costs = round_costs(
-            model, speculation, prompt, lengths, sampling, steps.get("decode_step", decode_step), device
-        )
+    with torch._dynamo.config.patch(recompile_limit=32):  # 8 by default, for all models that one function is given
+        if any_length and (device != "cpu" or "prefill" in steps) and hasattr(model, "setup_caches"):
+            warm_prefill(steps.get("prefill", prefill), model, "prefill" in steps)
+        for _ in generate(model, prompt, min(max_new_tokens, 3), sampling, **steps, lengths=lengths):
+            pass
+        if speculation:
+            step = steps.get("decode_step", decode_step)
+            costs = round_costs(model, speculation, prompt, lengths, sampling, step, device)
+            for draft in speculation.models if any_length or speculation.k is None else ():
+                warm_prefill(speculation.prefill, draft, "prefill" in steps)
     seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
     figures = {}
     if steps:
@@ -722,8 +795,8 @@ def round_costs(model, speculation, prompt, lengths, sampling, decode_step, devi
     """
     B, vocab_size = len(lengths), model.config.vocab_size
     room = speculation.start(prompt, lengths, 0, model.max_seq_length, [[0, 0]] * B)  # of these there is a continuation
-    token, input_pos = prompt[:, -1:], torch.tensor(lengths, device=prompt.device)[:, None]
-    ones = torch.ones(B, vocab_size, device=prompt.device) if sampling.temperature else None
+    token, input_pos = copied(prompt[:, -1:]), torch.tensor(lengths, device=prompt.device)[:, None]
+    ones = None if sampling.greedy else torch.ones(B, vocab_size, device=prompt.device)
 
     def play(k, all_kept):
         if k == 0:
@@ -732,7 +805,7 @@ def round_costs(model, speculation, prompt, lengths, sampling, decode_step, devi
         drafts, proposed = speculation.propose(
             token, input_pos, lengths, [True] * B, k, [ones] * k, sampling, vocab_size
         )
-        uniform = None if ones is None else ones[:, :k]
+        uniform = None if ones is None else copied(ones[:, :k])
         return speculation.verify(model, torch.cat([token, drafts], 1), input_pos, proposed, uniform, ones, sampling)
 
     choices = speculation.CHOICES if speculation.k is None else (speculation.k,)
@@ -821,6 +894,14 @@ def load_draft(checkpoint_path: Path, tokenizer, vocab_size: int, device: str, i
     return draft
 
 
+def prepare_stdin() -> None:
+    """Lines of any length, edited with the cursor keys, where a terminal is typed into; other bytes than UTF-8 stay."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  input() uses it once it is imported
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
 def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -846,7 +927,7 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
     """Fill the answers, one a batch row, and return the figures. `show` gets the first row's text as it comes."""
     prompt, lengths = pad([answer.prompt_ids for answer in answers], device)
     eos_ids = answers[0].eos_ids
-    times = []
+    times, built = [], compilations()
     start = time.perf_counter()
     for ids in generate(
         model,
@@ -875,14 +956,17 @@ def run_once(model, answers, cached, max_new_tokens, sampling, seed, steps, devi
     rows, seconds = len(answers), times[-1] - times[0]
     steps_taken = len(speculation.rounds) if speculation else len(times) - 1
     decoded = sum(len(answer.token_ids) for answer in answers) - rows  # the first of each row belongs to the prefill
+    built = compilations() - built
+    measured = steps_taken and not built
     return {
         "prompt_tokens": sum(lengths),
         "cached_tokens": cached,
         "time_to_first_token_seconds": times[0],
-        "prefill_tokens_per_second": (sum(lengths) - cached * rows) / times[0],
+        "prefill_tokens_per_second": None if built else (sum(lengths) - cached * rows) / times[0],
         "decode_steps": steps_taken,
-        "decode_steps_per_second": steps_taken / seconds if steps_taken else None,
-        "decode_tokens_per_second": decoded / seconds if steps_taken else None,
+        "decode_steps_per_second": steps_taken / seconds if measured else None,
+        "decode_tokens_per_second": decoded / seconds if measured else None,
+        "compilations": built,  # inside the answer, where there should be none
     }
 
 
@@ -905,6 +989,12 @@ def speculation_figures(speculation, calls: dict[str, list[float]]) -> dict:
 
 def report(run: dict, step_bytes: int, draft_bytes: int, bandwidth: float) -> None:
     """Print the figures of one run. The README says what each one means."""
+    if run["compilations"]:
+        say(
+            f"not measured: the compiler ran {run['compilations']} times inside this answer, so its figures would be "
+            "false; please report this with the command"
+        )
+        return
     milliseconds = run["time_to_first_token_seconds"] * 1e3
     fresh = run["prompt_tokens"] - run["cached_tokens"]
     say(f"prefill: {fresh} tokens, {run['prefill_tokens_per_second']:.1f} tokens/s, {milliseconds:.0f} ms to the first")
@@ -926,7 +1016,7 @@ def report(run: dict, step_bytes: int, draft_bytes: int, bandwidth: float) -> No
         )
         drafting, verifying = run["draft_seconds_per_round"] * 1e3, run["verify_seconds_per_round"] * 1e3
         say(f"         a round took {drafting:.2f} ms for drafts, {verifying:.2f} for the verification")
-    if "plain_tokens_per_second" in run:
+    if run.get("plain_tokens_per_second"):
         times = run["decode_tokens_per_second"] / run["plain_tokens_per_second"]
         same = {True: ", the same text", False: ", another text", None: ""}[run["plain_text_is_the_same"]]
         say(
@@ -989,6 +1079,8 @@ def main(
         raise ValueError("--compare answers a prompt twice, which is no conversation; leave out --interactive")
     if "" in stop:
         raise ValueError("--stop needs strings of at least one character")
+    for file in filter(None, (json_path, profile)):
+        check_target(file)
     check_device(device)
     prompt = "Hello, my name is" if prompt is None else prompt
     prompts = read_prompts(prompt_file) if prompt_file else {"the prompt": prompt}
@@ -1002,6 +1094,8 @@ def main(
     else:
         state_dict = tp.shard(state_dict, config, rank, ranks)
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
+    if device != "cpu" and not precision and dtype != state_dict["transformer.wte.weight"].dtype:
+        say("the checkpoint is in float32 and is computed in bfloat16, which is faster; see --precision")
     model = build_model(config, state_dict, device, dtype, reference, rank, ranks)
     synchronize(device)
     load_seconds = time.perf_counter() - start
@@ -1011,6 +1105,11 @@ def main(
     if draft_checkpoint_path:
         draft = load_draft(draft_checkpoint_path, tokenizer, config.vocab_size, device, kv_cache == "int8")
     eos_ids = tokenizer.eos_ids if tokenizer and not ignore_eos else frozenset()
+    for name in map(tokenizer.piece, tokenizer.special_ids) if tokenizer else ():
+        if inside := [string for string in stop if name in string and name != string]:
+            raise ValueError(
+                f"--stop {inside[0]!r} holds {name!r}, a special token, which no text shows; give it alone"
+            )
 
     def encode(messages: list[dict]) -> list[int]:
         try:
@@ -1025,6 +1124,8 @@ def main(
         tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
 
     def check_room(tokens: int, name: str) -> None:
+        if chat and len(messages) > 1 and tokens > slots:
+            raise ValueError(f"the conversation has {tokens} tokens, the cache {slots} slots; /reset begins anew")
         check_length(tokens, config.block_size, name)
         if tokens > slots:
             raise ValueError(f"{name} has {tokens} tokens, the cache {slots} slots; give a larger --max_seq_length")
@@ -1046,10 +1147,10 @@ def main(
         draft_config = draft.config if draft_checkpoint_path else None
         same = {"prompt": rows, "tokenizer": pieces, "set of end tokens": sorted(eos_ids), "draft model": draft_config}
         tp.check_agreement(same)
+    messages, samples, runs, in_cache = [], [], [], []
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         check_room(len(ids), name)
 
-    warnings.filterwarnings("ignore", message="\\s*Online softmax")  # a remark of the compiler's about top-k sampling
     figures = {"load_seconds": load_seconds}
     steps = {}
     if compile:
@@ -1075,7 +1176,7 @@ def main(
                 "prefill": compiled_prefill() if compile_prefill else prefill,
             }
             speculation = DraftModel(draft, k, **options)
-    figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device, speculation)
+    figures |= warm_up(model, rows, max_new_tokens, sampling, steps, device, speculation, any_length=interactive)
     step_bytes = bytes_per_step(model)
     if draft_checkpoint_path:
         draft_bytes = bytes_per_step(draft)
@@ -1083,6 +1184,9 @@ def main(
     def show(text: str) -> None:
         if not prompt_file:  # whose rows are all printed at the end
             tp.print0(text, end="", flush=True)
+
+    if interactive:
+        prepare_stdin()
 
     def read_line() -> str | None:
         """What rank 0's user types, on every rank; None at the end."""
@@ -1092,70 +1196,82 @@ def main(
                 line = input("> ")
         return tp.objects_of_ranks(line)[0]
 
-    messages, samples, runs, in_cache = [], [], [], []
-    with torch.profiler.profile() if profile else nullcontext() as profiler:
-        while interactive or len(runs) < num_samples:
-            if interactive:
-                line = read_line()
-                if line is None:
-                    break
-                messages.append({"role": "user", "content": line})
-                try:
-                    rows = [encode(messages)]
-                    check_room(len(rows[0]), "the prompt")
-                except ValueError as error:  # the session goes on
-                    say(f"error: {error}")
-                    messages.pop()
-                    continue
-            elif not chat and not synthetic:
-                show(prompt)
-            cached = 0 if reference else common_prefix(in_cache, rows[0][:-1])
-            answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
-            new = max_new_tokens
-            if slots < config.block_size:  # else generate() ends each row at its own last slot
-                new = min(new, slots - max(map(len, rows)) + 1)
-            first_seed = seed + len(rows) * len(runs)  # row r has the seed first_seed + r
-            stopwatch.read()
-            runs.append(run_once(model, answers, cached, new, sampling, first_seed, steps, device, show, speculation))
-            if speculation:
-                runs[-1] |= speculation_figures(speculation, stopwatch.read())
-            show("\n")
-            texts = prompts.values() if prompt_file and not chat else [""] * len(rows)
-            for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                if row > 0 or prompt_file:
-                    tp.print0(f"[row {row}] {text}{answer.text}")
-            if compare:
-                again = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
-                plain = run_once(model, again, cached, new, sampling, first_seed, steps, device, lambda text: None)
-                runs[-1]["plain_tokens_per_second"] = plain["decode_tokens_per_second"]
-                same = [a.token_ids for a in again] == [a.token_ids for a in answers]
-                runs[-1]["plain_text_is_the_same"] = None if sampling.temperature else same
-            report(runs[-1], step_bytes, draft_bytes, bandwidth)
-            samples += answers
-            if interactive:  # what the cache holds now; the last token was never fed
-                in_cache = rows[0] + answers[0].token_ids[:-1]
-                messages.append({"role": "assistant", "content": answers[0].text})
-
-    if profile and rank == 0:
-        with written_in_place(profile) as temporary:  # the profiler only logs what it could not write
-            profiler.export_chrome_trace(str(temporary))
-    memory = max(tp.objects_of_ranks(peak_memory(device)))
-    figures |= {"peak_memory_bytes": memory, "bytes_per_step": step_bytes, "ranks": ranks}
-    figures |= {"read_bandwidth_bytes_per_second": bandwidth}
+    finished = False
+    try:
+        with torch.profiler.profile() if profile else nullcontext() as profiler:
+            while interactive or len(runs) < num_samples:
+                if interactive:
+                    line = read_line()
+                    if line is None:
+                        break
+                    if line.strip() == "/reset":
+                        messages.clear()
+                        continue
+                    messages.append({"role": "user", "content": line})
+                    try:
+                        rows = [encode(messages)]
+                        check_room(len(rows[0]), "the prompt")
+                    except ValueError as error:  # the session goes on
+                        say(f"error: {error}")
+                        messages.pop()
+                        continue
+                elif not chat and not synthetic:
+                    show(prompt)
+                cached = 0 if reference else common_prefix(in_cache, rows[0][:-1])
+                answers = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
+                samples += answers
+                new = max_new_tokens
+                if slots < config.block_size:  # else generate() ends each row at its own last slot
+                    new = min(new, slots - max(map(len, rows)) + 1)
+                first = seed + len(rows) * len(runs)  # row r has the seed first + r
+                stopwatch.read()
+                runs.append(run_once(model, answers, cached, new, sampling, first, steps, device, show, speculation))
+                if speculation:
+                    runs[-1] |= speculation_figures(speculation, stopwatch.read())
+                show("\n")
+                texts = prompts.values() if prompt_file and not chat else [""] * len(rows)
+                for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+                    if row > 0 or prompt_file:
+                        tp.print0(f"[row {row}] {text}{answer.text}")
+                if compare:
+                    again = [Answer(ids, tokenizer, eos_ids, stop, goes_on=not chat) for ids in rows]
+                    plain = run_once(model, again, cached, new, sampling, first, steps, device, lambda text: None)
+                    runs[-1]["plain_tokens_per_second"] = plain["decode_tokens_per_second"]
+                    same = [a.token_ids for a in again] == [a.token_ids for a in answers]
+                    runs[-1]["plain_text_is_the_same"] = same if sampling.greedy else None
+                report(runs[-1], step_bytes, draft_bytes, bandwidth)
+                if interactive:  # what the cache holds now; the last token was never fed
+                    in_cache = rows[0] + answers[0].token_ids[:-1]
+                    messages.append({"role": "assistant", "content": answers[0].text})
+        finished = True
+    finally:  # after Ctrl-C or an error too, the figures and texts that there are
+        memory = max(tp.objects_of_ranks(peak_memory(device))) if finished else peak_memory(device)
+        figures |= {"peak_memory_bytes": memory, "bytes_per_step": step_bytes, "ranks": ranks}
+        figures |= {"read_bandwidth_bytes_per_second": bandwidth}
+        if json_path and rank == 0 and (samples or finished):
+            setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
+            names = ("prompt_ids", "token_ids", "text", "stop_reason")
+            entries = [{name: getattr(answer, name) for name in names} for answer in samples]
+            write_json(json_path, {"samples": entries, "runs": runs, **figures, **setting})
     say(f"memory:  {memory / 1e9:.2f} GB at most{' on a rank' * (ranks > 1)}, loaded in {load_seconds:.1f} s")
     rates = [run["decode_tokens_per_second"] for run in runs if run["decode_tokens_per_second"]]
     if len(rates) > 1:
         say(f"median:  {statistics.median(rates):.2f} tokens/s, from {min(rates):.2f} to {max(rates):.2f}")
-    if json_path and rank == 0:
-        setting = {"device": device, "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
-        names = ("prompt_ids", "token_ids", "text", "stop_reason")
-        entries = [{name: getattr(answer, name) for name in names} for answer in samples]
-        write_json(json_path, {"samples": entries, "runs": runs, **figures, **setting})
+    if profile and rank == 0:
+        with written_in_place(profile) as temporary:  # the profiler only logs what it could not write
+            profiler.export_chrome_trace(str(temporary))
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or not 1 <= int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0 and below 2**31")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    """A seed, so that as many rows and answers as anybody makes can count on from it in 64 bits."""
+    if not text.removeprefix("-").isdecimal() or not -(2**62) <= int(text[:30]) <= 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**62 to 2**62")
     return int(text)
 
 
@@ -1169,7 +1285,7 @@ def parse_arguments():
     add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer in the same folder")
     add("--prompt", help="text, or a whole number for that many random tokens; default: Hello, my name is")
     add("--prompt_file", type=Path, metavar="FILE", help="UTF-8, one prompt a line, all in one batch")
-    add("--interactive", action="store_true", help="read prompts from the terminal, one a line")
+    add("--interactive", action="store_true", help="read prompts from the terminal, one a line; /reset ends a chat")
     add("--chat", action="store_true", help="put the prompt into the model's own chat template")
     add("--num_samples", type=positive, default=1, help="answers one after the other, each with the next seed")
     add("--max_new_tokens", type=positive, default=200, help="tokens")
@@ -1184,7 +1300,7 @@ def parse_arguments():
     add(
         "--top_p", type=float, default=Sampling.top_p, help="sample from the likeliest tokens of this total probability"
     )
-    add("--seed", type=int, default=1234)
+    add("--seed", type=seed_number, default=1234, help="of the first answer; each row and sample takes the next")
     add("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these strings")
     add("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
     add("--compile", action="store_true", help="compile the decode step")

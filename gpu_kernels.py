@@ -39,6 +39,12 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def variants_built() -> int:
+    """How many variants of this file's kernels the process has compiled, or loaded from Triton's cache, by now."""
+    kernels = [kernel for kernel in globals().values() if isinstance(kernel, triton.runtime.JITFunction)]
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
 def launch_options(device: torch.device) -> dict:
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
@@ -84,7 +90,12 @@ def _silu_gate(gate, up, dtype: tl.constexpr):
     return gate * tl.sigmoid(gate) * up
 
 
-@triton.jit
+# A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
+# which changes from prompt to prompt, is an integer whose alignment does not count, and tiles have two sizes.
+jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
+
+
+@jit_for_any_T
 def _matvec_kernel(
     x_ptr,
     w_ptr,
@@ -131,7 +142,7 @@ def _matvec_kernel(
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
+@jit_for_any_T
 def _experts_sum_kernel(
     x_ptr,
     w_ptr,
@@ -255,7 +266,7 @@ def _int4_rows_dot(
     return tl.sum(total, 1)[:, None]
 
 
-@triton.jit
+@jit_for_any_T
 def _int4_matvec_kernel(
     x_ptr,
     w_ptr,
@@ -304,7 +315,7 @@ def _int4_matvec_kernel(
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
-@triton.jit
+@jit_for_any_T
 def _int4_experts_sum_kernel(
     x_ptr,
     w_ptr,
@@ -344,7 +355,7 @@ def _int4_experts_sum_kernel(
 # --- More than one token ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit_for_any_T
 def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -749,7 +760,7 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
     return higher, total, sums
 
 
-@triton.jit
+@jit_for_any_T
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -859,7 +870,7 @@ def _attention_kernel(
     tl.store(tops_ptr + 2 * out + 1, total)
 
 
-@triton.jit
+@jit_for_any_T
 def _join_splits_kernel(
     sums_ptr,
     tops_ptr,
@@ -914,7 +925,7 @@ def attention(
     q, k, v = (t if t.stride()[2:] == (C, 1) and t.stride(0) == T * t.stride(1) else t.contiguous() for t in (q, k, v))
     input_pos = input_pos.contiguous()
     rope = None if rope is None else rope.contiguous()
-    M = max(16, triton.next_power_of_2(T * H // KV))
+    M = 16 if T * H // KV <= 16 else 64
     CP = max(16, triton.next_power_of_2(C))
     splits = max(1, 128 // triton.next_power_of_2(B * KV))  # about as many programs as multiprocessors
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
@@ -943,7 +954,7 @@ def attention(
         v.stride(1),
         scale,
         **shape,
-        NEW=max(16, triton.next_power_of_2(T)),
+        NEW=16 if T <= 16 else 64,
         BLOCK=max(16, min(64, 16384 // (CP * q.element_size()))),  # three tiles of it fit into 100 kB, an RTX 4090's
         ROPE=rope is not None,
         SCALED=k_scales is not None,

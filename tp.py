@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from threading import Timer
@@ -188,6 +189,10 @@ def run(main, arguments) -> None:
     """
     rank, ranks = rank_and_count()
     options, finished = vars(arguments), False
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal in latin-1 shows ? for what it does not have
+    for remark in ("\\s*Online softmax", "TensorFloat32 tensor cores"):  # of the compiler; nobody can act on them
+        warnings.filterwarnings("ignore", message=remark)
     try:
         if ranks > 1:
             device = own_device(arguments.device)
@@ -236,6 +241,9 @@ def explain(error: Exception) -> tuple[int, str | None]:
         return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
     if "Python.h: No such file" in told:
         return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
+    inner = getattr(error, "inner_exception", None)  # of the compiler's errors
+    if isinstance(inner, OSError):
+        return 2, f"--compile could not write or run what it needs: {inner}; mend that or leave out --compile"
     if isinstance(error, (ValueError, OSError)):
         return 2, told
     return 1, None

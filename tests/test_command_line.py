@@ -4,10 +4,17 @@ Most runs are inside this process, where torch is imported once; a few are proce
 """
 
 import json
+import os
 import pickle
+import pty
+import runpy
+import shutil
+import signal
 import string
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +22,9 @@ import pytest
 import torch
 from conftest import command
 
+import generate
 import quantize
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, write_checkpoint
 from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
 
 GREEDY = ("--temperature", "0")
@@ -112,6 +120,24 @@ def test_top_k_0_samples_from_the_whole_vocabulary(run):
     assert len(ids) > 250  # of 260, in 2,000 draws that are nearly uniform
     few = {id for sample in run(*hot, "--top_k", 1).samples for id in sample["token_ids"][:1]}
     assert len(few) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45])
+def test_a_temperature_next_to_0_is_greedy(run, temperature):
+    assert run("--temperature", temperature).samples == run(*GREEDY).samples
+
+
+def test_a_special_token_as_stop_string_ends_the_answer(run, refused, folder):
+    ids = run(*GREEDY).samples[0]["token_ids"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": ids[5], "content": "<|stop|>"})
+    tokenizer["model"]["vocab"] = {
+        "<|stop|>" if id == ids[5] else piece: id for piece, id in tokenizer["model"]["vocab"].items()
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (sample,) = run(*GREEDY, "--ignore_eos", "--stop", "<|stop|>", folder=folder).samples
+    assert (sample["token_ids"], sample["stop_reason"]) == (ids[:6], "stop") and ids[5] not in ids[:5]
+    assert "holds '<|stop|>'" in refused("--stop", "<|stop|>\n", folder=folder)
 
 
 def test_a_stop_string_ends_the_answer_before_it(run):
@@ -284,6 +310,71 @@ def test_a_compiled_prefill_takes_prompts_of_any_length_and_what_is_cached(run):
     assert run(*session, "--compile_prefill", stdin=lines).samples == expected.samples
 
 
+# --- Nothing is compiled once a run has begun -------------------------------------------------------------------------
+
+SESSION = "a\nHello, my friend\nb\nIs this a longer line, one that goes on for 60 characters? It is.\nHello, my\nab\n"
+COPY = ("--prompt", "one two one two one two", "--ignore_eos", "--max_new_tokens", 90, "--seed", 3)
+
+
+@pytest.fixture
+def never_again(run, monkeypatch):
+    """Compiled runs, without kernels, in whose answers it is an error to compile."""
+    torch.compiler.reset()
+    compile, answer, costs = torch.compile, generate.run_once, generate.round_costs
+
+    def strictly(*arguments, **more):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return answer(*arguments, **more)
+
+    def rounds_that_pay(*arguments):
+        return {k: 1 + k / 100 for k in costs(*arguments)}
+
+    monkeypatch.setattr(torch, "compile", lambda f, options=None, **more: compile(f, backend="eager", **more))
+    monkeypatch.setattr(generate, "run_once", strictly)
+    monkeypatch.setattr(generate, "round_costs", rounds_that_pay)
+    return run
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        [*GREEDY, *COPY, "--num_samples", 2],
+        ["--temperature", 1, "--top_p", 0.9, "--interactive", "--compile_prefill"],
+        [*GREEDY, "--interactive", "--chat"],
+    ],
+)
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--kv_cache", "int8"],
+        ["--prompt_lookup", "--speculate_k", 3],
+        ["--prompt_lookup", "--speculate_k", "auto"],
+        ["--draft_checkpoint_path", "itself"],
+        ["--draft_checkpoint_path", "itself", "--speculate_k", "auto"],
+    ],
+)
+def test_nothing_is_compiled_in_an_answer(never_again, tiny_checkpoint, way, session):
+    way = [tiny_checkpoint / "model.pth" if option == "itself" else option for option in way]
+    result = never_again("--compile", *way, *session, stdin=SESSION)
+    assert len(result.runs) == (2 if "--prompt" in session else 4 if "--chat" in session else 6)
+    assert [figures["compilations"] for figures in result.runs] == [0] * len(result.runs)
+
+
+def test_nothing_is_compiled_for_the_rows_of_a_file_or_the_plain_run_beside_drafts(never_again, prompt_file):
+    never_again("--compile", "--compile_prefill", *GREEDY, "--prompt_file", prompt_file, "--num_samples", 2)
+    lookup = ("--prompt_lookup", "--speculate_k", "auto", "--compare")
+    result = never_again("--compile", *GREEDY, *lookup, "--prompt_file", prompt_file, "--max_new_tokens", 90)
+    assert result.runs[0]["rounds"] and result.runs[0]["plain_steps"]  # so both kinds were there
+    assert result.runs[0]["compilations"] == 0 and result.runs[0]["plain_tokens_per_second"] > 0
+
+
+def test_a_run_in_which_something_was_compiled_says_so_and_gives_no_speed(run, monkeypatch):
+    monkeypatch.setattr(generate, "compilations", iter(range(10)).__next__)
+    result = run("--prompt", "5")
+    assert "the compiler ran 1 times inside this answer" in result.stderr and "tokens/s" not in result.stderr
+    assert result.runs[0]["compilations"] == 1 and result.runs[0]["decode_tokens_per_second"] is None
+
+
 # --- A session --------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +432,72 @@ def test_a_bad_prompt_is_answered_and_the_session_goes_on(run, line, sentence):
     result = run(*GREEDY, "--interactive", stdin=f"Hello\n{line}\nHello\n")
     assert len(result.samples) == 2 and result.samples[0] == result.samples[1]
     assert result.stderr.count("error: ") == 1 and sentence in result.stderr
+
+
+def test_a_full_conversation_says_how_to_begin_anew_and_does(run):
+    chat = (*GREEDY, "--interactive", "--chat", "--ignore_eos", "--max_new_tokens", 40)
+    result = run(*chat, stdin=f"Hello\n{'x' * 90}\n\n/reset\nHello\n")
+    assert len(result.samples) == 3 and result.samples[0] == result.samples[2] != result.samples[1]
+    assert "the conversation has" in result.stderr and "/reset begins anew" in result.stderr
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_session_goes_on(tiny_checkpoint, tmp_path):
+    arguments = command(tiny_checkpoint, "--interactive", "--json", tmp_path / "run.json")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    lines = b"abc\ncaf\xe9\nabc\n"
+    end = subprocess.run([sys.executable, *arguments], input=lines, capture_output=True, env=environment)
+    first, second = json.loads((tmp_path / "run.json").read_text())["samples"]
+    assert end.returncode == 0 and first["prompt_ids"] == second["prompt_ids"]
+    assert end.stderr.count(b"error: ") == 1 and b"error: the prompt is not UTF-8" in end.stderr
+
+
+def test_a_text_that_stdout_cannot_show_is_printed_with_replacements(tiny_checkpoint):
+    arguments = command(tiny_checkpoint, "--prompt", "中é")
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    end = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
+    assert end.returncode == 0 and end.stdout.startswith(b"?\xe9")
+
+
+def typed(arguments, keys: bytes) -> None:
+    """Run a command in a terminal in which somebody types."""
+    terminal, inside = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    with subprocess.Popen([sys.executable, *arguments], **streams, env=environment) as end:
+        os.close(inside)
+        shown = b""
+        with suppress(OSError):  # how a terminal ends
+            while piece := os.read(terminal, 4096):
+                shown += piece
+                if shown.endswith(b"> "):
+                    os.write(terminal, keys + b"\r" if keys else b"\x04")
+                    shown, keys = b"", b""
+    os.close(terminal)
+    assert end.returncode == 0, shown
+
+
+def test_a_terminal_gives_lines_of_any_length_edited_with_the_cursor_keys(tiny_checkpoint, tmp_path):
+    config, state_dict = read_checkpoint(tiny_checkpoint / "model.pth")
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "long"))
+    write_checkpoint(folder / "model.pth", replace(config, block_size=8192), state_dict)
+    file = tmp_path / "run.json"
+    for keys, prompt in ((b"x" * 5003, b"x" * 5003), (b"ac\x1b[Db", b"abc")):
+        options = ("--interactive", "--max_seq_length", 8192, "--max_new_tokens", 1, "--json", file)
+        typed(command(folder, *options), keys)
+        ids = json.loads(file.read_text())["samples"][0]["prompt_ids"]
+        assert ids == load_tokenizer(folder).encode(prompt.decode())
+
+
+def test_ctrl_c_leaves_what_there_is(tiny_checkpoint, tmp_path):
+    arguments = command(tiny_checkpoint, "--prompt", "abc", "--num_samples", 10**6, "--json", tmp_path / "run.json")
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        running.stdout.readline()  # the first answer is complete
+        running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        running.communicate()
+    assert running.returncode == 130 and [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    data = json.loads((tmp_path / "run.json").read_text())
+    assert data["samples"][0]["stop_reason"] == "length" and len(data["samples"]) - len(data["runs"]) in (0, 1)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -402,6 +559,59 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(refused, folder, da
     damage(folder / "model.pth")
     (line,) = refused(folder=folder).splitlines()
     assert line.startswith(f"error: {folder / 'model.pth'} {sentence}")
+
+
+def failed(capsys, folder, *arguments) -> tuple[int, str]:
+    """The exit code of a run, and what it wrote to stderr."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", command(folder, *arguments))
+        runpy.run_path(generate.__file__, run_name="__main__")
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--reference"], ["--prompt_lookup"], GREEDY, ["--top_p", "0.5"]])
+@pytest.mark.parametrize(
+    ("scale", "precision", "cause"),
+    [
+        (3e3, "float16", "float16 ends at 65,504; give --precision"),
+        (float("nan"), "float32", "weight layers.0"),
+    ],
+)
+def test_logits_that_are_not_finite_end_the_run(capsys, folder, tmp_path, options, scale, precision, cause):
+    config, state_dict = read_checkpoint(folder / "model.pth")
+    state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
+    for name, factor in (("gate", scale), ("up", scale), ("down", scale**-2)):
+        state_dict[f"transformer.h.0.mlp.{name}_proj.weight"] *= factor
+    write_checkpoint(folder / "model.pth", config, state_dict)
+    if "--reference" in options:
+        cause = cause.replace("layers.0", "transformer.h.0")
+    options = ["--prompt", "abc", *options, "--precision", precision, "--json", tmp_path / "run.json"]
+    code, told = failed(capsys, folder, *options)
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert code == 1 and line.startswith("error: the logits are not finite") and cause in line
+    assert not (tmp_path / "run.json").exists()  # not even the warm-up went well
+
+
+def test_a_draft_whose_logits_are_not_finite_ends_the_run(capsys, folder, tiny_checkpoint):
+    config, state_dict = read_checkpoint(folder / "model.pth")
+    nan = {name: tensor * float("nan") for name, tensor in state_dict.items()}
+    write_checkpoint(folder / "draft.pth", config, nan)
+    code, told = failed(capsys, folder, "--prompt", "abc", "--draft_checkpoint_path", folder / "draft.pth")
+    assert code == 1 and "the logits are not finite" in told
+
+
+def test_too_large_a_batch_is_refused_in_one_line(refused):
+    (line,) = refused("--prompt", "abc", "--batch_size", 10**7).splitlines()
+    assert line.startswith("error: there is not enough memory on this device; take a smaller --batch_size")
+
+
+def test_a_missing_compiler_is_an_error_in_one_line(tiny_checkpoint, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = os.environ | {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("CXX", None)
+    arguments = command(tiny_checkpoint, "--prompt", "abc", "--compile")
+    end = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
+    assert end.returncode == 2 and end.stderr.splitlines()[-1].startswith(b"error: --compile needs a C++ compiler")
 
 
 def no_tokenizer(folder):
@@ -481,6 +691,8 @@ def test_a_setting_that_cannot_be_is_refused_in_one_line(refused, arguments, sen
         ["--max_seq_length", "0"],
         ["--precision", "int3"],
         ["--temperature", "warm"],
+        ["--seed", str(2**64)],
+        ["--batch_size", str(10**30)],
         ["--stop"],
         ["--no_such_option"],
     ],

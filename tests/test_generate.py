@@ -306,6 +306,10 @@ class Words:
 
     pieces = (b"", b" Once", b" upon", b" a", b" time", b"\xc3", b"\xa9", b"ly")
     drops_first_space = True
+    special_ids = {0}
+
+    def token_id(self, piece):
+        return 0 if piece == "<end>" else None
 
     def token_bytes(self, id):
         return self.pieces[id]

@@ -114,6 +114,22 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
     assert 0 < len(waits) <= len(compiled.rounds), waits[:3]
 
 
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("way", [[], ["--kv_cache", "int8"], ["--compile", "--prompt_lookup"], ["--compile", "draft"]])
+@pytest.mark.parametrize("family", ["llama-3.1", "mixtral"])
+def test_a_session_builds_no_kernel_after_its_start(run, folder, mode, way, family):
+    torch.compiler.reset()
+    config = replace(FAMILIES[family], block_size=1024, vocab_size=260, head_dim=32)
+    write_checkpoint(folder / "model.pth", config, random_weights(config))
+    draft = ["--draft_checkpoint_path", folder / "model.pth"]
+    options = [part for option in way for part in (draft if option == "draft" else [option])]
+    options += ["--speculate_k", "auto"] if "--compile" in way else []
+    options += ["--quantize", mode] if mode else []
+    lines = "".join("x" * length + "\n" for length in (5, 20, 1, 64, 16, 3, 100, 33, 7, 150, 32, 48, 2))
+    result = run("--device", "cuda", "--interactive", "--ignore_eos", *options, folder=folder, stdin=lines)
+    assert [figures["compilations"] for figures in result.runs] == [0] * 13, result.stderr
+
+
 def close(y, expected, dtype, times=1):
     return (y - expected).norm() <= times * (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
