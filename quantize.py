@@ -405,6 +405,9 @@ def main(
 
     if (mode == "int4-gptq") != (calibration is not None) or calibration_tokens < 1:
         raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
+    label = mode if mode == "int8" else f"{mode}_g{group_size}"
+    out = out_path or checkpoint_path.with_name(f"{checkpoint_path.stem}_{label}.pth")
+    checkpoint.check_target(out)
     config, state_dict = checkpoint.read_checkpoint(checkpoint_path)
     if calibration:
         from generate import check_device, default_device, find_tokenizer
@@ -417,8 +420,6 @@ def main(
         state_dict = gptq_weights(config, state_dict, group_size, ids, device)
     else:
         config, state_dict = checkpoint.quantize_model(config, state_dict, mode, group_size)
-    label = mode if mode == "int8" else f"{mode}_g{group_size}"
-    out = out_path or checkpoint_path.with_name(f"{checkpoint_path.stem}_{label}.pth")
     checkpoint.write_checkpoint(out, config, state_dict, method="gptq" if calibration else "nearest")
     print(f"wrote {out}: {checkpoint_path.stat().st_size / 1e6:.0f} MB became {out.stat().st_size / 1e6:.0f} MB")
 

@@ -22,6 +22,7 @@ Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 import gc
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
@@ -235,8 +236,10 @@ def explain(error: Exception) -> tuple[int, str | None]:
         return 1, str(error)
     told = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
+        tried = re.search(r"ried to allocate ([\d.]+ \w+)", told)
+        asked = f" for {tried[1]} more" if tried else ""
         advice = "a smaller --batch_size or --length, fewer slots, --quantize, or a smaller model"
-        return 2, f"there is not enough memory on this device; take {advice} ({told.splitlines()[0] if told else ''})"
+        return 2, f"there is not enough memory on this device{asked}; take {advice}"
     if "No working C++ compiler" in told or "Failed to find C compiler" in told:
         return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
     if "Python.h: No such file" in told:

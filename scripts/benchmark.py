@@ -66,6 +66,7 @@ from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import (
     DTYPES,
     build_model,
+    check_target,
     describe_quantization,
     quantize_model,
     read_checkpoint,
@@ -782,7 +783,10 @@ def main(
     if suite == "plot":
         if not json_path or not png:
             raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
+        check_target(png)
         return plot(json_path, png)
+    if json_path:
+        check_target(json_path)
     rank, ranks = tp.rank_and_count()
     if ranks > 1 and (suite != "decode" or checkpoint_path or hf):
         raise ValueError("under torchrun there is the suite decode of a --shape; run the others without it")
