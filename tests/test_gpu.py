@@ -232,9 +232,11 @@ def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, 
         x = torch.randn(1, tokens, config.dim, device="cuda", dtype=dtype)
         with torch.no_grad():
             y = mlp(x)
+            logits = mlp.router(x).float().sort(descending=True).values
         with torch.enable_grad():
             expected = mlp(x)
-        assert close(y, expected, dtype, times=2), tokens
+        clear = logits[..., used - 1] - logits[..., used] > 0.05  # else rounding can choose another expert
+        assert close(y[clear], expected[clear], dtype, times=2), tokens
 
 
 def test_a_mixture_of_experts_has_gradients_under_autocast():
