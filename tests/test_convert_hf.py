@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import transformers  # noqa: E402
 
 import convert_hf_checkpoint as convert_hf  # noqa: E402
-from checkpoint import build_model, read_checkpoint  # noqa: E402
+from checkpoint import build_model, quantize_model, read_checkpoint  # noqa: E402
 from model import GPTConfig  # noqa: E402
 
 SCRIPT = Path(convert_hf.__file__)
@@ -769,6 +769,25 @@ def test_a_checkpoint_with_them_is_refused_too(tiny_checkpoint, tmp_path, form):
     with pytest.raises(ValueError) as caught:
         read_checkpoint(tmp_path / "model.pth")
     assert f"{name} in {tmp_path / 'model.pth'} {said}; it must be float32 or" in str(caught.value)
+
+
+def test_a_checkpoint_of_too_few_numbers_or_other_integers_is_refused(tiny_checkpoint, tmp_path):
+    content, path = torch.load(tiny_checkpoint / "model.pth"), tmp_path / "model.pth"
+    config, state_dict = quantize_model(*read_checkpoint(tiny_checkpoint / "model.pth"), "int8", 4)
+    name = "transformer.h.1.mlp.down_proj.weight"
+    wrong = [
+        ({"config": content["config"] | {"n_layer": 10**9}}, "numbers, where its config asks for at least"),
+        ({"state_dict": {1: torch.ones(1)}}, "not one of tensors"),
+        (
+            {"config": vars(config), "state_dict": state_dict | {name: state_dict[name].short()}},
+            f"{name} in {path} is int16; it must be int8",
+        ),
+    ]
+    for entries, said in wrong:
+        torch.save(content | entries, path)
+        with pytest.raises(ValueError) as caught:
+            read_checkpoint(path)
+        assert said in str(caught.value)
 
 
 def test_a_tied_head_and_all_weights_are_looked_at(copy_of):
