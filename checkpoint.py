@@ -32,6 +32,7 @@ from quantize import Int4Linear, dequantize_weights, quantize_weights, swap_line
 from tp import shard
 
 FORMAT_VERSION = 1
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # of weights; those in int8 or int4 have scales
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -197,7 +198,7 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a config that this code does not know: {error}; convert it again") from error
     state_dict = content["state_dict"]
-    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+    if not is_state_dict(state_dict):
         raise ValueError(f"{path} has a state dict that is not one of tensors; convert the model again")
     state_dict = strip_prefixes(state_dict)
     _check_fit(state_dict, config, path)
@@ -254,7 +255,34 @@ def shapes_of(config: GPTConfig) -> dict:
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
+def is_state_dict(content) -> bool:
+    """Whether this is named tensors, of whatever dtype."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    )
+
+
+def check_size(config: GPTConfig, numbers: int, path) -> None:
+    """Raises ValueError if the config asks for more weights than there are numbers: building it may never end."""
+    table = config.vocab_size + (config.block_size if config.rope_base is None else 0)
+    layer = config.n_head * config.head_dim + max(config.n_expert, 1) * config.hidden_dim
+    least = config.dim * (table + config.n_layer * layer)  # with one matrix of each attention and feed-forward
+    if least > numbers:
+        count = f"at least {least:,}" if least < 10**15 else "far more"
+        raise ValueError(f"the weights in {path} are {numbers:,} numbers, where its config asks for {count}")
+
+
+def check_dtype(tensor, where: str, dtypes=FLOATS) -> None:
+    """Raises ValueError, with `where` as its first words, if these are no numbers of one of the dtypes."""
+    form = f"{tensor.layout} {tensor.dtype}".replace("torch.", "").replace("strided ", "")
+    form = "nested " * tensor.is_nested + form + " without values (on the device meta)" * tensor.is_meta
+    if form not in [str(dtype).removeprefix("torch.") for dtype in dtypes]:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{where} is {form}; it must be {known}")
+
+
 def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
+    check_size(config, 2 * sum(tensor.numel() for tensor in state_dict.values()), path)  # int4: two in a byte
     with torch.device("meta"):
         model = GPT(config)
         swap_linears(model, state_dict)
@@ -264,6 +292,8 @@ def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
             raise ValueError(f"{path} lacks the tensor {name}")
         if name not in expected:
             raise ValueError(f"{path} has the tensor {name}, for which the model has no place")
+        dtype = expected[name].dtype
+        check_dtype(state_dict[name], f"{name} in {path}", FLOATS if dtype.is_floating_point else [dtype])
         if state_dict[name].shape != expected[name].shape:
             shapes = f"{list(state_dict[name].shape)}, where its config asks for {list(expected[name].shape)}"
             raise ValueError(f"{path} has {name} in the shape {shapes}")

@@ -18,7 +18,9 @@ beside it.
 
 import argparse
 import json
+import math
 import pickle
+import re
 import reprlib
 import struct
 import zipfile
@@ -30,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import tp
-from checkpoint import strip_prefixes, write_checkpoint
+from checkpoint import check_dtype, check_size, check_target, is_state_dict, strip_prefixes, write_checkpoint
 from model import GPT, GPTConfig
 
 # Architecture: model type, and what it says of GPTConfig without a field of config.json.
@@ -206,11 +208,18 @@ DROPPED = {
 
 
 def positive(name: str, value, kind: type):
-    """`value`, if it is a number above 0 and, for `kind` int, a whole one."""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
-        what = "whole number" if kind is int else "number"
-        raise ValueError(f"config.json has {name} = {value!r}; it must be a {what} above 0")
+    """`value`, if it is a number above 0 that float32 has or, for `kind` int, a whole one that int32 has."""
+    limit, what = (2**31, "whole number") if kind is int else (torch.finfo(torch.float32).max, "number")
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < limit:
+        told = f"{name} = {reprlib.repr(value)}"
+        raise ValueError(f"config.json has {told}; it must be a {what} above 0 and below {limit}")
     return value
+
+
+def switch(name: str, value) -> bool:
+    if value not in (None, False, True):
+        raise ValueError(f"config.json has {name} = {reprlib.repr(value)}; it must be true or false")
+    return bool(value)
 
 
 def refuse_unknown(fields: dict, known) -> None:
@@ -219,19 +228,24 @@ def refuse_unknown(fields: dict, known) -> None:
     for name, value in fields.items():
         if name in FIXED:
             if value is not None and value != FIXED[name]:
-                raise ValueError(f"config.json has {name} = {value!r}, and only {FIXED[name]} is implemented; {advice}")
+                told = f"{name} = {reprlib.repr(value)}"
+                raise ValueError(f"config.json has {told}, and only {FIXED[name]} is implemented; {advice}")
         elif value and name not in known:
-            raise ValueError(f"config.json has {name} = {reprlib.repr(value)}, which is not implemented; {advice}")
+            told = f"{name if name.isprintable() else reprlib.repr(name)} = {reprlib.repr(value)}"
+            raise ValueError(f"config.json has {told}, which is not implemented; {advice}")
 
 
 def model_type_of(config: dict) -> str:
-    named, given = config.get("architectures"), config.get("model_type")
+    named, given = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"config.json has architectures = {reprlib.repr(named)}; it must be a list of names")
     found = ARCHITECTURES.get(named[0], [None])[0] if named else given
-    if found not in DEFAULTS:
-        what = f"the architecture {named[0]}" if named else f"no architectures, and model_type = {given!r}"
+    if found not in list(DEFAULTS):  # whatever its type
+        what = f"the architecture {named[0]}" if named else f"no architectures, and model_type = {reprlib.repr(given)}"
         raise ValueError(f"config.json has {what}; implemented are {', '.join(ARCHITECTURES)}")
     if given not in (None, found):
-        raise ValueError(f"config.json has the architecture {named[0]} but model_type = {given!r}; correct one of them")
+        told = f"the architecture {named[0]} but model_type = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {told}; correct one of them")
     return found
 
 
@@ -241,12 +255,13 @@ def rope_of(field: dict) -> tuple[float, dict | None]:
         raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
     rope = field["rope_scaling"] or field["rope_parameters"] or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"config.json has {rope!r} as its rope_scaling or rope_parameters; it must be an object")
+        told = reprlib.repr(rope)
+        raise ValueError(f"config.json has {told} as its rope_scaling or rope_parameters; it must be an object")
     context = {"original_max_position_embeddings": field["max_position_embeddings"]}
-    kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name)} or {"default"}  # "type" is the older name
-    kind = kinds.pop()
-    if kinds or kind not in ROPE_NUMBERS:
-        told = ", ".join(f"{name} = {rope[name]!r}" for name in ("rope_type", "type") if name in rope)
+    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
+    kind = kinds[0]
+    if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
+        told = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
         raise ValueError(f"config.json has the rotary embedding {told}; implemented are {', '.join(ROPE_NUMBERS)}")
     refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind]))
     rope = {"rope_theta": field["rope_theta"]} | context | rope
@@ -254,12 +269,23 @@ def rope_of(field: dict) -> tuple[float, dict | None]:
     return float(positive("rope_theta", rope["rope_theta"], float)), scaling or None
 
 
-def window_of(field: dict) -> int | None:
+def window_of(field: dict, model_type: str) -> int | None:
     """GPTConfig's sliding_window. Raises ValueError if some layers have a window and others none."""
-    layers = field["num_hidden_layers"]
-    window = field.get("sliding_window") if field.get("use_sliding_window", True) else None
-    full = layers if window is None else min(layers, field.get("max_window_layers") or 0)  # the first ones have none
-    kinds = set(field.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full))
+    layers, of_each = field["num_hidden_layers"], field.get("layer_types") or None
+    used = switch("use_sliding_window", field.get("use_sliding_window", True))
+    window = field.get("sliding_window") if used else None
+    full = layers if window is None else 0  # the first ones have none
+    if window is not None and model_type in ("qwen2", "qwen3"):  # transformers' Qwen3-MoE has no such field
+        full = field["max_window_layers"]
+        if full != 0:
+            positive("max_window_layers", full, int)
+    kinds = {"full_attention"} if full else set()
+    if full < layers:
+        kinds.add("sliding_attention")
+    if of_each is not None:  # it counts more; Qwen3-MoE does not have it either, but its cache looks at it
+        fits = isinstance(of_each, list) and len(of_each) == layers
+        given = {kind if isinstance(kind, str) else None for kind in of_each} if fits else None
+        kinds = given if given == kinds or model_type != "qwen3_moe" else None
     if kinds == {"full_attention"}:
         return None
     if kinds == {"sliding_attention"} and window is not None:
@@ -282,22 +308,22 @@ def config_from_hf(config: dict) -> GPTConfig:
 
     gpt2 = model_type == "gpt2"
     eps, activation = ("layer_norm_epsilon", "activation_function") if gpt2 else ("rms_norm_eps", "hidden_act")
-    if field[activation] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"config.json has {activation} = {field[activation]!r}; implemented are {known}")
+    if field[activation] not in list(ACTIVATIONS):  # whatever its type
+        told = f"{activation} = {reprlib.repr(field[activation])}"
+        raise ValueError(f"config.json has {told}; implemented are {', '.join(ACTIVATIONS)}")
     values = {
         "norm_eps": positive(eps, field[eps], float),
         "activation": ACTIVATIONS[field[activation]],
-        "qkv_bias": bool(field.get("attention_bias")),
-        "o_bias": bool(field.get("attention_bias")),
-        "mlp_bias": bool(field.get("mlp_bias")),
-        "tie_embeddings": bool(field["tie_word_embeddings"]),
+        "qkv_bias": switch("attention_bias", field.get("attention_bias")),
+        "o_bias": switch("attention_bias", field.get("attention_bias")),
+        "mlp_bias": switch("mlp_bias", field.get("mlp_bias")),
+        "tie_embeddings": switch("tie_word_embeddings", field["tie_word_embeddings"]),
     }
     if "norm_topk_prob" in field:
-        values["norm_topk_prob"] = bool(field["norm_topk_prob"])
+        values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:
         values["rope_base"], values["rope_scaling"] = rope_of(field)
-        values["sliding_window"] = window_of(field)
+        values["sliding_window"] = window_of(field, model_type)
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes, **values | implied)
 
@@ -307,7 +333,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; give the folder of a downloaded model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
@@ -337,31 +363,46 @@ DAMAGE = (SafetensorError, RuntimeError, ValueError, EOFError, LookupError, stru
 
 
 def open_weights(file: Path):
-    """(names, read): the tensors in one file, and the function that maps one by its name. Nothing is read yet."""
+    """({name: how many numbers}, the function that maps a tensor by its name), of one file. Nothing is read yet."""
+
+    def read(name):
+        try:
+            return opened.get_tensor(name) if file.suffix == ".safetensors" else opened[name]
+        except SafetensorError as error:  # a dtype that torch does not have
+            raise ValueError(f"{name} in {file} cannot be read ({error}); choose other weights") from error
+
     try:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
-            return list(opened.keys()), opened.get_tensor
+            return {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}, read
         # Before torch 1.6 .bin files were no zip archives; those cannot be mapped.
         opened = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except DAMAGE as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's word for a class that is not loaded
+        if foreign:
+            what = f"holds {foreign[1]}, and only tensors are read"
+            raise ValueError(f"{file} {what}; save the weights as tensors, best as model.safetensors") from error
         raise ValueError(f"{file} is not a whole file of weights; download it again") from error
-    if not isinstance(opened, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in opened.values()):
+    if not is_state_dict(opened):
         raise ValueError(f"{file} holds something else than named tensors; give a model's state dict")
-    return list(opened), opened.__getitem__
+    return {name: tensor.numel() for name, tensor in opened.items()}, read
 
 
-def find_tensors(files: list[Path], prefix: str) -> dict:
-    """{name in the weight map: (file, name in the file)}. Files of a base model lack the prefix, and get it here."""
-    found = {}
+def find_tensors(files: list[Path], prefix: str) -> tuple[dict, int]:
+    """({name in the weight map: (file, name in the file)}, how many numbers they are).
+
+    Files of a base model lack the prefix, and get it here.
+    """
+    found, numbers = {}, 0
     for file in files:
-        names, _ = open_weights(file)
-        for short, name in strip_prefixes({name: name for name in names}).items():
+        sizes, _ = open_weights(file)
+        numbers += sum(sizes.values())
+        for short, name in strip_prefixes({name: name for name in sizes}).items():
             full = short if short.startswith((prefix, "lm_head.")) else prefix + short
             if full in found:
                 raise ValueError(f"{found[full][0]} has {found[full][1]} and {file} has {name}, the same tensor twice")
             found[full] = file, name
-    return found
+    return found, numbers
 
 
 def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
@@ -403,6 +444,7 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
 
 def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str) -> dict:
     """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
+    check_dtype(tensor, where)
     rows = [expected[name].shape[0] for name in targets]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
     turned = ""
@@ -423,9 +465,12 @@ def convert(checkpoint_dir) -> Path:
     hf_config = read_json(directory / "config.json")
     config = config_from_hf(hf_config)
     model_type = model_type_of(hf_config)
+    path = directory / "model.pth"
+    check_target(path)
     prefix, rows = ("transformer.", GPT2_WEIGHTS) if model_type == "gpt2" else ("model.", LLAMA_WEIGHTS)
     files = weight_files(directory)
-    found = find_tensors(files, prefix)
+    found, numbers = find_tensors(files, prefix)
+    check_size(config, numbers, directory)
     stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
     if config.n_expert:
         rows += STACKED_MLP if stacked else {"mixtral": MIXTRAL_MLP, "qwen3_moe": QWEN3_MOE_MLP}[model_type]
@@ -446,11 +491,12 @@ def convert(checkpoint_dir) -> Path:
                 bar.update()
     if config.tie_embeddings and "lm_head.weight" in found:
         file, name = found["lm_head.weight"]
-        if not torch.equal(open_weights(file)[1](name), state_dict["transformer.wte.weight"]):
+        head = open_weights(file)[1](name)
+        check_dtype(head, f"{name} in {file}")
+        if not torch.equal(head, state_dict["transformer.wte.weight"]):
             raise ValueError(
                 f"{name} in {file} is not the embedding, though config.json ties them; set tie_word_embeddings to false"
             )
-    path = directory / "model.pth"
     write_checkpoint(path, config, state_dict)
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} parameters made"

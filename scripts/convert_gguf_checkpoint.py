@@ -16,12 +16,14 @@ tokenizers`.
 
 import argparse
 import json
+import math
+import reprlib
 from pathlib import Path
 
 import torch
 
 import tp
-from checkpoint import write_checkpoint
+from checkpoint import check_size, check_target, write_checkpoint
 from model import GPT, GPTConfig
 
 # GGUF's tensors and ours. Which of them a model has follows from its config.
@@ -57,23 +59,33 @@ class Metadata:
 
     def __init__(self, fields: dict, path):
         # These describe the file, not what the model computes.
-        about = ("GGUF.", "general.", "quantize.")
+        about = ("GGUF.", "general.", "quantize.", "split.")
         self.left = {key: value for key, value in fields.items() if not key.startswith(about)}
         self.path = path
 
-    def take(self, key: str, default=REQUIRED):
-        if key not in self.left and default is REQUIRED:
-            raise ValueError(f"{self.path} lacks {key}")
-        return self.left.pop(key, default)
+    def take(self, key: str, kind, default=REQUIRED):
+        """The value, if it is of the type `kind`, or a list of items of the type in [kind]; floats are above 0."""
+        if key not in self.left:
+            if default is REQUIRED:
+                raise ValueError(f"{self.path} lacks {key}")
+            return default
+        value = self.left.pop(key)
+        items, item_kind = (value, kind[0]) if isinstance(kind, list) else ([value], kind)
+        right = isinstance(items, list) and all(type(item) is item_kind for item in items)
+        if not right or (item_kind is float and not all(0 < item < math.inf for item in items)):
+            what = {float: "a number above 0", int: "a whole number", str: "a text", bool: "true or false"}[item_kind]
+            what = f"a list, each {what}" if isinstance(kind, list) else what
+            raise ValueError(f"{self.path} has {key} = {reprlib.repr(value)}; it must be {what}")
+        return value
 
     def expect(self, key: str, supported, default):
-        value = self.take(key, default)
+        value = self.left.pop(key, default)
         if value != supported:
-            raise ValueError(f"{self.path} has {key} = {value!r}, only {supported!r} is supported")
+            raise ValueError(f"{self.path} has {key} = {reprlib.repr(value)}, only {supported!r} is supported")
 
     def finish(self):
         if self.left:
-            raise ValueError(f"{self.path} has {', '.join(self.left)}, which this converter does not know")
+            raise ValueError(f"{self.path} has {', '.join(map(repr, self.left))}, which this converter does not know")
 
 
 def read_gguf(path) -> tuple[dict, dict]:
@@ -85,34 +97,44 @@ def read_gguf(path) -> tuple[dict, dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
+    with open(path, "rb") as file:
+        magic, version = file.read(4), int.from_bytes(file.read(4), "little")
+    if magic == b"GGUF" and version and not version & 0xFFFF:  # the package reads it, but swaps no block of weights
+        raise ValueError(f"{path} is big-endian; turn it with gguf-convert-endian, of the gguf package")
+    if magic == b"GGUF" and version == 1:
+        raise ValueError(f"{path} is of GGUF's version 1; take a newer file, or make one with llama.cpp")
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole GGUF file, download it again ({error})") from error
+    if fields.get("split.count", 1) != 1:
+        parts = reprlib.repr(fields["split.count"])
+        raise ValueError(f"{path} is one of {parts} parts; put them together with llama.cpp's llama-gguf-split --merge")
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def read_config(metadata: Metadata, tensors: dict) -> GPTConfig:
     take, expect = metadata.take, metadata.expect
-    n_head, dim = take("llama.attention.head_count"), take("llama.embedding_length")
-    head_dim = take("llama.attention.key_length", dim // n_head)
+    n_head, dim = take("llama.attention.head_count", int), take("llama.embedding_length", int)
+    head_dim = take("llama.attention.key_length", int, dim // max(n_head, 1))  # GPTConfig refuses 0
     expect("llama.attention.value_length", head_dim, head_dim)
     expect("llama.rope.dimension_count", head_dim, head_dim)
     expect("llama.rope.scaling.type", "none", "none")
     expect("llama.expert_count", 0, 0)
     expect("llama.expert_used_count", 0, 0)
+    tokens = metadata.left.get("tokenizer.ggml.tokens")
     return GPTConfig(
-        block_size=take("llama.context_length"),
-        vocab_size=take("llama.vocab_size", len(metadata.left.get("tokenizer.ggml.tokens", []))),
-        n_layer=take("llama.block_count"),
+        block_size=take("llama.context_length", int),
+        vocab_size=take("llama.vocab_size", int, len(tokens) if isinstance(tokens, list) else 0),
+        n_layer=take("llama.block_count", int),
         n_head=n_head,
-        n_kv_head=take("llama.attention.head_count_kv", n_head),
+        n_kv_head=take("llama.attention.head_count_kv", int, n_head),
         head_dim=head_dim,
         dim=dim,
-        hidden_dim=take("llama.feed_forward_length"),
-        norm_eps=take("llama.attention.layer_norm_rms_epsilon"),
-        rope_base=take("llama.rope.freq_base", 10000.0),
+        hidden_dim=take("llama.feed_forward_length", int),
+        norm_eps=take("llama.attention.layer_norm_rms_epsilon", float),
+        rope_base=take("llama.rope.freq_base", float, 10000.0),
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_down.bias" in tensors,
@@ -130,6 +152,7 @@ def convert_weights(tensors: dict, config: GPTConfig, path) -> dict:
     """GGUF tensors to a float32 state dict for GPT. Raises ValueError if they are not exactly the model's."""
     import gguf
 
+    check_size(config, sum(tensor.n_elements for tensor in tensors.values()), path)
     with torch.device("meta"):
         expected = GPT(config).state_dict()
     names = {ours.format(i): theirs.format(i) for theirs, ours in TENSORS.items() for i in range(config.n_layer)}
@@ -149,7 +172,7 @@ def convert_weights(tensors: dict, config: GPTConfig, path) -> dict:
         is_rotated = ".q_proj." in name or ".k_proj." in name
         state_dict[name] = unpermute(weight, config.head_dim) if is_rotated else weight
     if left:
-        raise ValueError(f"{path} has {', '.join(left)}, for which the model has no place")
+        raise ValueError(f"{path} has {', '.join(map(repr, left))}, for which the model has no place")
     return state_dict
 
 
@@ -162,8 +185,8 @@ def convert_tokenizer(metadata: Metadata) -> dict[str, str]:
     expect("tokenizer.ggml.pre", "smollm", None)
     expect("tokenizer.ggml.add_eos_token", False, False)
     expect("tokenizer.ggml.add_space_prefix", False, False)
-    tokens, merges = take("tokenizer.ggml.tokens"), take("tokenizer.ggml.merges")
-    types = take("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    tokens, merges = take("tokenizer.ggml.tokens", [str]), take("tokenizer.ggml.merges", [str])
+    types = take("tokenizer.ggml.token_type", [int], [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ValueError(f"{metadata.path} has {len(tokens)} tokens and {len(types)} token types")
 
@@ -171,7 +194,8 @@ def convert_tokenizer(metadata: Metadata) -> dict[str, str]:
     try:
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{metadata.path} has tokens and merges that do not fit: {error}") from error
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{metadata.path} has tokens and merges that do not fit: {told}") from error
     # Each digit is a token. The second step is GPT-2's own pattern, which would keep numbers together.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -181,11 +205,11 @@ def convert_tokenizer(metadata: Metadata) -> dict[str, str]:
         if kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
 
-    named = {name: take(f"tokenizer.ggml.{key}_token_id", None) for name, key in SPECIAL_TOKENS.items()}
+    named = {name: take(f"tokenizer.ggml.{key}_token_id", int, None) for name, key in SPECIAL_TOKENS.items()}
     for name, id in named.items():
-        if id is not None and id >= len(tokens):
+        if id is not None and not 0 <= id < len(tokens):
             raise ValueError(f"{metadata.path} names {id} as {name} and has only {len(tokens)} tokens")
-    if take("tokenizer.ggml.add_bos_token", False):
+    if take("tokenizer.ggml.add_bos_token", bool, False):
         if named["bos_token"] is None:
             raise ValueError(f"{metadata.path} asks for a BOS token and lacks tokenizer.ggml.bos_token_id")
         bos = tokens[named["bos_token"]]
@@ -194,7 +218,7 @@ def convert_tokenizer(metadata: Metadata) -> dict[str, str]:
         )
     config = {name: tokens[id] for name, id in named.items() if id is not None}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    template = take("tokenizer.chat_template", None)
+    template = take("tokenizer.chat_template", str, None)
     if template is not None:
         config["chat_template"] = template
     generation = {f"{name}_id": named[name] for name in ("bos_token", "eos_token") if named[name] is not None}
@@ -211,13 +235,15 @@ def convert(gguf_file, out_dir) -> Path:
     metadata = Metadata(fields, gguf_file)
     if fields.get("general.architecture") != "llama":
         architecture = fields.get("general.architecture")
-        raise ValueError(f"{gguf_file} has general.architecture = {architecture!r}, only 'llama' is supported")
+        told = f"general.architecture = {reprlib.repr(architecture)}"
+        raise ValueError(f"{gguf_file} has {told}, only 'llama' is supported")
+    out = Path(out_dir) / "model.pth"
+    check_target(out)
     config = read_config(metadata, tensors)
     files = convert_tokenizer(metadata)
     metadata.finish()
     state_dict = convert_weights(tensors, config, gguf_file)
 
-    out = Path(out_dir) / "model.pth"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     for name, text in files.items():

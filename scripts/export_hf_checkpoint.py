@@ -18,6 +18,7 @@ tokenizer.py on the path, and `pip install huggingface_hub numpy safetensors tqd
 import argparse
 import json
 import os
+import reprlib
 import shutil
 from dataclasses import asdict
 from functools import reduce
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 
 import convert_hf_checkpoint as convert
 import tp
-from checkpoint import describe_quantization, read_checkpoint
+from checkpoint import check_target, describe_quantization, read_checkpoint
 from model import GPTConfig
 from tokenizer import FILES
 
@@ -122,6 +123,12 @@ def export(checkpoint_path, out_dir) -> str:
     for name in ("config.json", "generation_config.json"):  # of the original, if it is still there
         if (path.parent / name).is_file():
             found |= convert.read_json(path.parent / name)
+    for name in ("bos_token_id", "eos_token_id"):
+        ids, several = found.get(name), name == "eos_token_id"
+        listed = ids if several and isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(id) is int for id in listed):
+            what = "an id or a list of ids" if several else "an id"
+            raise ValueError(f"the JSON files in {path.parent} have {name} = {reprlib.repr(ids)}; it must be {what}")
     # Written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
     fields |= {name: found.get(name) for name in ("bos_token_id", "eos_token_id")} | {"torch_dtype": dtype}
     rows = convert.GPT2_WEIGHTS if model_type == "gpt2" else convert.LLAMA_WEIGHTS
@@ -129,6 +136,7 @@ def export(checkpoint_path, out_dir) -> str:
     plan = convert.weight_plan(rows, config, state_dict)
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    check_target(temporary)
     temporary.mkdir(parents=True)
     try:
         count = write_weights(temporary, plan, state_dict)

@@ -7,8 +7,10 @@ and its greedy tokens. All parameters are random: a bias of zero or a norm of on
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import transformers  # noqa: E402
 
 import convert_hf_checkpoint as convert_hf  # noqa: E402
-from checkpoint import build_model, read_checkpoint  # noqa: E402
+from checkpoint import build_model, quantize_model, read_checkpoint  # noqa: E402
+from model import GPTConfig  # noqa: E402
 
 SCRIPT = Path(convert_hf.__file__)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -46,15 +49,30 @@ MODELS = {
     "mistral window": ("Mistral", ROTARY | {"sliding_window": 7}),
     "qwen2": ("Qwen2", ROTARY | {"tie_word_embeddings": True, "sliding_window": 9}),
     "qwen2 window": ("Qwen2", ROTARY | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    "qwen3 window": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
     "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral window": ("Mixtral", ROTARY | {"num_local_experts": 3, "sliding_window": 7}),
     "qwen3 moe": ("Qwen3Moe", ROTARY | EXPERTS | {"norm_topk_prob": True}),
     "qwen3 moe unnormalized": ("Qwen3Moe", ROTARY | EXPERTS | {"tie_word_embeddings": True}),
+    "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
+
+
+def random_model(family, fields):
+    """Transformers' model in float32, all its parameters random."""
+    config = getattr(transformers, f"{family}Config")(**fields)
+    architecture = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    config._attn_implementation = "eager"
+    model = getattr(transformers, architecture)(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and key.endswith("weight")
+            parameter.normal_(mean=float(norm), std=0.3)  # larger: float32's own noise nears 1e-4
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -63,17 +81,8 @@ def saved(tmp_path_factory):
 
     @cache
     def save(name):
-        family, fields = MODELS[name]
         torch.manual_seed(len(name))
-        config = getattr(transformers, f"{family}Config")(**fields)
-        architecture = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-        config._attn_implementation = "eager"
-        model = getattr(transformers, architecture)(config).eval()
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                norm = parameter.ndim == 1 and key.endswith("weight")
-                parameter.normal_(mean=float(norm), std=0.3)  # larger: float32's own noise nears 1e-4
-        folder = tmp_path_factory.mktemp("saved")
+        model, folder = random_model(*MODELS[name]), tmp_path_factory.mktemp("saved")
         model.save_pretrained(folder)
         return model, folder
 
@@ -167,7 +176,7 @@ def test_both_twins_are_the_transformers_model(saved, name):
 
 
 @pytest.mark.parametrize("name", ["llama 3.1", "qwen3 biased", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_is_kept(copy_of, saved, name, dtype):
     folder = copy_of(name)
     reweigh(folder, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
@@ -177,6 +186,54 @@ def test_dtype_is_kept(copy_of, saved, name, dtype):
     assert {tensor.dtype for tensor in state_dict.values()} == {dtype}
     assert all(tensor.is_contiguous() for tensor in state_dict.values())
     compare(model, config, state_dict, steps=16)
+
+
+# Every way that a family's config can name a window, and the layers that have it in transformers.
+USE = {"use_sliding_window": True, "sliding_window": 7}
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = [
+    ("Llama", {"sliding_window": 7}, "refused"),
+    ("GPT2", {"sliding_window": 7}, "refused"),
+    ("Mistral", {"sliding_window": 7}, 7),
+    ("Mistral", {"sliding_window": None}, None),
+    ("Mistral", {"sliding_window": 7, "layer_types": [FULL] * 2}, "refused"),
+    ("Mixtral", {"sliding_window": 7}, 7),
+    ("Mixtral", {}, None),
+    ("Qwen3Moe", USE, 7),
+    ("Qwen3Moe", USE | {"max_window_layers": 28}, 7),
+    ("Qwen3Moe", USE | {"max_window_layers": 1}, 7),
+    ("Qwen3Moe", USE | {"layer_types": [SLIDING] * 2}, 7),
+    ("Qwen3Moe", USE | {"layer_types": [FULL] * 2}, "refused"),
+    ("Qwen3Moe", USE | {"sliding_window": None}, None),
+    ("Qwen3Moe", {"sliding_window": 7, "max_window_layers": 0}, None),
+]
+for qwen in ("Qwen2", "Qwen3"):
+    WINDOWS += [
+        (qwen, USE, None),  # from layer 28 on
+        (qwen, USE | {"max_window_layers": 0}, 7),
+        (qwen, USE | {"max_window_layers": 1}, "refused"),
+        (qwen, USE | {"max_window_layers": 2}, None),
+        (qwen, USE | {"layer_types": [SLIDING] * 2}, 7),
+        (qwen, USE | {"layer_types": [FULL, SLIDING]}, "refused"),
+        (qwen, USE | {"layer_types": [FULL] * 2, "max_window_layers": 0}, None),
+        (qwen, {"sliding_window": 7, "max_window_layers": 0}, None),
+    ]
+
+
+@pytest.mark.parametrize(("family", "fields", "window"), WINDOWS)
+def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
+    torch.manual_seed(0)
+    shape = {"GPT2": GPT2, "Qwen3Moe": ROTARY | EXPERTS, "Mixtral": ROTARY | {"num_local_experts": 3}}
+    model = random_model(family, shape.get(family, ROTARY) | fields)
+    model.save_pretrained(tmp_path)
+    if window == "refused":
+        return refused(tmp_path, "layer_types" if "layer_types" in fields else "window")
+    config, state_dict = converted(tmp_path)
+    assert config.sliding_window == window
+    compare(model, config, state_dict, steps=24)
+    wrong = replace(config, sliding_window=None if window else 7)
+    with pytest.raises(AssertionError):  # the text is long enough to see it
+        compare(model, wrong, state_dict, steps=24)
 
 
 # Where the weights come from.
@@ -492,9 +549,8 @@ def test_llama3_scaling_matters_here(saved):
     """The twins' test of llama 3.1 would pass without the scaling if the angles were the same."""
     model, folder = saved("llama 3.1")
     config, state_dict = converted(folder)
-    plain = type(config)(**vars(config) | {"rope_scaling": None})
     with pytest.raises(AssertionError):
-        compare(model, plain, state_dict)
+        compare(model, replace(config, rope_scaling=None), state_dict)
 
 
 # Refusals. The model that the fields are added to, the fields, and what the sentence must name.
@@ -542,6 +598,8 @@ REFUSED = [
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None},
         ["max_window_layers"],
     ),
+    (QWEN, {"layer_types": ["full_attention"] * 3}, ["layer_types"]),
+    (LLAMA, {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 10**400}}, ["original_max"]),
     (GPT, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
     (GPT, {"reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
     (GPT, {"scale_attn_weights": False}, ["scale_attn_weights"]),
@@ -554,6 +612,89 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "fields", "texts"), REFUSED, ids=lambda value: str(value)[:60])
 def test_config_is_refused_by_name(copy_of, name, fields, texts):
     refused(copy_of(name, **fields), "config.json", *texts)
+
+
+TOO_LARGE = [
+    (LLAMA, {"num_hidden_layers": 10**9}, "at least"),
+    (LLAMA, {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 4}, "far more"),
+    (LLAMA, {"intermediate_size": 10**9}, "at least"),
+    ("mixtral", {"num_local_experts": 10**9}, "at least"),
+    (GPT, {"n_positions": 10**9}, "at least"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "said"), TOO_LARGE)
+def test_a_config_of_more_than_the_files_have_is_not_built(copy_of, name, fields, said):
+    folder = copy_of(name, **fields)
+    refused(folder, f"the weights in {folder}", f"numbers, where its config asks for {said}")
+
+
+# Values that JSON can have, for every field that is read.
+DEEP = json.loads("[" * 500 + "]" * 500)
+ODD = [
+    "28",
+    "",
+    "silu\n",
+    ["silu"],
+    [[1]],
+    [],
+    {"a": 1},
+    {},
+    True,
+    False,
+    None,
+    0,
+    -1,
+    1,
+    7,
+    1.5,
+    10**30,
+    10**400,
+    1e308,
+]
+ODD += [float("nan"), float("inf"), 2**31, 1e-320, "x" * 10_000, [{}] * 10_000, DEEP]
+
+
+@pytest.mark.parametrize("model_type", convert_hf.DEFAULTS)
+def test_odd_values_give_a_config_or_one_sentence(model_type):
+    def is_answered(fields):
+        fields = {"model_type": model_type} | json.loads(json.dumps(fields))
+        try:
+            assert isinstance(convert_hf.config_from_hf(fields), GPTConfig)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600, fields
+
+    window = {"use_sliding_window": True} if "use_sliding_window" in convert_hf.DEFAULTS[model_type] else {}
+    for value in ODD:
+        for name in {*convert_hf.DEFAULTS[model_type], *convert_hf.FIXED, "architectures", "model_type", "new"}:
+            is_answered(window | {name: value})
+        for name in LLAMA3 if model_type != "gpt2" else ():
+            is_answered({"rope_parameters": LLAMA3 | {name: value}})
+            is_answered({"rope_scaling": {"type": "llama3"} | LLAMA3 | {name: value}})
+
+
+JSON_FORMS = [
+    ({"architectures": {"a": 1}}, "a list of names"),
+    ({"architectures": "LlamaForCausalLM"}, "a list of names"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "a list of names"),
+    ({"model_type": "llama", "architectures": None, "hidden_act": ["silu"]}, "hidden_act = ['silu']"),
+    ({"model_type": ["llama"]}, "model_type = ['llama']"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": ["llama3"]}}, "rope_type = ['llama3']"),
+    ({"model_type": "llama", "attention_bias": "false"}, "attention_bias = 'false'"),
+    ({"model_type": "llama", "num_hidden_layers": 10**30}, "num_hidden_layers = 1000000"),
+    ({"model_type": "llama", "rms_norm_eps": float("inf")}, "rms_norm_eps = inf"),
+    ({"model_type": "llama", "rope_theta": 10**400}, "rope_theta = 1000"),
+    ({"model_type": "qwen2", "layer_types": 1}, "layer_types = 1"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "28"}, "max_window_layers = '28'"),
+    ({"model_type": "qwen2", "use_sliding_window": "true"}, "use_sliding_window = 'true'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), JSON_FORMS)
+def test_odd_types_are_named(fields, text):
+    with pytest.raises(ValueError) as caught:
+        convert_hf.config_from_hf(fields)
+    assert text in str(caught.value)
 
 
 def without(*keys):
@@ -585,6 +726,97 @@ def test_weights_that_do_not_fit_are_named(copy_of, name, change, texts):
     refused(folder, *texts)
 
 
+def with_numbers(change):
+    """The folder's weights as a .bin in which one of them is changed."""
+
+    def damage(folder):
+        as_bin(folder)
+        tensors = torch.load(folder / "pytorch_model.bin")
+        torch.save(tensors | {DOWN: change(tensors[DOWN])}, folder / "pytorch_model.bin")
+
+    return damage
+
+
+NO_NUMBERS = {  # of bfloat16, float32 and float64 there are models; what the sentence says
+    "int8": (lambda t: t.to(torch.int8), "is int8"),
+    "bool": (lambda t: t > 0, "is bool"),
+    "complex": (lambda t: t.to(torch.complex64), "is complex64"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+    "meta": (lambda t: t.to("meta"), "is float32 without values (on the device meta)"),
+    "coo": (lambda t: t.to_sparse(), "is sparse_coo float32"),
+    "csr": (lambda t: t.to_sparse_csr(), "is sparse_csr float32"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is qint8"),
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), "is nested float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of prototypes
+@pytest.mark.parametrize("form", NO_NUMBERS)
+def test_tensors_that_are_no_plain_numbers_are_named(copy_of, form):
+    change, said = NO_NUMBERS[form]
+    folder = copy_of("llama 1")
+    with_numbers(change)(folder)
+    refused(folder, f"{DOWN} in {folder / 'pytorch_model.bin'} {said}; it must be float32 or bfloat16 or ")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", NO_NUMBERS)
+def test_a_checkpoint_with_them_is_refused_too(tiny_checkpoint, tmp_path, form):
+    change, said = NO_NUMBERS[form]
+    content, name = torch.load(tiny_checkpoint / "model.pth"), "transformer.h.1.mlp.down_proj.weight"
+    content["state_dict"][name] = change(content["state_dict"][name])
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError) as caught:
+        read_checkpoint(tmp_path / "model.pth")
+    assert f"{name} in {tmp_path / 'model.pth'} {said}; it must be float32 or" in str(caught.value)
+
+
+def test_a_checkpoint_of_too_few_numbers_or_other_integers_is_refused(tiny_checkpoint, tmp_path):
+    content, path = torch.load(tiny_checkpoint / "model.pth"), tmp_path / "model.pth"
+    config, state_dict = quantize_model(*read_checkpoint(tiny_checkpoint / "model.pth"), "int8", 4)
+    name = "transformer.h.1.mlp.down_proj.weight"
+    wrong = [
+        ({"config": content["config"] | {"n_layer": 10**9}}, "numbers, where its config asks for at least"),
+        ({"state_dict": {1: torch.ones(1)}}, "not one of tensors"),
+        (
+            {"config": vars(config), "state_dict": state_dict | {name: state_dict[name].short()}},
+            f"{name} in {path} is int16; it must be int8",
+        ),
+    ]
+    for entries, said in wrong:
+        torch.save(content | entries, path)
+        with pytest.raises(ValueError) as caught:
+            read_checkpoint(path)
+        assert said in str(caught.value)
+
+
+def test_a_tied_head_and_all_weights_are_looked_at(copy_of):
+    folder = copy_of("qwen3")
+    reweigh(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].to(torch.float8_e4m3fn)})
+    refused(folder, "lm_head.weight", "float8_e4m3fn")
+    reweigh(folder, lambda t: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t.items()})
+    refused(folder, "embed_tokens.weight", "float8_e4m3fn")
+
+
+def test_a_dtype_that_torch_does_not_have(copy_of):
+    folder = copy_of("llama 1")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    size = 40 * 56 * 6 // 8
+    header = json.dumps({DOWN: {"dtype": "F6_E2M3", "shape": [40, 56], "data_offsets": [0, size]}}).encode()
+    (folder / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    tensors = load_file(folder / "a.safetensors")
+    save_file(without(DOWN)(tensors), folder / "a.safetensors")
+    files = dict.fromkeys(tensors, "a.safetensors") | {DOWN: "b.safetensors"}
+    (folder / SHARDS).write_text(json.dumps({"weight_map": files}))
+    refused(folder, DOWN, "b.safetensors", "F6_E2M3")
+
+
+def as_arrays(folder, **options):
+    as_bin(folder)
+    arrays = {name: tensor.numpy() for name, tensor in torch.load(folder / "pytorch_model.bin").items()}
+    torch.save(arrays, folder / "pytorch_model.bin", **options)
+
+
 def rewrite(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -611,11 +843,22 @@ DAMAGED = [
     (False, lambda f: (as_bin(f, **OLD), os.truncate(f / "pytorch_model.bin", 300)), ValueError, ["pytorch_model.bin"]),
     (False, lambda f: (as_bin(f), rewrite("pytorch_model.bin", b"")(f)), ValueError, ["pytorch_model.bin"]),
     (False, lambda f: (as_bin(f), torch.save([1], f / "pytorch_model.bin")), ValueError, ["named tensors"]),
+    (False, as_arrays, ValueError, ["pytorch_model.bin", "numpy", "only tensors"]),
+    (False, lambda f: as_arrays(f, **OLD), ValueError, ["pytorch_model.bin", "numpy", "only tensors"]),
+    (False, lambda f: (as_bin(f), torch.save({1: torch.ones(1)}, f / "pytorch_model.bin")), ValueError, ["named"]),
+    (False, rewrite("config.json", b"[" * 100_000), ValueError, ["config.json", "JSON"]),
     (True, lambda f: shard(1)(f).unlink(), FileNotFoundError, ["model-00002-of", SHARDS]),
     (True, lambda f: os.truncate(shard(1)(f), 200), ValueError, ["model-00002-of"]),
     (True, lambda f: shutil.copy(shard(0)(f), shard(1)(f)), ValueError, ["model-00001-of", "model-00002-of", "twice"]),
     (True, rewrite(SHARDS, b"{"), ValueError, [SHARDS, "JSON"]),
     (True, rewrite(SHARDS, b"{}"), ValueError, [SHARDS, "weight_map"]),
+    (True, rewrite(SHARDS, b"[]"), ValueError, [SHARDS, "object"]),
+    (True, rewrite(SHARDS, b'{"weight_map": []}'), ValueError, [SHARDS, "weight_map"]),
+    (True, rewrite(SHARDS, b'{"weight_map": {"a": ["b"]}}'), ValueError, [SHARDS, "weight_map"]),
+    (True, rewrite(SHARDS, b'{"weight_map": {"a": "a\\u0000b"}}'), FileNotFoundError, [SHARDS, "does not exist"]),
+    (True, rewrite(SHARDS, b'{"weight_map": {"a": ""}}'), FileNotFoundError, [SHARDS, "does not exist"]),
+    (True, rewrite(SHARDS, b'{"weight_map": {"a": "config.json"}}'), ValueError, ["config.json", "weights"]),
+    (True, rewrite(SHARDS, b'{"weight_map": {}}'), ValueError, ["the weights in", "are 0 numbers"]),
 ]
 
 
@@ -626,6 +869,14 @@ def test_damaged_folders_get_one_sentence(saved, copy_of, sharded, damage, error
         as_shards(saved("llama 1")[0], folder)
     damage(folder)
     refused(folder, *texts, error=error)
+
+
+def test_a_place_that_cannot_be_written_is_told_first(copy_of, monkeypatch):
+    folder = copy_of("gpt2")
+    (folder / "model.pth").mkdir()
+    monkeypatch.setattr(convert_hf, "open_weights", None)
+    with pytest.raises(IsADirectoryError, match="model.pth is a folder"):
+        convert_hf.convert(folder)
 
 
 def test_an_unbalanced_weight_map_is_caught(copy_of, monkeypatch):

@@ -196,6 +196,28 @@ def test_the_original_config_gives_ids_too(model_pth, tmp_path):
 # Refusals.
 
 
+@pytest.mark.parametrize("ids", ["</s>", {"a": 1}, 1.5, True, [1, "2"], [[1]]])
+def test_ids_that_are_none_are_refused(model_pth, tmp_path, ids):
+    path = model_pth()
+    (path.parent / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    refused(path, tmp_path / "out", str(path.parent), "eos_token_id = ", "it must be an id or a list of ids")
+    (path.parent / "generation_config.json").write_text(json.dumps({"bos_token_id": [1]}))
+    refused(path, tmp_path / "out", "bos_token_id = [1]; it must be an id")
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "{", "[" * 100_000])
+def test_damaged_json_beside_it_is_refused(model_pth, tmp_path, content):
+    path = model_pth()
+    (path.parent / "generation_config.json").write_text(content)
+    refused(path, tmp_path / "out", "generation_config.json", "JSON")
+
+
+def test_a_place_that_cannot_be_written_is_told(model_pth, tmp_path):
+    path = model_pth()
+    (tmp_path / "file").write_text("")
+    refused(path, tmp_path / "file" / "out", str(tmp_path / "file"), error=OSError)
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_checkpoint_is_refused(tmp_path, mode):
     path = tmp_path / "model.pth"

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from checkpoint import build_model, read_checkpoint
+from scripts import convert_gguf_checkpoint as gguf_script
 from scripts.convert_gguf_checkpoint import convert
 from tokenizer import load_tokenizer
 
@@ -127,8 +128,8 @@ def make_tensors(model: LlamaForCausalLM) -> dict:
     return tensors
 
 
-def write_gguf(path: Path, metadata: dict, tensors: dict) -> Path:
-    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+def write_gguf(path: Path, metadata: dict, tensors: dict, endianess=gguf.GGUFEndian.LITTLE) -> Path:
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"], endianess=endianess)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add[list] = writer.add_array
     for key, value in metadata.items():
@@ -198,12 +199,22 @@ def test_a_bos_token_is_added_where_the_file_says_so(tokenizer, parts, tmp_path)
         ({"llama.expert_count": 8}, "llama.expert_count = 8"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
-        ({"llama.feed_forward_length": [HIDDEN, HIDDEN]}, "hidden_dim"),
+        ({"llama.feed_forward_length": [HIDDEN, HIDDEN]}, "llama.feed_forward_length = [96, 96]"),
+        ({"llama.attention.head_count": 0}, "n_head"),
+        ({"llama.attention.head_count": "4"}, "llama.attention.head_count = '4'; it must be a whole number"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon = nan"),
+        ({"llama.block_count": 2**32 - 1}, "numbers, where its config asks for at least"),
+        ({"llama.vocab_size": 2**32 - 1, "llama.embedding_length": 2**32 - 4}, "where its config asks for far more"),
+        ({"split.count": 3, "split.no": 0}, "one of 3 parts; put them together with llama.cpp's llama-gguf-split"),
+        ({"split.count": 2, "split.no": 1, "general.architecture": ""}, "one of 2 parts"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model = 'llama'"),
         ({"tokenizer.ggml.pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe'"),
         ({"tokenizer.ggml.add_eos_token": True}, "tokenizer.ggml.add_eos_token = True"),
         ({"tokenizer.ggml.merges": None}, "lacks tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["a nowhere"]}, "merges"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer.ggml.merges = [1, 2]; it must be a list, each a text"),
+        ({"tokenizer.ggml.token_type": "1"}, "tokenizer.ggml.token_type = '1'"),
+        ({"tokenizer.chat_template": 1}, "tokenizer.chat_template = 1; it must be a text"),
         ({"tokenizer.ggml.eos_token_id": VOCAB}, f"names {VOCAB} as eos_token"),
         ({"rope_freqs.weight": "token_embd.weight"}, "rope_freqs.weight"),
         ({"blk.1.ffn_up.weight": None}, "lacks the tensor blk.1.ffn_up.weight"),
@@ -223,6 +234,65 @@ def test_what_is_not_supported_is_refused_by_name(parts, tmp_path, change, said)
         convert(path, tmp_path / "out")
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+ODD = ["", "x", 0, 1, 2**32 - 1, True, False, 1.5, -1.0, float("nan"), float("inf"), [1, 2], ["a"], [1.5]]
+
+
+def test_odd_metadata_give_a_config_or_one_sentence(parts, tmp_path):
+    metadata, tensors = parts
+    path = write_gguf(tmp_path / "tiny.gguf", metadata, tensors)
+    fields, read = gguf_script.read_gguf(path)
+    for key in metadata.keys() - {"general.architecture"}:
+        for value in [*ODD, []]:
+            odd = gguf_script.Metadata(fields | {key: value}, path)
+            try:
+                config = gguf_script.read_config(odd, read)
+                gguf_script.convert_tokenizer(odd)
+                odd.finish()
+                assert gguf_script.convert_weights(read, config, path).keys()
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400, (key, value)
+
+
+def test_one_part_of_one_is_a_whole_file(parts, tmp_path):
+    metadata, tensors = parts
+    split = {"split.count": 1, "split.no": 0, "split.tensors.count": len(tensors)}
+    assert convert(write_gguf(tmp_path / "tiny.gguf", metadata | split, tensors), tmp_path / "out").is_file()
+
+
+def test_a_big_endian_file_is_refused(parts, tmp_path):
+    """The package reads its metadata right, and of its weights swapped bytes."""
+    path = write_gguf(tmp_path / "tiny.gguf", *parts, gguf.GGUFEndian.BIG)
+    with pytest.raises(ValueError, match="is big-endian; turn it with gguf-convert-endian"):
+        convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("version", "said"), [(1, "of GGUF's version 1"), (4, "version 4 which"), (0, "not a whole")])
+def test_other_versions_are_refused_by_number(parts, tmp_path, version, said):
+    path = write_gguf(tmp_path / "tiny.gguf", *parts)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + version.to_bytes(4, "little") + content[8:])
+    with pytest.raises(ValueError, match=said):
+        convert(path, tmp_path / "out")
+
+
+def test_version_2_is_the_same(parts, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", *parts)
+    expected = read_checkpoint(convert(path, tmp_path / "3"))
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + (2).to_bytes(4, "little") + content[8:])
+    config, state_dict = read_checkpoint(convert(path, tmp_path / "2"))
+    assert config == expected[0] and all(torch.equal(t, expected[1][name]) for name, t in state_dict.items())
+
+
+def test_a_place_that_cannot_be_written_is_told_first(parts, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", *parts)
+    (tmp_path / "out" / "model.pth").mkdir(parents=True)
+    monkeypatch.setattr(gguf_script, "convert_weights", None)
+    with pytest.raises(IsADirectoryError, match="model.pth is a folder"):
+        convert(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 100, 3000, -40000, -1])
