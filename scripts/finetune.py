@@ -107,7 +107,9 @@ def read_row(value, where: str) -> dict:
             inner = row[name][0] if isinstance(row[name], list) and row[name] else None
             names += [f"{name}[0].{key}" for key in inner] if isinstance(inner, dict) else []
         has = f"the names {', '.join(names[:8])}" if row else f"a JSON {type(value).__name__}"
-        raise ValueError(f'{where} has no "text", nor "messages" of a "role" and a "content", but {has}; write {FORM}')
+        raise ValueError(
+            f'{where} has no "text", nor "messages" of a "role" and a "content" in strings, but {has}; write {FORM}'
+        )
     if "text" in kept:
         check_characters(kept["text"], where)
     return kept

@@ -619,6 +619,9 @@ def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, t
         )
     refused("--sample", "", match="--sample is empty")
     refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")
+    (tmp_path / "refused").write_text("a file where a folder must be")
+    refused(match="training.pth cannot be written", folder=tmp_path / "nothing")  # before a model is read
+    (tmp_path / "refused").unlink()
     (tmp_path / "short.txt").write_text("a few words, which fill a row alone")
     refused(match="the validation needs another", data=tmp_path / "short.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
