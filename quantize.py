@@ -380,7 +380,7 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
 def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
     """ids [B, T] of sequences spread evenly over a text. Raises ValueError if the text does not fill one."""
     try:
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     ids = torch.tensor(tokenizer.encode(text))

@@ -13,6 +13,8 @@ Decisions to know:
 - KL(other || this) takes the other checkpoint, in float32, for the truth: nats lost by using this one instead.
 - Models run eager and without a cache, but for --kv_cache, where each token sees keys and values as decoding does.
   Of their logits a few rows at a time become float32.
+- Logits that are not finite end the command with a sentence. They are looked for every CHECKED windows, because to
+  look is to wait for the GPU.
 - The harness's requests are encoded and cut as its own Hugging Face backend does it, one request at a time.
 
 Copy me: needs torch, tqdm, the root's `generate.py` with what that needs, and for `--tasks` lm_eval.
@@ -30,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import tp
-from checkpoint import DTYPES, build_model, read_checkpoint, write_json
+from checkpoint import DTYPES, build_model, check_target, read_checkpoint, why_not_finite, write_json
 from generate import (
     Answer,
     Sampling,
@@ -44,6 +46,7 @@ from generate import (
 )
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
+CHECKED = 64
 
 
 def windows(ids: list[int], window: int, stride: int, full: bool = False) -> Iterator[tuple[list[int], list[int]]]:
@@ -67,28 +70,48 @@ def log_probabilities(model, inputs: list[int], count: int) -> Iterator[torch.Te
         yield rows.float().log_softmax(-1)
 
 
+def check_finite(model, values: torch.Tensor) -> None:
+    """Raises FloatingPointError, which names a likely cause, if what was computed from the model's logits is not."""
+    if not values.isfinite().all():
+        raise FloatingPointError(why_not_finite(model))
+
+
+def quantile(values: torch.Tensor, share: float) -> float:
+    """As torch.quantile, which takes at most 16,777,216 values [N]: between two neighbours it is interpolated."""
+    place = share * (len(values) - 1)
+    below, above = (values.kthvalue(1 + at).values.item() for at in (math.floor(place), math.ceil(place)))
+    return below + (above - below) * (place % 1)
+
+
 def measure(model, ids: list[int], window: int, stride: int, other=None) -> dict:
-    """Figures of the model on a text's ids, and with `other` of the distance between the two."""
+    """Figures of the model on a text's ids, and with `other` of the distance between the two.
+
+    Raises FloatingPointError if logits are not finite.
+    """
     device = model.wte.weight.device
     # All at once: small tensors that stay, one after each group of rows, cut up the memory that the groups come from.
-    losses, kl = torch.empty(2, len(ids) - 1, device=device)
+    losses, their_losses, kl = torch.zeros(3, len(ids) - 1, device=device)
     agreements, done = torch.empty(len(ids) - 1, dtype=torch.bool, device=device), 0
-    for inputs, targets in tqdm(list(windows(ids, window, stride)), unit="window", disable=None):
+    for number, (inputs, targets) in enumerate(tqdm(list(windows(ids, window, stride)), unit="window", disable=None)):
         parts = torch.tensor(targets, device=device).split(ROWS)
         theirs = log_probabilities(other, inputs, len(targets)) if other else [None] * len(parts)
         for part, log_q, log_p in zip(parts, log_probabilities(model, inputs, len(targets)), theirs, strict=True):
             at = slice(done, done + len(part))
             losses[at] = -log_q.gather(1, part[:, None])[:, 0]
             if other:
+                their_losses[at] = -log_p.gather(1, part[:, None])[:, 0]
                 agreements[at] = log_p.argmax(-1) == log_q.argmax(-1)
                 kl[at] = (log_p.exp() * (log_p - log_q)).sum(-1)
             done += len(part)
+        if number % CHECKED == 0 or done == len(losses):
+            check_finite(other, their_losses)
+            check_finite(model, losses + kl)
     losses = losses.cpu().double()  # the sum of a million float32 loses digits; MPS has no float64
     figures = {"tokens": len(losses), "window": window, "stride": stride}
     figures |= {"nats_per_token": losses.mean().item(), "perplexity": losses.mean().exp().item()}
     if other:
         kl = kl.cpu().double()
-        figures |= {"kl_mean": kl.mean().item(), "kl_99_percent": torch.quantile(kl, 0.99).item()}
+        figures |= {"kl_mean": kl.mean().item(), "kl_99_percent": quantile(kl, 0.99)}
         figures["top_1_agreement"] = agreements.cpu().double().mean().item()
     return figures
 
@@ -128,11 +151,16 @@ def make_adapter(base: type, model, tokenizer):
         return bos + tokenizer.encode(text, bos=False)
 
     def score(inputs: list[int], targets: list[int]) -> tuple[float, bool]:
-        """(log-probability of the targets, whether each is the most likely token)."""
+        """(log-probability of the targets, whether each is the most likely token).
+
+        Raises FloatingPointError if that is no finite number.
+        """
         total, greedy = 0.0, True
         parts = torch.tensor(targets, device=model.wte.weight.device).split(ROWS)
         for part, log_q in zip(parts, log_probabilities(model, inputs, len(targets)), strict=True):
-            total += log_q.gather(1, part[:, None]).sum().item()
+            found = log_q.gather(1, part[:, None])
+            check_finite(model, found)
+            total += found.sum().item()
             greedy = greedy and torch.equal(log_q.argmax(-1), part)
         return total, greedy
 
@@ -193,9 +221,12 @@ def import_harness():
 
 
 def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], int]:
-    """The first ids of a text, and the bytes of those that are predicted. Raises ValueError if none are."""
+    """The first ids of a text, without a byte order mark, and the bytes of those that are predicted.
+
+    Raises ValueError if none are.
+    """
     try:
-        text = file.read_bytes().decode()  # read_text would turn \r\n into \n
+        text = file.read_bytes().decode("utf-8-sig")  # read_text would turn \r\n into \n
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     # The text is encoded once, with the BOS that the tokenizer itself adds or does not add, and then cut into windows.
@@ -258,6 +289,8 @@ def main(
         raise ValueError("--against compares on a text; give --text instead of --tasks")
     harness = import_harness() if tasks else None
     check_device(device)
+    if json_path:
+        check_target(json_path)
     model, tokenizer = load(checkpoint_path, device, precision)
     model.int8_cache = kv_cache == "int8"
     if tasks:

@@ -6,13 +6,20 @@
 
 Decisions to know:
 
-- A text, or a JSONL file of {"text": ...}, is one long row of tokens, cut into windows. A JSONL file of {"messages":
-  [...]} goes through the model's chat template, a row for each answer, and only the answer counts for the loss.
+- A file that begins with {" or [{" is read as JSON, whatever its name: rows in lines (JSONL) or in an array. Any other
+  is a plain text, and refused if its name promises rows (.json, .jsonl, .ndjson, .csv, .tsv). A plain text that begins
+  like JSON goes into {"text": ...}.
+- Rows {"text": ...}, or a plain text, are one long row of tokens, cut into windows. Rows {"messages": [...]} go through
+  the model's chat template, a row for each answer, and only the answer counts for the loss.
 - The rows of a step follow from the seed and the step's number alone, each row once an epoch. So a run goes on after
   any interruption as if there had been none, and several ranks compute what one would with as many rows.
 - training.pth has the trained weights, the optimizer and the step; model.pth beside it is for everything else. Both are
   renamed into place when they are whole.
 - Weights and optimizer are float32. With bfloat16, matrices multiply in it (autocast).
+- The first step whose loss or gradient norm is not finite is remembered on the device, and read with the loss every
+  ten steps and before each save: a read in each step would wait for the GPU. Nothing that is not finite is saved.
+- A run is resumed only with the contents and tokenizer files that it began with. Digests are of the files and not of
+  the ids, because some chat templates (Llama 3.2's) write the day's date.
 - The loss of a step is the mean over its tokens that count, whatever their spread over rows, accumulation and ranks.
 - Ranks are DistributedDataParallel's: the whole model on each.
 - LoRA (Hu et al. 2021, arXiv:2106.09685) trains two thin matrices beside each chosen projection, in a fused matrix
@@ -24,9 +31,11 @@ Shapes: R rows of a step, T tokens of a row, N output rows and K input columns o
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,6 +49,7 @@ from tqdm import tqdm
 import tp
 from checkpoint import (
     build_model,
+    check_target,
     describe_quantization,
     read_checkpoint,
     reference_state,
@@ -54,31 +64,75 @@ from model import GPTConfig
 from tokenizer import FILES
 
 IGNORED = -100  # cross_entropy's mark of a target that does not count
+GAP = re.compile(r"[\s\ufeff]*")  # files that begin with a byte order mark may have been joined
+SURROGATE = re.compile("[\ud800-\udfff]")
+BEGINS_AS_ROWS = re.compile(r'\s*(\[\s*)?\{\s*["}]')
+NAMES_OF_ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+FORM = '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSONL file, with their `line`. Raises ValueError that names a line of another form."""
-    objects = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+def read_text(file: Path) -> str:
+    """A file's text, without a byte order mark. Raises ValueError if it is not UTF-8, or empty."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); give a text, or rows of JSON, in UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{file} holds zero bytes, so it is no text; give a text, or rows of JSON, in UTF-8")
+    if not text or text.isspace():
+        raise ValueError(f"{file} is empty; give a text, or rows {FORM}")
+    return text
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raises ValueError if a text has half of a surrogate pair, as JSON and the bytes of an argument may."""
+    if SURROGATE.search(text):
+        raise ValueError(f"{where} has half of a surrogate pair, which is no character; mend it or leave it out")
+
+
+def read_row(value, where: str) -> dict:
+    """{"text"} or {"messages"} of a row of JSON. Raises ValueError, which says where, if it has neither."""
+    row = value if isinstance(value, dict) else {}
+    if isinstance(row.get("messages"), list):
+        kept = {"messages": row["messages"]}
+        texts = [m.get(name) if isinstance(m, dict) else None for m in row["messages"] for name in ("role", "content")]
+    else:
+        kept, texts = {"text": row.get("text")}, [row.get("text")]
+    if not all(isinstance(text, str) for text in texts):
+        names = list(row)
+        for name in row:  # of lists of objects the inner names too, such as "from" and "value"
+            inner = row[name][0] if isinstance(row[name], list) and row[name] else None
+            names += [f"{name}[0].{key}" for key in inner] if isinstance(inner, dict) else []
+        has = f"the names {', '.join(names[:8])}" if row else f"a JSON {type(value).__name__}"
+        raise ValueError(
+            f'{where} has no "text", nor "messages" of a "role" and a "content" in strings, but {has}; write {FORM}'
+        )
+    if "text" in kept:
+        check_characters(kept["text"], where)
+    return kept
+
+
+def read_rows(text: str, file: Path) -> list[dict]:
+    """Rows {"where", and "text" or "messages"} of JSON values, one after the other, or of the arrays among them.
+
+    Raises ValueError that names a row of another form.
+    """
+    rows, line, at, decoder = [], 1, 0, json.JSONDecoder()
+    while (begin := GAP.match(text, at).end()) < len(text):
+        line += text.count("\n", at, begin)
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
-        found = found if isinstance(found, dict) else {}
-        messages = found.get("messages")
-        if isinstance(messages, list):
-            texts = [m.get(name) if isinstance(m, dict) else None for m in messages for name in ("role", "content")]
-        else:
-            texts = [found.get("text")]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f'line {number} of {file} has no "text", nor "messages" of a "role" and a "content"')
-        objects.append(found | {"line": number})
-    return objects
+            value, at = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            rule = 'a file that begins with {" must be; mend it, or put a plain text into {"text": "..."}'
+            raise ValueError(f"line {line} of {file} is not JSON ({error}), and {rule}") from error
+        for number, part in enumerate(value if isinstance(value, list) else [value], start=1):
+            where = f"row {number} of the array in line {line}" if isinstance(value, list) else f"line {line}"
+            rows.append({"where": where} | read_row(part, f"{where} of {file}"))
+        line += text.count("\n", begin, at)
+    return rows
 
 
 def encode_long(text: str, tokenizer) -> torch.Tensor:
@@ -109,6 +163,7 @@ def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
             continue
         before = tokenizer.render_chat(messages[:i])
         after = tokenizer.render_chat(messages[: i + 1], answer_next=False)
+        check_characters(after, "the conversation")
         if not after.startswith(before):
             raise ValueError("the chat template does not render an answer as it asks for one")
         given, ids = (tokenizer.encode(text, bos=False) for text in (before, after))
@@ -120,41 +175,74 @@ def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
     return found
 
 
+def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each [R, T], of conversations, a row for each answer; what is left out is counted and told.
+
+    Raises ValueError that names a row which is not rendered, or if no answer is left.
+    """
+    found, left_out = [], {}
+    for row in rows:
+        where = row["where"]
+        if "messages" not in row:
+            raise ValueError(f"{where} of {file} is text among messages; make it two files")
+        try:
+            said = answers(row["messages"], tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where} of {file}: {error}") from error
+        if not said:
+            left_out.setdefault('conversations without the role "assistant"', []).append(where)
+        for ids, given in said:
+            given = max(given, 1)  # nothing predicts the first token
+            if len(ids) <= given:
+                left_out.setdefault("answers without a token", []).append(where)
+            elif given > length:
+                left_out.setdefault(f"answers that begin after --length {length}", []).append(where)
+            else:
+                found.append((ids, given))
+    told = ", ".join(f"{len(places)} {what} (first in {places[0]})" for what, places in left_out.items())
+    if not found:
+        raise ValueError(f"{file} has no answer to train on; it has {told or 'no rows'}")
+    if told:
+        tp.print0(f"left out of {file}: {told}")
+    return padded(found, length)
+
+
 def padded(found: list[tuple[list[int], int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), each [R, T], of `answers`; those that do not begin within T are left out."""
-    rows = [(ids[: length + 1], given) for ids, given in found if given <= length]
-    ids = torch.zeros(len(rows), length, dtype=torch.int32)
+    """(ids, targets), each [R, T], of ids and how many of them are given."""
+    ids = torch.zeros(len(found), length, dtype=torch.int32)
     targets = torch.full_like(ids, IGNORED)
-    for i, (row, given) in enumerate(rows):
+    for i, (row, given) in enumerate(found):
+        row = row[: length + 1]
         ids[i, : len(row) - 1] = torch.tensor(row[:-1])
         targets[i, given - 1 : len(row) - 1] = torch.tensor(row[given:])
     return ids, targets
 
 
-def read_data(file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), int32 [R, T], of a text or JSONL file. Raises ValueError if it does not fill a row."""
-    try:
-        lines = read_lines(file) if file.suffix == ".jsonl" else [{"text": file.read_text(encoding="utf-8")}]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    if any("messages" in line for line in lines):
-        found = []
-        for line in lines:
-            if "messages" not in line:
-                raise ValueError(f"line {line['line']} of {file} is text among messages; make it two files")
-            try:
-                found += answers(line["messages"], tokenizer)
-            except ValueError as error:
-                raise ValueError(f"line {line['line']} of {file}: {error}") from error
-        data = padded(found, length)
+def read_data(file: Path, tokenizer, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], str]:
+    """((ids, targets), each int32 [R, T], a digest of the contents) of a text, or of rows in JSON.
+
+    Raises ValueError if it is neither, or does not fill a row.
+    """
+    text = read_text(file)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if BEGINS_AS_ROWS.match(text):
+        rows = read_rows(text, file)
+    elif file.suffix.lower() in NAMES_OF_ROWS:
+        raise ValueError(f"{file} does not begin as rows of JSON do; write rows {FORM}, or name a plain text .txt")
     else:
-        end = torch.tensor(sorted(tokenizer.eos_ids)[:1], dtype=torch.int32)
-        data = windows(
-            torch.cat([part for line in lines for part in (encode_long(line["text"], tokenizer), end)]), length
-        )
+        rows = [{"text": text}]
+    if any("messages" in row for row in rows):
+        return chat_rows(rows, file, tokenizer, length), digest
+    end = torch.tensor(sorted(tokenizer.eos_ids)[:1], dtype=torch.int32)
+    data = windows(torch.cat([part for row in rows for part in (encode_long(row["text"], tokenizer), end)]), length)
     if not len(data[0]):
         raise ValueError(f"{file} does not fill one row of {length} tokens; give more data or a smaller --length")
-    return data
+    return data, digest
+
+
+def digest_of_tokenizer(folder: Path) -> str:
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def rows_of_step(step: int, count: int, rows: int, seed: int) -> torch.Tensor:
@@ -296,6 +384,10 @@ def learning_rate_at(step: int, steps: int, most: float, warmup: float) -> float
 
 # --- The run ----------------------------------------------------------------------------------------------------------
 
+# What to say of settings that tell a reader nothing.
+DIGESTS = {"start": "other weights to start from, or another config", "data_digest": "other contents of --data"}
+DIGESTS |= {"val_data_digest": "other contents of --val_data", "tokenizer_digest": "other files of the tokenizer"}
+
 
 @torch.no_grad()
 def mean_loss(loss, data, batch_size: int, device: str, autocast) -> float:
@@ -331,8 +423,10 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of something else; give another --out_dir") from error
     for name, value in settings.items():
-        if was.get(name) != value:
-            told = f"{name} = {was.get(name)}, not {value}" if name != "start" else "other weights to start from"
+        if name not in was:
+            raise ValueError(f"{path} is of an earlier version, which kept no {name}; give another --out_dir")
+        if was[name] != value:
+            told = DIGESTS.get(name, f"{name} = {was[name]}, not {value}")
             raise ValueError(f"{path} is of a run with {told}; give the same, or another --out_dir")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -340,6 +434,28 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
             parameters[name].copy_(tensor)
     optimizer.load_state_dict(content["optimizer"])
     return content["step"]
+
+
+def check_numbers(clip, learning_rate, weight_decay, lora_rank, lora_alpha, warmup, seed) -> None:
+    """Raises ValueError that names the first flag whose number, nan among them, is not allowed."""
+    most = 1e18  # products of two are in float32's range
+    for flag, value, allowed, need in (
+        ("--clip", clip, clip > 0, "a number above 0, or inf for none"),
+        ("--learning_rate", learning_rate, 0 < learning_rate < most, "a number above 0, below 1e18"),
+        ("--weight_decay", weight_decay, 0 <= weight_decay < most, "a number from 0 on, below 1e18"),
+        ("--lora_rank", lora_rank, lora_rank >= 0, "a number from 0 on"),
+        ("--lora_alpha", lora_alpha, 0 < lora_alpha < most, "a number above 0, below 1e18"),
+        ("--warmup", warmup, 0 <= warmup <= 1, "a share from 0 to 1"),
+        ("--seed", seed, -(2**63) <= seed < 2**64 - 2**32, "a whole number of 64 bits"),
+    ):
+        if not allowed:
+            raise ValueError(f"{flag} {value} is not {need}; correct it")
+
+
+def diverged(what: str, learning_rate: float, out_dir: Path) -> FloatingPointError:
+    kept = f"; {out_dir} keeps the last checkpoint" if (out_dir / "model.pth").exists() else ""
+    remedy = f"start again with a --learning_rate below {learning_rate:g}, in another --out_dir"
+    return FloatingPointError(f"{what} is not finite, so training has diverged; {remedy}{kept}")
 
 
 def main(
@@ -370,9 +486,7 @@ def main(
 ) -> None:
     if (checkpoint_path is None) == (config is None):
         raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
-    if min(clip, learning_rate, lora_alpha) <= 0 or not 0 <= warmup <= 1 or lora_rank < 0:
-        need = "--clip, --learning_rate and --lora_alpha above 0, --warmup a share from 0 to 1, --lora_rank not below 0"
-        raise ValueError(f"the numbers must be {need}; correct the one that is not")
+    check_numbers(clip, learning_rate, weight_decay, lora_rank, lora_alpha, warmup, seed)
     check_device(device)
     rank, ranks = tp.rank_and_count()
     folder, training = (checkpoint_path or config).parent, out_dir / "training.pth"
@@ -380,6 +494,7 @@ def main(
         raise ValueError(f"{training} is there; give --resume to go on with that run, or another --out_dir")
     if (out_dir / "model.pth").exists() and not training.exists():
         raise ValueError(f"{out_dir / 'model.pth'} is there, and of no run that could go on; give another --out_dir")
+    check_target(training)
     if checkpoint_path:
         shape, state_dict = read_checkpoint(checkpoint_path)
         if describe_quantization(state_dict):
@@ -389,9 +504,10 @@ def main(
         state_dict = new_weights(shape, seed)
     tokenizer = find_tokenizer(folder, shape.vocab_size, needed=True)
     length = min(length or 1024, shape.block_size)
-    rows = read_data(data, tokenizer, length)
+    rows, data_digest = read_data(data, tokenizer, length)
+    val_data_digest = None
     if val_data:
-        held_out = read_data(val_data, tokenizer, length)
+        held_out, val_data_digest = read_data(val_data, tokenizer, length)
     else:  # a twentieth, but not so many that evaluating takes longer than training
         keep = len(rows[0]) - max(1, min(len(rows[0]) // 20, 200))
         if not keep:
@@ -403,6 +519,7 @@ def main(
 
     prompt = None
     if sample is not None:
+        check_characters(sample, "--sample")
         if chat:
             prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": sample}]), bos=False)
         else:
@@ -417,7 +534,9 @@ def main(
     optimizer = make_optimizer(twin, learning_rate, weight_decay, device)
     settings = {
         "start": tp.fingerprint(shape, state_dict),
-        "data": data.name,
+        "data_digest": data_digest,
+        "val_data_digest": val_data_digest,
+        "tokenizer_digest": digest_of_tokenizer(folder),
         "steps": steps,
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -425,7 +544,7 @@ def main(
     }
     settings |= {"length": length, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay}
     settings |= {"clip": clip, "seed": seed, "model": model, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
-    settings |= {"lora_targets": lora_targets if lora_rank else [], "rows": len(rows[0])}
+    settings |= {"lora_targets": lora_targets if lora_rank else []}
     first = load_training(training, twin, optimizer, settings) if training.exists() else 0
 
     precision = precision or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -447,14 +566,27 @@ def main(
             shutil.copyfile(folder / name, out_dir / name)
 
     def evaluate(step: int) -> None:
+        """Tell the validation loss. Raises FloatingPointError, on all ranks, if it or a weight is not finite."""
+        bad, when = None, f"after step {step}" if step else "before the first step"
         if rank == 0:
             held_out_loss = mean_loss(loss, held_out, batch_size, device, autocast)
+            if name := next((name for name, t in weights_of(twin).items() if not t.isfinite().all()), None):
+                bad = f"{name} {when}"
+            elif not math.isfinite(held_out_loss):
+                bad = f"the validation loss {when}"
+        bad = tp.objects_of_ranks(bad)[0]
+        if bad and not step:
+            raise FloatingPointError(f"{bad} is not finite; convert the model again, or give --precision float32")
+        if bad:
+            raise diverged(bad, learning_rate, out_dir)
+        if rank == 0:
             tqdm.write(f"step {step}: loss {held_out_loss:.4f} of what is held out")
             if sample is not None:
                 dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
                 tqdm.write(f"  {sample!r} -> {sample_text(twin, prompt, tokenizer, device, dtype)!r}")
 
     of_rank = batch_size * accumulate
+    worst = torch.full((), steps, device=device)  # the first step whose loss or gradient norm is not finite
     with tqdm(total=steps, initial=first, unit="step", disable=None if rank == 0 else True) as bar:
         if first == 0:
             evaluate(0)
@@ -473,13 +605,18 @@ def main(
                         part = parallel(ids, targets) * (ranks / counting)  # the ranks' gradients are averaged
                     part.backward()
                 total += part.detach()
-            nn.utils.clip_grad_norm_((p for p in twin.parameters() if p.requires_grad), clip)
+            norm = nn.utils.clip_grad_norm_((p for p in twin.parameters() if p.requires_grad), clip)
+            worst = torch.where(total.isfinite() & norm.isfinite(), worst, worst.clamp(max=step))
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            if step % 10 == 9 or step == steps - 1:
-                bar.set_postfix(loss=f"{sum(tp.objects_of_ranks(total.item())) / ranks:.4f}")
-            if (step + 1) % every == 0 or step == steps - 1:
+            saves = (step + 1) % every == 0 or step == steps - 1
+            if saves or step % 10 == 9:
+                losses, bad = zip(*tp.objects_of_ranks((total.item(), worst.item())), strict=True)
+                if min(bad) < steps:
+                    raise diverged(f"the loss or the gradient norm of step {min(bad) + 1}", learning_rate, out_dir)
+                bar.set_postfix(loss=f"{sum(losses) / ranks:.4f}")
+            if saves:
                 evaluate(step + 1)
                 if rank == 0:
                     save_training(training, twin, optimizer, step + 1, settings)
@@ -494,8 +631,13 @@ def parse_arguments():
     add = parser.add_argument
     add("--checkpoint_path", type=Path, help="a model.pth that is not quantized, its tokenizer beside it")
     add("--config", type=Path, help="instead: a Hugging Face config.json, a tokenizer beside it, for new weights")
-    add("--data", type=Path, required=True, help='a text, or JSONL with "text" or "messages" in each line')
-    add("--val_data", type=Path, help="what is held out; default: the last rows, a twentieth, at most 200")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help='a text, or if it begins with {" or [{" rows of JSON: "text" or "messages"',
+    )
+    add("--val_data", type=Path, help="such a file, held out; default: the last rows, a twentieth, at most 200")
     add("--out_dir", type=Path, required=True, help="for model.pth, training.pth and the tokenizer's files")
     add("--model", choices=("reference", "fast"), default="fast", help="the twin that is trained")
     add("--compile", action="store_true", help="compile the step's forward and backward pass")
@@ -506,7 +648,7 @@ def parse_arguments():
     add("--learning_rate", type=float, default=3e-4, help="the highest, after the warm-up; a cosine to a tenth follows")
     add("--warmup", type=float, default=0.05, help="the share of the steps in which it rises")
     add("--weight_decay", type=float, default=0.1)
-    add("--clip", type=float, default=1.0, help="the largest norm of all gradients")
+    add("--clip", type=float, default=1.0, help="the largest norm of all gradients; inf: any")
     add("--every", type=positive, default=100, help="steps between two evaluations, each of which saves")
     add("--sample", metavar="TEXT", help="a prompt that the model continues, or answers, at each evaluation")
     add("--lora_rank", type=int, default=0, help="0: all weights are trained")

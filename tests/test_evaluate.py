@@ -178,6 +178,119 @@ def test_kl_against_another_model(tiny_checkpoint, other_checkpoint, tmp_path, c
     assert f"{figures['kl_mean']:.3e} nats" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", [1, 2, 119, 1000, 2**24 + 1])
+def test_a_quantile_of_any_number_of_values(size):
+    """torch.quantile refuses the last, so there the values are 0, 1, ... in another order."""
+    values = torch.randperm(size, generator=torch.Generator().manual_seed(0)).double()
+    assert evaluate.quantile(values, 0.99) == pytest.approx(0.99 * (size - 1), rel=1e-12)
+    if size <= 2**24:
+        assert evaluate.quantile(values, 1) == size - 1
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
+        assert evaluate.quantile(noise, 0.99) == pytest.approx(torch.quantile(noise, 0.99).item(), rel=1e-12)
+
+
+def test_more_tokens_than_torch_takes_a_quantile_of(tiny_checkpoint, tmp_path, monkeypatch):
+    def too_large(*arguments):
+        raise RuntimeError("quantile() input tensor is too large")
+
+    monkeypatch.setattr(torch, "quantile", too_large)
+    path = tiny_checkpoint / "model.pth"
+    assert figures_of(tmp_path, "--checkpoint_path", path, "--against", path)["kl_99_percent"] == 0
+
+
+def test_a_byte_order_mark_is_no_text(tiny_checkpoint, tmp_path):
+    plain, marked = (
+        figures_of(tmp_path, "--checkpoint_path", tiny_checkpoint / "model.pth", text=text)
+        for text in (TEXT, "\ufeff" + TEXT)
+    )
+    assert marked["tokens"] == plain["tokens"] and marked["perplexity"] == plain["perplexity"]
+
+
+# --- Numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tiny_checkpoint, tmp_path):
+    """A folder of the same model, whose hidden units are too large for float16."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_checkpoint, folder)
+    config, weights = read_checkpoint(folder / "model.pth")
+    for name, factor in (("up", 3e4), ("gate", 3e4), ("down", 1 / 9e8)):
+        weights[f"transformer.h.0.mlp.{name}_proj.weight"] = weights[f"transformer.h.0.mlp.{name}_proj.weight"] * factor
+    write_checkpoint(folder / "model.pth", config, weights)
+    return folder
+
+
+@pytest.fixture
+def damaged(tiny_checkpoint, tmp_path):
+    """A folder of the same model with one weight that is no number."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    config, weights = read_checkpoint(folder / "model.pth")
+    weights["transformer.h.1.mlp.down_proj.weight"] = weights["transformer.h.1.mlp.down_proj.weight"].clone()
+    weights["transformer.h.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    write_checkpoint(folder / "model.pth", config, weights)
+    return folder
+
+
+def not_finite(tmp_path, *arguments, match, text=TEXT):
+    with pytest.raises(FloatingPointError, match=match) as error:
+        figures_of(tmp_path, *arguments, text=text)
+    assert "\n" not in str(error.value) and not (tmp_path / "figures.json").exists()
+
+
+def test_a_model_too_large_for_float16_is_told_so(large, tmp_path):
+    path = large / "model.pth"
+    not_finite(tmp_path, "--checkpoint_path", path, "--precision", "float16", match="too large for float16; give")
+    assert math.isfinite(figures_of(tmp_path, "--checkpoint_path", path, "--precision", "float32")["perplexity"])
+
+
+def test_damaged_weights_are_named(damaged, tiny_checkpoint, tmp_path):
+    match = "the weights hold numbers that are not finite, first in .*1.*down.*; convert the model again"
+    good, bad = tiny_checkpoint / "model.pth", damaged / "model.pth"
+    not_finite(tmp_path, "--checkpoint_path", bad, match=match)
+    not_finite(tmp_path, "--checkpoint_path", good, "--against", bad, match=match)
+    not_finite(tmp_path, "--checkpoint_path", bad, "--against", good, match=match)
+
+
+@pytest.mark.parametrize("last", [2, 12])  # of 6 windows, each of two models
+def test_logits_are_looked_at_in_the_first_window_and_in_the_last(tiny_checkpoint, tmp_path, monkeypatch, last):
+    """With --against too, where the target's logit is finite and another is not."""
+    made, windows = evaluate.log_probabilities, []
+
+    def broken(model, inputs, count):
+        windows.append(inputs)
+        for rows in made(model, inputs, count):
+            rows[:, 5] = -math.inf if len(windows) >= last else rows[:, 5]
+            yield rows
+
+    monkeypatch.setattr(evaluate, "log_probabilities", broken)
+    path = tiny_checkpoint / "model.pth"
+    options = ["--checkpoint_path", path, "--against", path, "--window", 16, "--stride", 16]
+    not_finite(tmp_path, *options, match="although the weights are; try --precision float32", text="abc " * 24)
+    assert len(windows) == last
+
+
+def test_a_perplexity_past_the_largest_number_is_null(tiny_checkpoint, tmp_path, capsys):
+    folder = tmp_path / "sure"
+    shutil.copytree(tiny_checkpoint, folder)
+    config, weights = read_checkpoint(folder / "model.pth")
+    write_checkpoint(folder / "model.pth", config, weights | {"lm_head.weight": 1e5 * weights["lm_head.weight"]})
+    figures = figures_of(tmp_path, "--checkpoint_path", folder / "model.pth")
+    assert figures["perplexity"] is None and 1e3 < figures["nats_per_token"] < math.inf
+    assert "perplexity:  inf, " in capsys.readouterr().out
+
+
+def test_tasks_end_at_numbers_that_are_not_finite(damaged):
+    adapter = adapter_of(damaged)
+    for ask in (
+        lambda: adapter.loglikelihood([request("a", "b")]),
+        lambda: adapter.loglikelihood_rolling([request("a")]),
+    ):
+        with pytest.raises(FloatingPointError, match="convert the model again"):
+            ask()
+
+
 # --- The harness ------------------------------------------------------------------------------------------------------
 
 
@@ -359,18 +472,19 @@ def test_the_real_harness_runs_a_task(tiny_checkpoint, tmp_path, monkeypatch, ca
 # --- What it refuses --------------------------------------------------------------------------------------------------
 
 
-def refused(*arguments):
+def refused(*arguments, code=2):
     """The script's message, from its last lines as a user runs them."""
     sys.argv = ["evaluate.py", "--device", "cpu", *map(str, arguments)]
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert caught.value.code == 2
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [
         (b"", [], "has 0 tokens"),
+        (b"\xef\xbb\xbf", [], "has 0 tokens"),
         (b"a", [], "has 1 tokens"),
         (b"abc", ["--max_tokens", 1], "has 1 tokens"),
         (b"a<|end|><|user|>", [], "has 3 tokens and no text after the first"),
@@ -414,6 +528,18 @@ def test_two_models_of_other_tokens_are_refused(tiny_checkpoint, tmp_path, capsy
     refused("--checkpoint_path", tiny_checkpoint / "model.pth", "--text", text, *options)
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and all(part in err for part in said), err
+
+
+def test_where_figures_go_is_looked_at_first(tiny_checkpoint, tmp_path, capsys):
+    refused("--checkpoint_path", tmp_path / "none.pth", "--text", tmp_path / "text", "--json", tmp_path)
+    assert "is a folder; give the name of a file" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_one_sentence_and_exit_code_1(damaged, tmp_path, capsys):
+    (tmp_path / "text").write_text("some text")
+    refused("--checkpoint_path", damaged / "model.pth", "--text", tmp_path / "text", code=1)
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the weights hold") and err.count("\n") == 1 and out == ""
 
 
 def test_without_the_harness_it_says_how_to_install_it(tiny_checkpoint, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -232,6 +233,127 @@ def test_another_run_is_not_gone_on_with(train, refused, tmp_path):
     refused("--resume", match="model.pth is there, and of no run that could go on")
 
 
+def test_other_data_or_another_tokenizer_is_not_gone_on_with(train, refused, text, tiny_checkpoint, tmp_path):
+    """Where name, size and number of rows are the same."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(TEXT)
+    options = ["--val_data", held_out]
+    whole, _ = train("refused", *options, folder=folder)
+
+    def changed(file, old, new, match, *more):
+        before = file.read_text()
+        assert old in before
+        file.write_text(before.replace(old, new, 1))
+        refused(
+            "--resume", *options, *more, match=f"training.pth is of a run with {match}; give the same", folder=folder
+        )
+        file.write_text(before)
+
+    changed(text, "brown", "green", "other contents of --data")
+    changed(held_out, "brown", "green", "other contents of --val_data")
+    changed(folder / "tokenizer_config.json", "<|{{ message.role }}|>", "<|user|>", "other files of the tokenizer")
+    changed(folder / "tokenizer.json", '"!"', '"ǃ"', "other files of the tokenizer")
+    refused("--resume", match="of a run with other contents of --val_data", folder=folder)
+    same(train("refused", "--resume", *options, folder=folder)[0], whole)
+    moved = tmp_path / "moved.txt"
+    text.rename(moved)
+    same(train("refused", "--resume", *options, folder=folder, data=moved)[0], whole)
+    training = tmp_path / "refused" / "training.pth"
+    content = torch.load(training, weights_only=True)
+    del content["settings"]["data_digest"]
+    torch.save(content, training)
+    refused("--resume", *options, match="earlier version, which kept no data_digest", folder=folder, data=moved)
+
+
+# Numbers that are not finite.
+
+
+def diverges(monkeypatch, step, value=float("nan"), of_rank=0):
+    """From the step of this number on, counted from 1, the loss is this value; the validation loss is not."""
+    forward = finetune.Loss.forward
+
+    def broken(self, ids, targets):
+        broken.steps += torch.is_grad_enabled()
+        found = forward(self, ids, targets)
+        return found * value if torch.is_grad_enabled() and broken.steps >= step else found
+
+    broken.steps = 0
+    monkeypatch.setattr(finetune.Loss, "forward", broken)
+
+
+def ended(train, name, *more, match):
+    with pytest.raises(FloatingPointError, match=match) as error:
+        train(name, *more)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(train, tmp_path, monkeypatch, value):
+    saved = {}
+    written = finetune.write_checkpoint
+
+    def write(path, *rest):
+        written(path, *rest)
+        saved["files"] = [(tmp_path / "made" / name).read_bytes() for name in ("model.pth", "training.pth")]
+
+    monkeypatch.setattr(finetune, "write_checkpoint", write)
+    diverges(monkeypatch, 4, value)
+    match = "^the loss or the gradient norm of step 4 is not finite.*--learning_rate below 0.003.*made keeps the last"
+    ended(train, "made", "--steps", 30, match=match)
+    assert [(tmp_path / "made" / name).read_bytes() for name in ("model.pth", "training.pth")] == saved["files"]
+    assert torch.load(tmp_path / "made" / "training.pth", weights_only=True)["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in read_checkpoint(tmp_path / "made" / "model.pth")[1].values())
+
+
+def test_the_first_bad_step_is_named_ten_steps_later_at_most(train, tmp_path, monkeypatch):
+    diverges(monkeypatch, 3)
+    ended(train, "made", "--steps", 30, "--every", 30, match="norm of step 3 is not finite.*in another --out_dir$")
+    assert finetune.Loss.forward.steps == 10
+    assert not list((tmp_path / "made").glob("*.pth"))
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run(train, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) * float("inf"))
+    ended(train, "made", match="norm of step 1 is not finite")
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch, name):
+    """Where neither the loss nor a gradient shows it: token 259 is in no text."""
+    weights_of, seen = finetune.weights_of, []
+
+    def broken(model):
+        weights = weights_of(model)
+        seen.append(0)
+        if len(seen) > 3:  # before the first step, at the first save twice, then at the second
+            weights[name] = weights[name].clone()
+            weights[name][259] = float("inf")
+        return weights
+
+    monkeypatch.setattr(finetune, "weights_of", broken)
+    ended(train, "made", match=f"{name} after step 4 is not finite.*keeps the last")
+    assert torch.load(tmp_path / "made" / "training.pth", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "match"), [(1, "before the first step is not finite; convert"), (3, "after step 4 is")]
+)
+def test_a_validation_loss_that_is_not_finite_ends_a_run(train, tmp_path, monkeypatch, step, match):
+    mean_loss, calls = finetune.mean_loss, []
+    monkeypatch.setattr(
+        finetune, "mean_loss", lambda *a: mean_loss(*a) * (float("nan") if calls.append(0) or len(calls) >= step else 1)
+    )
+    ended(train, "made", match=f"the validation loss {match}")
+    assert (tmp_path / "made" / "training.pth").exists() == (step > 1)
+
+
+def test_without_a_clip_gradients_stay(train):
+    same(train("inf", "--clip", "inf")[0], train("large", "--clip", 1e30)[0])
+
+
 def test_what_a_killed_run_left_is_taken_away(train, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / ".training.pth.123.tmp").write_text("half")
@@ -296,7 +418,7 @@ def test_the_learning_rate():
 def test_a_text_becomes_windows_of_next_tokens(tiny_checkpoint, tmp_path):
     tokenizer = load_tokenizer(tiny_checkpoint)
     (tmp_path / "a.jsonl").write_text('{"text": "abcdef"}\n\n{"text": "ghij"}\n')
-    ids, targets = finetune.read_data(tmp_path / "a.jsonl", tokenizer, 3)
+    (ids, targets), _ = finetune.read_data(tmp_path / "a.jsonl", tokenizer, 3)
     expected = tokenizer.encode("abcdef") + [256] + tokenizer.encode("ghij") + [256]
     assert ids.flatten().tolist() == expected[:9]
     assert targets.flatten().tolist() == expected[1:10]
@@ -336,7 +458,7 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
         {"role": "assistant", "content": "four"},
     ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    ids, targets = finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 40)
+    (ids, targets), _ = finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 40)
     first = "<|user|>one<|end|><|assistant|>two<|end|>"
     texts = [first, f"{first}<|user|>three<|end|><|assistant|>four<|end|>"]
     for row, aims, text, answer in zip(ids.tolist(), targets.tolist(), texts, ("two", "four"), strict=True):
@@ -345,7 +467,7 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
         given = len(expected) - 1 - len(said)
         ignored = [finetune.IGNORED] * given, [finetune.IGNORED] * (41 - len(expected))
         assert aims == ignored[0] + said + ignored[1]
-    with pytest.raises(ValueError, match="does not fill one row of 3 tokens"):
+    with pytest.raises(ValueError, match="has 2 answers that begin after --length 3 .first in line 1."):
         finetune.read_data(tmp_path / "chat.jsonl", tokenizer, 3)
 
     questions = [[{"role": "user", "content": c}, {"role": "assistant", "content": c * 3}] for c in "abcdefgh"]
@@ -360,6 +482,10 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
     ("line", "match"),
     [
         ('{"text": "a"', "line 2 of .*chat.jsonl is not JSON"),
+        ("9" * 5000, "line 2 of .*chat.jsonl is not JSON"),
+        ("[" * 100_000, "line 2 of .*chat.jsonl is not JSON"),
+        ("3", 'line 2 of .*chat.jsonl has no "text", nor "messages".* but a JSON int'),
+        (r'{"text": "a\ud800b"}', "line 2 of .*chat.jsonl has half of a surrogate pair"),
         ('["a"]', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
         ('{"text": 3}', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
         ('{"messages": [{"role": "user"}]}', 'line 2 of .*chat.jsonl has no "text", nor "messages"'),
@@ -372,13 +498,130 @@ def test_damaged_lines_are_named(tmp_path, refused, line, match):
     refused(match=match, data=tmp_path / "chat.jsonl")
 
 
+QUESTION = {"role": "user", "content": "hi"}
+CHAT = [[QUESTION, {"role": "assistant", "content": f"yo {n}"}] for n in range(9)]
+FORMS = {
+    "jsonl": "\n".join(json.dumps({"messages": m}) for m in CHAT),
+    "array": json.dumps([{"messages": m} for m in CHAT]),
+    "indented array": json.dumps([{"messages": m} for m in CHAT], indent=1),
+    "indented objects": "\n".join(json.dumps({"messages": m}, indent=1) for m in CHAT),
+    "byte order mark": "\n".join("\ufeff" + json.dumps({"messages": m}) for m in CHAT),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_rows_by_any_name(tiny_checkpoint, tmp_path, form):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    for name in ("chat.jsonl", "chat.json", "chat.ndjson", "chat.JSONL", "chat.txt", "chat"):
+        (tmp_path / name).write_text(FORMS[form])
+        (_, targets), _ = finetune.read_data(tmp_path / name, tokenizer, 40)
+        said = [tokenizer.decode(row[row != finetune.IGNORED].tolist()) for row in targets]
+        assert said == [messages[1]["content"] for messages in CHAT]
+
+
+@pytest.mark.parametrize("text", ["{ int a; }", "[Chorus] la la la", "[1]\nA note.", "{x: 1}", "[link](there)"])
+def test_a_text_may_begin_with_a_bracket(tiny_checkpoint, tmp_path, refused, text):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    (tmp_path / "a.txt").write_text("\ufeff" + text, encoding="utf-8")
+    (ids, targets), _ = finetune.read_data(tmp_path / "a.txt", tokenizer, 3)
+    expected = tokenizer.encode(text) + [256]
+    assert ids.flatten().tolist() + targets[-1, -1:].tolist() == expected[: ids.numel() + 1]
+    (tmp_path / "a.Json").write_text(text)
+    refused(match="a.Json does not begin as rows of JSON do", data=tmp_path / "a.Json")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (
+            '{"conversations": [{"from": "human", "value": "hi"}]}',
+            r"the names conversations, .*\[0\].from, .*\[0\].value",
+        ),
+        ('{"prompt": "hi", "completion": "yo"}', "line 1 of .* the names prompt, completion; write"),
+        ('{\n "data": [{"text": "a"}]\n}', "line 1 of .* the names data, .*text; write"),
+        ('[{"text": "a"}, {"id": 1}]', "row 2 of the array in line 1 of .* but the names id"),
+        ('[{"text": "a"},\n {"tex', "line 1 of .* is not JSON.* line 2 column"),
+        ('{"name": "package", "version": 1}', "but the names name, version; write"),
+        ("", "is empty"),
+        ("\ufeff \n", "is empty"),
+        ("a\0b\0", "holds zero bytes"),
+        ("PAR1\x15\x04\xff", "is not UTF-8"),
+        ("\ufeffa".encode("utf-16").decode("latin-1"), "is not UTF-8"),
+    ],
+)
+def test_what_is_neither_rows_nor_a_text_is_refused(tmp_path, refused, content, match):
+    encoding = "latin-1" if "\xff" in content else "utf-8"
+    (tmp_path / "data").write_text(content, encoding=encoding)
+    refused(match=match, data=tmp_path / "data")
+    (tmp_path / "good.txt").write_text(TEXT)
+    refused("--val_data", tmp_path / "data", match=match, data=tmp_path / "good.txt")
+
+
+def with_template(tiny_checkpoint, folder, template):
+    shutil.copytree(tiny_checkpoint, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_answers_without_a_token_are_left_out_and_counted(train, refused, tiny_checkpoint, tmp_path):
+    bare = with_template(tiny_checkpoint, tmp_path / "bare", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    silent = [QUESTION, {"role": "assistant", "content": ""}]
+    late = [{"role": "user", "content": "a" * 25}, {"role": "assistant", "content": "b"}]
+    first = [{"role": "assistant", "content": "hello"}]  # nothing predicts its first token
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        "\n".join(json.dumps({"messages": m}) for m in (silent, late, [QUESTION], [], *CHAT, first, silent))
+    )
+    (ids, targets), _ = finetune.read_data(chat, load_tokenizer(bare), 24)
+    assert len(ids) == 10 and (targets != finetune.IGNORED).sum().item() == 9 * 4 + 4
+    told = train("made", folder=bare, data=chat)[1]
+    assert (
+        f"left out of {chat}: 2 answers without a token (first in line 1), 1 answers that begin after --length 24 "
+        '(first in line 2), 2 conversations without the role "assistant" (first in line 3)\n'
+    ) in told
+    chat.write_text("\n".join([json.dumps({"messages": silent})] * 9))
+    refused(match="no answer to train on; it has 9 answers without a token .first in line 1", folder=bare, data=chat)
+    chat.write_text("\n".join([json.dumps({"messages": [QUESTION]})] * 9))
+    refused(match='no answer to train on; it has 9 conversations without the role "assistant" .first', data=chat)
+
+
+def test_what_a_template_adds_of_a_damaged_message_is_named(refused, tiny_checkpoint, tmp_path):
+    template = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
+    folder = with_template(tiny_checkpoint, tmp_path / "names", template)
+    messages = [QUESTION | {"name": "\ud800"}, {"role": "assistant", "content": "yo"}]
+    (tmp_path / "chat").write_text(json.dumps({"messages": messages}))
+    refused(match="line 1 of .*: the conversation has half of a surrogate", folder=folder, data=tmp_path / "chat")
+    refused("--sample", "caf\udce9", match="--sample has half of a surrogate pair")
+
+
+def test_null_messages_beside_a_text_are_a_text(tiny_checkpoint, tmp_path):
+    (tmp_path / "a").write_text('{"messages": null, "text": "abcdef"}')
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    (ids, _), _ = finetune.read_data(tmp_path / "a", tokenizer, 3)
+    assert ids.flatten().tolist() == tokenizer.encode("abcdef")
+
+
 def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, text):
     refused("--length", 100000, "--config", "config.json", match="either --checkpoint_path or")
     refused("--lora_rank", 2, "--lora_targets", "q_proj", "--device", "nothing", match="nothing")
-    for numbers in (("--clip", 0), ("--warmup", 100), ("--lora_rank", -1), ("--learning_rate", -1)):
-        refused(*numbers, match="the numbers must be --clip")
+    wrong = {"--clip": (0, -1, "nan"), "--warmup": (100, "nan", "inf"), "--learning_rate": (-1, 0, "nan", "inf", 1e18)}
+    wrong |= {
+        "--weight_decay": (-0.1, "nan", "inf", 1e18),
+        "--lora_alpha": (0, "nan", "inf", 1e18),
+        "--lora_rank": (-1,),
+    }
+    for flag, value in ((flag, value) for flag, values in (wrong | {"--seed": (2**64,)}).items() for value in values):
+        refused(
+            flag,
+            value,
+            match=rf"^{flag} {re.escape(str(value))}(\.0)? is not a (whole )?(number|share) (above|from|of 64)",
+        )
     refused("--sample", "", match="--sample is empty")
     refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")
+    (tmp_path / "refused").write_text("a file where a folder must be")
+    refused(match="training.pth cannot be written", folder=tmp_path / "nothing")  # before a model is read
+    (tmp_path / "refused").unlink()
     (tmp_path / "short.txt").write_text("a few words, which fill a row alone")
     refused(match="the validation needs another", data=tmp_path / "short.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
@@ -410,6 +653,35 @@ def test_two_ranks_learn_what_one_does_with_their_rows(train, tiny_checkpoint, t
     close(read_checkpoint(tmp_path / "ranks" / "model.pth")[1], expected)
     close_gradients(tmp_path / "ranks", tmp_path / "one")
     assert losses(done.stdout) == pytest.approx(losses(told), abs=1e-3)
+
+
+def test_two_ranks_end_when_one_has_a_loss_that_is_not_finite(tiny_checkpoint, text, tmp_path):
+    """The loss of rank 1 alone is infinite, and no gradient: rank 0 must not save."""
+    code = """
+import os, torch, tp, scripts.finetune as finetune
+forward = finetune.Loss.forward
+more = float("inf") if os.environ["RANK"] == "1" else 0
+finetune.Loss.forward = lambda self, *rows: forward(self, *rows) + (more if torch.is_grad_enabled() else 0)
+tp.run(finetune.main, finetune.parse_arguments())
+"""
+    (tmp_path / "broken.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [str(tmp_path / "broken.py"), *command(tiny_checkpoint, text, tmp_path / "ranks")[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1
+    assert "error: the loss or the gradient norm of step 1 is not finite" in done.stderr
+    assert not list((tmp_path / "ranks").glob("*.pth"))
+
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(tiny_checkpoint, text, tmp_path):
+    arguments = command(tiny_checkpoint, text, tmp_path / "out", "--learning_rate", 1e17, "--warmup", 0)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "--learning_rate below 1e+17" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list((tmp_path / "out").glob("*.pth"))
 
 
 def test_the_command_tells_an_error_in_a_sentence(tiny_checkpoint, tmp_path):
