@@ -174,18 +174,6 @@ def load(model: nn.Module, path) -> None:
         tensor.copy_(state_dict[name])
 
 
-def why_not_finite(model: nn.Module) -> str:
-    """The likely cause, in a sentence for the user, of logits of a GPT or FastGPT that are not finite."""
-    state_dict = unwrapped(model).state_dict()
-    for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"the weights hold numbers that are not finite, first in {name}; convert the model again"
-    if any(tensor.dtype == torch.float16 for tensor in state_dict.values()):
-        too_large = "the logits are not finite, because numbers of this model are too large for float16"
-        return f"{too_large}; give --precision bfloat16 or float32"
-    return "the logits are not finite, although the weights are; try --precision float32"
-
-
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:
     """(config, state dict in the reference's layout, its tensors mapped from the file).
 

@@ -110,13 +110,14 @@ def sample(logits, noise, sampling: Sampling):
 
 def why_not_finite(*models) -> str:
     """The likely cause of logits that are not finite, and what to do, in one sentence."""
-    for model in models:
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"the logits are not finite, because the weight {name} is not; convert the model again"
-    if any(tensor.dtype == torch.float16 for model in models for tensor in model.parameters()):
-        return "the logits are not finite: float16 ends at 65,504; give --precision bfloat16 or float32"
-    return "the logits are not finite, though the weights are; give --precision float32, or convert the model again"
+    tensors = [(name, tensor) for model in models for name, tensor in model.state_dict().items()]
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the weights hold numbers that are not finite, first in {name}; convert the model again"
+    if any(tensor.dtype == torch.float16 for _, tensor in tensors):
+        too_large = "the logits are not finite, because numbers of this model are too large for float16"
+        return f"{too_large}; give --precision bfloat16 or float32"
+    return "the logits are not finite, although the weights are; try --precision float32"
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -1095,7 +1096,7 @@ def main(
         state_dict = tp.shard(state_dict, config, rank, ranks)
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
     if device != "cpu" and not precision and dtype != state_dict["transformer.wte.weight"].dtype:
-        say("the checkpoint is in float32 and is computed in bfloat16, which is faster; see --precision")
+        say(f"{checkpoint_path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
     model = build_model(config, state_dict, device, dtype, reference, rank, ranks)
     synchronize(device)
     load_seconds = time.perf_counter() - start

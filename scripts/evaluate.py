@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import tp
-from checkpoint import DTYPES, build_model, check_target, read_checkpoint, why_not_finite, write_json
+from checkpoint import DTYPES, build_model, check_target, read_checkpoint, write_json
 from generate import (
     Answer,
     Sampling,
@@ -43,6 +43,8 @@ from generate import (
     find_tokenizer,
     generate,
     positive,
+    say,
+    why_not_finite,
 )
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
@@ -242,6 +244,8 @@ def load(path: Path, device: str, precision: str | None):
     config, state_dict = read_checkpoint(path)
     tokenizer = find_tokenizer(path.parent, config.vocab_size, needed=True)
     dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
+    if device != "cpu" and not precision and dtype != state_dict["transformer.wte.weight"].dtype:
+        say(f"{path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
     return build_model(config, state_dict, device, dtype), tokenizer
 
 

@@ -573,8 +573,8 @@ def failed(capsys, folder, *arguments) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("scale", "precision", "cause"),
     [
-        (3e3, "float16", "float16 ends at 65,504; give --precision"),
-        (float("nan"), "float32", "weight layers.0"),
+        (3e3, "float16", "too large for float16; give --precision"),
+        (float("nan"), "float32", "not finite, first in layers.0"),
     ],
 )
 def test_logits_that_are_not_finite_end_the_run(capsys, folder, tmp_path, options, scale, precision, cause):
@@ -588,7 +588,7 @@ def test_logits_that_are_not_finite_end_the_run(capsys, folder, tmp_path, option
     options = ["--prompt", "abc", *options, "--precision", precision, "--json", tmp_path / "run.json"]
     code, told = failed(capsys, folder, *options)
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert code == 1 and line.startswith("error: the logits are not finite") and cause in line
+    assert code == 1 and cause in line
     assert not (tmp_path / "run.json").exists()  # not even the warm-up went well
 
 
@@ -597,7 +597,7 @@ def test_a_draft_whose_logits_are_not_finite_ends_the_run(capsys, folder, tiny_c
     nan = {name: tensor * float("nan") for name, tensor in state_dict.items()}
     write_checkpoint(folder / "draft.pth", config, nan)
     code, told = failed(capsys, folder, "--prompt", "abc", "--draft_checkpoint_path", folder / "draft.pth")
-    assert code == 1 and "the logits are not finite" in told
+    assert code == 1 and "the weights hold numbers that are not finite" in told
 
 
 def test_too_large_a_batch_is_refused_in_one_line(refused):
