@@ -296,6 +296,8 @@ def test_special_tokens_in_text_have_the_ids_of_transformers(tmp_path, model, le
 @pytest.mark.parametrize("legacy", [False, True])
 def test_tokenizer_model_with_flags_of_added_tokens_has_the_ids_of_transformers(tmp_path, legacy):
     table = {32768 + i: token for i, token in enumerate(flagged())}
+    table[32768 + len(NAMES)] = {"content": f"{NAMES[0]}+", "normalized": True}  # looked for after NAMES[0]
+    table[32769 + len(NAMES)] = {"content": f"{NAMES[2]}+", "normalized": False}  # before NAMES[2]
     table[2] = {"content": "</s>", "lstrip": True, "rstrip": True, "special": True}
     folder = model_folder(tmp_path, legacy=legacy, added_tokens_decoder=table)
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
