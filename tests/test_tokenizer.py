@@ -552,7 +552,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         folder = json_folder(tmp_path / name)
         text = (folder / name).read_text(encoding="utf-8")
-        for damaged in (text[: len(text) // 2], "", "[]"):
+        for damaged in (text[: len(text) // 2], "", "[]", "[" * 100_000):
             (folder / name).write_text(damaged, encoding="utf-8")
             with pytest.raises(ValueError, match=name):
                 load_tokenizer(folder)
