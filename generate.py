@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice, zip_longest
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ from checkpoint import (
     written_in_place,
 )
 from quantize import GROUP_SIZES
-from tokenizer import load_tokenizer
+from tokenizer import check_vocabulary, find_tokenizer
 
 try:
     import gpu_kernels
@@ -855,31 +855,6 @@ class Stopwatch:
             return {name: [end - start for start, end in pairs] for name, pairs in spans.items()}
         synchronize(self.device)
         return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in spans.items()}
-
-
-def find_tokenizer(folder: Path, vocab_size: int, needed: bool):
-    """The folder's tokenizer, or None if there is none and none is needed. Raises ValueError if it does not fit."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except FileNotFoundError:
-        if needed:
-            raise
-        return None
-    if tokenizer.vocab_size > vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {vocab_size}"
-        raise ValueError(f"the tokenizer in {folder} has {sizes}; put the model's own tokenizer there")
-    return tokenizer
-
-
-def check_vocabulary(tokenizer, draft_tokenizer) -> None:
-    """Raises ValueError if a draft model's ids mean other tokens."""
-    ours, theirs = ([t.piece(id) for id in range(t.vocab_size)] for t in (tokenizer, draft_tokenizer))
-    for id, (mine, other) in enumerate(zip_longest(ours, theirs)):
-        if mine != other:
-            raise ValueError(
-                f"the draft model has another vocabulary: its token {id} is {other!r}, the model's {mine!r}; "
-                "take a draft model with the same tokenizer"
-            )
 
 
 def load_draft(checkpoint_path: Path, tokenizer, vocab_size: int, device: str, int8_cache: bool):

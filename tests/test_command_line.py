@@ -623,11 +623,9 @@ def half_a_tokenizer(folder):
 
 
 def large_tokenizer(folder):
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_tokens(["one", "two"])  # 261 tokens, the model has 260
-    backend.save(str(folder / "tokenizer.json"))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"]["vocab"] |= {f"word{id}": id for id in range(256, 261)}  # added tokens alone would be let pass
+    (folder / "tokenizer.json").write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(
