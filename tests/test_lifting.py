@@ -20,12 +20,12 @@ MAY_IMPORT = {
     "model": {"torch"},
     "fast_model": {"torch", "model", "tp", "gpu_kernels"},
     "gpu_kernels": {"torch", "triton"},
-    "quantize": {"torch", "gpu_kernels"},
+    "quantize": {"torch", "gpu_kernels", "tp"},
     "tp": {"torch"},
     "tokenizer": set(),
     "checkpoint": {"torch", "model", "fast_model", "quantize", "tp"},
-    "generate": {"torch", "checkpoint", "quantize", "tp", "tokenizer"},
-    "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint"},
+    "generate": {"torch", "checkpoint", "gpu_kernels", "quantize", "tp", "tokenizer"},
+    "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint", "tp"},
 }
 MAY_IMPORT["check_equivalence"] = {"torch", *MAY_IMPORT} - {"convert_hf_checkpoint"}
 # What it may import besides, inside a function where it is used.
