@@ -7,11 +7,12 @@ of every family are checked. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
-  as the reference in that dtype is. Errors do not add up over layers so, and one layer's fault is not lost among them.
-- With an int8 cache the reference sees the numbers of that cache, where they are what its own keys and values round to.
-- With quantized weights it carries the dequantized ones. Then both must agree as tightly as in float32.
-- A quantized weight may be half a step from the plain one.
-- A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
+  as the reference in that dtype is: with the text's end alone, one layer's fault is lost among the others' rounding.
+- With an int8 cache the reference sees the numbers of that cache, where they are what its own keys and values round to,
+  and must agree as in float32. KL, top-1 and greedy show what the cache costs: they are of the reference without one.
+- Quantized rows must agree with a reference that carries the dequantized weights as tightly as plain ones do. Each of
+  these may be half a step from the plain one; KL, top-1 and greedy of that row show what the steps cost.
+- A float32 row within its tolerance d can differ in greedy text only where the best two logits are within 2 d.
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself, but for half of the text's tokens, which it never drafts; the lookup drafts where
   it finds nothing, too. So some drafts of each are wrong, and to keep those shows.
