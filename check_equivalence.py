@@ -6,12 +6,13 @@ at which a row's argmax differs is the first at which its greedy text would. Wit
 of every family are checked. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
-- In a 16-bit dtype each layer, given the fast path's own input, may be 1.4 times as far from the reference in float32
-  as the reference in that dtype is. Errors do not add up over layers so, and one layer's fault is not lost among them.
-- With an int8 cache the reference sees the numbers of that cache, where they are what its own keys and values round to.
-- With quantized weights it carries the dequantized ones. Then both must agree as tightly as in float32.
-- A quantized weight may be half a step from the plain one.
-- A row within its tolerance d can differ in greedy text only where the reference's best two logits are within 2 d.
+- In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
+  as the reference in that dtype is: with the text's end alone, one layer's fault is lost among the others' rounding.
+- With an int8 cache the reference sees the numbers of that cache, where they are what its own keys and values round to,
+  and must agree as in float32. KL, top-1 and greedy show what the cache costs: they are of the reference without one.
+- Quantized rows must agree with a reference that carries the dequantized weights as tightly as plain ones do. Each of
+  these may be half a step from the plain one; KL, top-1 and greedy of that row show what the steps cost.
+- A float32 row within its tolerance d can differ in greedy text only where the best two logits are within 2 d.
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself, but for half of the text's tokens, which it never drafts; the lookup drafts where
   it finds nothing, too. So some drafts of each are wrong, and to keep those shows.
@@ -55,7 +56,7 @@ from model import GPT, GPTConfig, rope_frequencies, rotate
 from quantize import dequantize_weights
 
 LONG = 1040  # tokens of the long prompt
-MOST_LOSS = 1.4  # of a layer in 16 bits, in those of the reference
+MOST_LOSS = 1.6  # of a layer in 16 bits, in those of the reference
 SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -286,7 +287,7 @@ def as_stored(values, numbers, scales):
     decide, the choice is the cache's; else it is made here, and a cache that made another differs from this.
     """
     wanted = values.abs().amax(-1) / 127
-    near = (scales - wanted).abs() <= (2**-9 + 1e-4) * wanted
+    near = (scales - wanted).abs() <= (2**-8 + 1e-4) * wanted
     scales = torch.where(near, scales, wanted.bfloat16().float())[..., None]
     steps = values / scales.clamp(min=1e-30)
     near = (numbers - steps).abs() <= 0.51
@@ -385,7 +386,7 @@ def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
     else:
         low, high = groups.aminmax(dim=-1)
         step = (high - low) / 15
-        allowed = torch.maximum(step / 2, step / 32 + 2**-9 * (low + 8 * step).abs())
+        allowed = torch.maximum(step / 2, step / 16 + 2**-8 * (low + 8 * step).abs())
     return (error.abs().amax(-1) / allowed.clamp(min=1e-8)).max()
 
 

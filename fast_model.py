@@ -124,10 +124,10 @@ def add_norm(x, update, norm, rank, ranks, peers):
 def quantize_heads(x):
     """x [..., C] as int8 and bf16 scales [...], which the int8 cache holds; the largest of each head becomes 127."""
     x = x.float()
+    # Rounded by their bits: a compiled graph leaves out the way to bf16 and back, so it would divide by other scales
+    # than it stores, and numbers be off by 0.85 steps.
     bits = (x.abs().amax(-1).clamp(min=1e-8) / 127).view(torch.int32)
-    # Rounded to bf16 by its bits: of a cast to bf16 and back a CPU's compiler makes nothing, and x would be divided by
-    # another scale than the one that is stored.
-    scales = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
+    scales = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).view(torch.float32)  # to nearest, ties to even
     return (x / scales[..., None]).round().clamp(-127, 127).to(torch.int8), scales.bfloat16()
 
 

@@ -163,22 +163,183 @@ def test_copies_that_are_not_broken_pass(monkeypatch, family):
     assert failures(SHORT[family], compiled=False) == []
 
 
-def test_an_int8_cache_with_one_scale_for_all_heads_fails(monkeypatch):
-    line = "scales = (x.abs().amax(-1)"
-    break_line(monkeypatch, "fast_model", line, f"{line}.amin(1, keepdim=True).expand(x.shape[:-1])")
-    names = {row.name for row in failures(SHORT["llama-2"], compiled=False)}
-    assert names == {"int8 cache", "int8 cache, chunks of 7"}
+# What was broken on purpose for one kind of row: how it is planted, in which family, and exactly the rows that fail.
+
+CACHED = {"token by token", "in chunks of 7", "each row alone", "different lengths"}
+FLOAT32 = {"without a cache", "gradients", "prefill at once"} | CACHED
+DRAFTS, CACHE = {"draft model", "prompt lookup"}, {"int8 cache", "int8 cache, chunks of 7"}
+BF16 = {"bfloat16 at once", "bfloat16 by token", "bfloat16 rows alone"}
+QUANTIZED, AGAINST_PLAIN = {"int8 by token", "int4 by token"}, {"int8 against plain", "int4 against plain"}
 
 
-def test_gradients_that_are_cut_off_fail(monkeypatch):
-    line = "self.attn(normed, rope, mask, input_pos)"
-    break_line(monkeypatch, "fast_model", line, f"{line}.detach()")
-    assert {row.name for row in failures(SHORT["qwen2"], compiled=False)} == {"gradients"}
+def line(line, replacement):
+    return lambda monkeypatch: break_line(monkeypatch, "fast_model", line, replacement)
 
 
-def test_a_single_token_broken_by_the_compiler_alone_fails(monkeypatch):
-    break_line(monkeypatch, "fast_model", "(weight * x).sum(-1)", "2 * (weight * x).sum(-1)")
-    assert failures(SHORT["qwen2"])
+def built(spoil):
+    """Each FastGPT as `spoil` changes it. float32 weights are the reference's own: it puts others in their place."""
+
+    def plant(monkeypatch):
+        def build(*arguments, reference=False, **options):
+            model = checkpoint.build_model(*arguments, reference=reference, **options)
+            if not reference:
+                spoil(model)
+            return model
+
+        monkeypatch.setattr(check_equivalence, "build_model", build)
+
+    return plant
+
+
+def fp8_layer(model):
+    for weight in model.layers[1].parameters() if model.wte.weight.dtype == torch.bfloat16 else ():
+        weight.data = weight.to(torch.float8_e4m3fn).bfloat16()
+
+
+def scales_of_a_layer(model):
+    layer = model.layers[1].mlp.down
+    if hasattr(layer, "scales"):
+        layer.scales = 1.1 * layer.scales
+
+
+def swapped(zeros):
+    zeros[5, :2] = zeros[5, :2].flip(0)
+    return zeros
+
+
+def swapped_zeros(model):
+    layer = model.layers[0].attn.qkv
+    if hasattr(layer, "zeros"):
+        layer.zeros = swapped(layer.zeros.clone())
+
+
+def a_norm(model):
+    model.layers[1].norm_2.weight.data = 1.05 * model.layers[1].norm_2.weight
+
+
+def a_bias(model):
+    model.layers[0].attn.out.bias = None
+
+
+def quantized(name, spoil):
+    """The quantized tensor of that name, as `spoil` changes it."""
+
+    def plant(monkeypatch):
+        def quantize(*arguments, **options):
+            config, state = checkpoint.quantize_model(*arguments, **options)
+            return config, state | ({name: spoil(state[name].clone())} if name in state else {})
+
+        monkeypatch.setattr(check_equivalence, "quantize_model", quantize)
+
+    return plant
+
+
+DOWN = "transformer.h.1.mlp.down_proj."
+
+
+def another_step(weight):
+    weight[5, 7] ^= 1  # of one number the lowest bit
+    return weight
+
+
+def a_gradient(monkeypatch):
+    name, found = "layers.1.norm_2.weight", check_equivalence.to_reference
+    larger = lambda state, config: found(state | {name: 1.1 * state[name]}, config)  # noqa: E731
+    monkeypatch.setattr(check_equivalence, "to_reference", larger)
+
+
+def all_accepted(monkeypatch):
+    def accept(logits, drafts, *more):
+        count = torch.full_like(drafts[:, :1], drafts.shape[1])
+        return count, logits.argmax(-1).gather(1, count)
+
+    monkeypatch.setattr(generate, "accept", accept)
+
+
+def one_too_many(monkeypatch):
+    accept = generate.accept
+
+    def generous(logits, drafts, *more):
+        count, following = accept(logits, drafts, *more)
+        return (count + 1).clamp(max=drafts.shape[1]), following
+
+    monkeypatch.setattr(generate, "accept", generous)
+
+
+POSITIONS = "torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos"
+INT8_SCALES = "(x.abs().amax(-1).clamp(min=1e-8) / 127)"
+ONE_FOR_ALL_HEADS = "(x.abs().amax(-1).amin(1, keepdim=True).expand(x.shape[:-1]) / 127)"
+NUMBERS = "numbers, new_scales = quantize_heads(values)"
+LOW_BITS_LOST = f"{NUMBERS}\n        numbers[:, :1] &= -2"
+STORED, IN_BF16 = "values.to(cache.dtype)", "values.bfloat16().to(cache.dtype)"
+IN_FP8 = "values.to(torch.float8_e5m2 if cache.dtype == torch.bfloat16 and cache.ndim == 4 else cache.dtype)"
+ROPE, POSITIONS_IN_BF16 = "table[positions]", "table[positions.to(update.dtype).long().clamp(max=len(table) - 1)]"
+MV = "torch.mv(weight, x)"
+MV_IN_FP8 = "torch.mv(weight, x if x.dtype == torch.float32 else x.to(torch.float8_e4m3fn).to(x.dtype))"
+NO_CACHE = "if cache is None:\n        return values"
+ATTENTION = "self.attn(normed, rope, mask, input_pos)"
+FAULTS = {
+    "a norm's weight, 5%": (built(a_norm), "llama-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
+    "a bias": (built(a_bias), "gpt-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
+    "rows mixed without a cache": (line(NO_CACHE, f"{NO_CACHE}.flip(0)"), "llama-2", {"without a cache", "gradients"}),
+    "a gradient, 10%": (a_gradient, "llama-2", {"gradients"}),
+    "a gradient cut off": (line(ATTENTION, f"{ATTENTION}.detach()"), "qwen2", {"gradients"}),
+    "another token's logits": (line("x[rows, last][", "x[rows, last - 1]["), "llama-2", {"different lengths"} | DRAFTS),
+    "a chunk that sees all of itself": (
+        line("slots <= positions[", "slots <= positions.amax(1, keepdim=True)["),
+        "llama-2",
+        {"in chunks of 7", "int8 cache, chunks of 7"} | DRAFTS,
+    ),
+    "a prompt's positions end at 1,023": (
+        line(POSITIONS, POSITIONS.replace("[None]", "[None].clamp(max=1023)")),
+        "llama-2",
+        {"1040 tokens at once"},
+    ),
+    "a cache's positions end at 1,023": (
+        line(POSITIONS, f"{POSITIONS}.clamp(max=1023)"),
+        "llama-2",
+        {"1040 tokens in 256s"},
+    ),
+    "a float32 cache in bf16": (line(STORED, IN_BF16), "llama-2", CACHED | QUANTIZED),
+    "one row's product": (line(MV, f"1.001 * {MV}"), "qwen2", {"each row alone"}),
+    "all drafts kept": (all_accepted, "llama-2", DRAFTS),
+    "one draft too many": (one_too_many, "llama-2", DRAFTS),
+    "one int8 scale for all heads": (line(INT8_SCALES, ONE_FOR_ALL_HEADS), "llama-2", CACHE),
+    "int8 scales of the slot before": (line("scales[:B, ...,", "scales[:B].roll(1, 2)[...,"), "llama-2", CACHE),
+    "int8 scales of the token before": (
+        line("store(scales, new_scales,", "store(scales, new_scales.roll(1, 2),"),
+        "llama-2",
+        {"int8 cache, chunks of 7"},
+    ),
+    "int8 scales of 128 steps": (line(INT8_SCALES, INT8_SCALES.replace("127", "128")), "llama-2", CACHE),
+    "int8 numbers cut, not rounded": (line(".round().clamp(-127", ".trunc().clamp(-127"), "llama-2", CACHE),
+    "a head in 7 bits": (line(NUMBERS, LOW_BITS_LOST), "llama-2", CACHE),
+    "a layer in fp8": (built(fp8_layer), "llama-2", BF16),
+    "experts in fp8": (built(fp8_layer), "mixtral", BF16),
+    "a bf16 cache in fp8": (line(STORED, f"{IN_FP8}.to(cache.dtype)"), "llama-2", BF16 - {"bfloat16 at once"}),
+    "positions counted in bf16": (line(ROPE, POSITIONS_IN_BF16), "llama-2", {"bfloat16 at once"}),
+    "one row's product in fp8": (line(MV, MV_IN_FP8), "llama-2", {"bfloat16 rows alone"}),
+    "a layer's scales, 10%, when built": (built(scales_of_a_layer), "llama-2", QUANTIZED),
+    "two zero points swapped when built": (built(swapped_zeros), "llama-2", {"int4 by token"}),
+    "a layer's scales, 10%": (quantized(f"{DOWN}scales", lambda scales: 1.1 * scales), "llama-2", AGAINST_PLAIN),
+    "two zero points swapped": (quantized(f"{DOWN}zeros", swapped), "llama-2", {"int4 against plain"}),
+    "one number of a matrix": (quantized(f"{DOWN}weight", another_step), "llama-2", AGAINST_PLAIN),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_fails_the_rows_of_its_kind(monkeypatch, name):
+    plant, family, expected = FAULTS[name]
+    plant(monkeypatch)
+    config = (FAMILIES if "position" in name else SHORT)[family]  # some errors begin in a long text
+    assert {row.name for row in failures(config, compiled=False)} == expected
+
+
+def test_what_the_compiler_alone_breaks_fails_the_compiled_rows(monkeypatch):
+    end = "[..., : self.config.vocab_size]"
+    break_line(monkeypatch, "fast_model", end, f"{end}.roll(int(torch.compiler.is_compiling()), -1)")
+    names = {"compiled steps", "compiled prefill", "compiled, one row", "int8 cache, compiled"}
+    assert {row.name for row in failures(SHORT["qwen2"])} == names | {f"{kind}, compiled" for kind in DRAFTS}
 
 
 # NaN, and the rows themselves.
@@ -241,17 +402,6 @@ def test_hf_needs_a_checkpoint_and_a_folder(folders, tmp_path, alone):
     checkpoint_path, hf = (None, folders[0]) if alone else (folders[0] / "model.pth", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="--checkpoint_path" if alone else "nowhere"):
         main(checkpoint_path, hf, "cpu", no_compile=True)
-
-
-def test_a_round_that_keeps_one_draft_too_many_fails(monkeypatch):
-    accept = generate.accept
-
-    def generous(logits, drafts, *more):
-        count, following = accept(logits, drafts, *more)
-        return (count + 1).clamp(max=drafts.shape[1]), following
-
-    monkeypatch.setattr(generate, "accept", generous)
-    assert {row.name for row in failures(SHORT["llama-2"], compiled=False)} == {"draft model", "prompt lookup"}
 
 
 def test_other_weights_fail_with_exit_code_1(folders):
