@@ -21,8 +21,8 @@ of every family are checked. Decisions to know:
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py`, `tp.py`, `checkpoint.py`, `tokenizer.py` and
-`generate.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`,
+`speculate.py` and `checkpoint.py` beside it.
 
 Shapes: B batch, T tokens, D model dim, K kv heads, C head dim, V vocabulary.
 """
@@ -37,23 +37,21 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of, untie_head
-from fast_model import to_reference
-from generate import (
-    DraftModel,
-    PromptLookup,
-    Sampling,
-    check_device,
-    compile_options,
-    compiled_prefill,
-    decode_step,
-    default_device,
-    draft_step,
-    generate,
-    verify,
+from checkpoint import (
+    build_model,
+    describe_quantization,
+    fingerprint,
+    quantize_model,
+    read_checkpoint,
+    shapes_of,
+    untie_head,
 )
+from decode import Sampling, Steps, compile_options, compiled_prefill, decode_step, generate
+from fast_model import to_reference
 from model import GPT, GPTConfig, rope_frequencies, rotate
-from quantize import dequantize_weights
+from quantized_linear import dequantize_weights
+from runtime import check_agreement, check_device, default_device, objects_of_ranks, print0, rank_and_count, run_command
+from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
 LONG = 1040  # tokens of the long prompt
 MOST_LOSS = 1.6  # of a layer in 16 bits, in those of the reference
@@ -214,29 +212,29 @@ class RashLookup(PromptLookup):
         return [*ids[:-1], abs(ids[-1] - 1)]
 
 
-def speculative(model, speculation, expected, prompt, greedy, tolerance: float, decode_step, compiled: bool) -> Row:
-    """The row of a greedy text [B, T] after the prompts [B, P]; `expected` is the reference."""
-    B, length = prompt.shape
-    count = greedy.shape[1]
-    model.setup_caches(B, min(length + count + speculation.longest_round, model.config.block_size))
-    run = partial(
-        generate, model, prompt, count, Sampling(temperature=0), decode_step=decode_step, speculation=speculation
-    )
+def speculative(case, model, drafts, verify, decode_step, compiled: bool) -> Row:
+    """The row of the greedy text [B, T] with drafts, 3 a round, behind the reference's own."""
+    prompt, greedy = case.ids[:, : case.length], case.ids[:, case.length :]
+    (B, length), count = prompt.shape, greedy.shape[1]
+    model.setup_caches(B, min(length + count + 3, model.config.block_size))
+    sampling = Sampling(temperature=0)
+    steps = Steps(decode_step=decode_step, speculation=Speculation(model, sampling, drafts, Fixed(3), verify))
+    run = partial(generate, model, prompt, count, sampling, steps=steps)
     for _ in run() if compiled else ():
         pass
     with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
         ids = torch.tensor(list(run()), device=prompt.device).T
-    logits = expected(torch.cat([prompt, ids], dim=1))[:, length - 1 : -1]
+    logits = case.reference(torch.cat([prompt, ids], dim=1))[:, length - 1 : -1]
     behind = logits.amax(-1) - logits.gather(-1, ids[..., None])[..., 0]  # [B, T]
     changed = (ids != greedy).any(0).nonzero()
-    kind = "draft model" if isinstance(speculation, DraftModel) else "prompt lookup"
+    kind = "draft model" if isinstance(drafts, DraftModel) else "prompt lookup"
     return Row(
         f"{kind}, compiled" if compiled else kind,
         difference=behind.max().item(),
         divergence=None,
         agreement=(logits.argmax(-1) == ids).float().mean().item(),
         first_change=changed[0].item() if len(changed) else None,
-        tolerance=tolerance,
+        tolerance=2 * case.exact["tolerance"],
         reason="greedy text, behind the reference's best",
     )
 
@@ -430,7 +428,7 @@ class Case:
 
     def fast(self, dtype, config=None, state_dict=None):
         """The FastGPT of this rank, or of another model."""
-        rank, ranks = tp.rank_and_count()
+        rank, ranks = rank_and_count()
         shard = tp.shard(state_dict or self.state_dict, config or self.config, rank, ranks)
         return build_model(config or self.config, shard, self.device, dtype, rank=rank, ranks=ranks)
 
@@ -442,7 +440,7 @@ def make_case(config, state_dict, device, compiled) -> Case:
     prompt = torch.randint(config.vocab_size, (batch, length), generator=random).to(device)
     greedy = list(generate(reference, prompt, 24, Sampling(temperature=0)))
     ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)[:, : config.block_size]
-    ids = tp.from_rank_0(ids, tp.rank_and_count()[1])
+    ids = tp.from_rank_0(ids, rank_and_count()[1])
     expected = torch.cat([reference(row[None]) for row in ids])
     return Case(config, state_dict, device, compiled, reference, length, ids, expected)
 
@@ -476,7 +474,7 @@ def float32_rows(case: Case, fast) -> Iterator[Row]:
 
 
 def speculative_rows(case: Case, fast) -> Iterator[Row]:
-    prompt, text = case.ids[:, : case.length], case.ids[:, case.length :]
+    text = case.ids[:, case.length :]
     config, weights = untie_head(case.config, case.reference.state_dict())
     head = weights["lm_head.weight"].clone()
     head[text.unique()[::2]] *= -1  # of these tokens the likeliest becomes the least likely
@@ -485,11 +483,10 @@ def speculative_rows(case: Case, fast) -> Iterator[Row]:
         torch.compiler.reset()
         step, check, drafting = decode_step, verify, draft_step
         if compiled:
-            options = {"fullgraph": True, "dynamic": False, "options": compile_options(prompt.device.type)}
+            options = {"fullgraph": True, "dynamic": False, "options": compile_options(case.ids.device.type)}
             step, check, drafting = (torch.compile(function, **options) for function in (step, check, drafting))
-        for speculation in (DraftModel(draft, 3, drafting, verify=check), RashLookup(3, verify=check)):
-            tolerance = 2 * case.exact["tolerance"]
-            yield speculative(fast, speculation, case.reference, prompt, text, tolerance, step, compiled)
+        for drafts in (DraftModel(draft, drafting), RashLookup()):
+            yield speculative(case, fast, drafts, check, step, compiled)
 
 
 def long_rows(case: Case, fast) -> Iterator[Row]:
@@ -564,14 +561,14 @@ def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True
 
 def print_table(title: str, rows: Iterator[Row]) -> bool:
     """Print the rows as they come; True if all of them passed."""
-    tp.print0(f"\n{title}")
-    tp.print0(f"  {'':24}{'off by':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
+    print0(f"\n{title}")
+    print0(f"  {'':24}{'off by':>9} {'tolerance':>9} {'KL':>9} {'top-1':>7} {'greedy':>7}")
     passed = True
     for row in rows:
         divergence = "" if row.divergence is None else f"{row.divergence:.1e}"
         agreement = "" if row.agreement is None else f"{row.agreement:.2%}"
         change = row.first_change if row.first_change is not None else "same" if agreement else ""
-        tp.print0(
+        print0(
             f"  {row.name:24}{row.difference:9.2e} {row.tolerance:9.2e} {divergence:>9} {agreement:>7} "
             f"{change:>7}  {'ok' if row.passed else 'FAILED'}  ({row.reason})",
             flush=True,
@@ -580,32 +577,37 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
     return passed
 
 
-def main(checkpoint_path: Path | None, hf: Path | None, device: str, no_compile: bool) -> int:
-    check_device(device)
-    if hf and not checkpoint_path:
+def models_to_check(args) -> Iterator[tuple[str, GPTConfig, dict]]:
+    """(title, config, state dict) of the checkpoint, or of the small models that this number of ranks divides."""
+    if args.checkpoint_path:
+        config, state_dict = read_checkpoint(args.checkpoint_path)
+        check_agreement({"model": fingerprint(config, state_dict)})
+        yield str(args.checkpoint_path), config, state_dict
+        return
+    for name, config in FAMILIES.items():
+        try:
+            tp.shard_config(config, rank_and_count()[1])
+        except ValueError as error:
+            print0(f"\n{name}: left out, {error}")
+            continue
+        yield f"{name}, small random weights", config, random_weights(config)
+
+
+def main(args) -> int:
+    check_device(args.device)
+    if args.hf and not args.checkpoint_path:
         raise ValueError("--hf needs --checkpoint_path, the model.pth that was made from it")
-    if hf and not hf.is_dir():  # transformers would ask the Hub for a repository of this name
-        raise ValueError(f"{hf} is not a folder")
-    if checkpoint_path:
-        config, state_dict = read_checkpoint(checkpoint_path)
-        tp.check_agreement({"model": tp.fingerprint(config, state_dict)})
-        models = {str(checkpoint_path): (config, state_dict)}
-    else:
-        models = {f"{name}, small random weights": (c, random_weights(c)) for name, c in FAMILIES.items()}
-    ranks, passed = tp.rank_and_count()[1], []
-    for title, (config, state_dict) in models.items():
-        if not checkpoint_path:
-            try:
-                tp.shard_config(config, ranks)
-            except ValueError as error:
-                tp.print0(f"\n{title}: left out, {error}")
-                continue
-        rows = check_model(config, state_dict, device, not no_compile, hf)
-        passed += tp.objects_of_ranks(print_table(title, rows))
+    if args.hf and not args.hf.is_dir():  # transformers would ask the Hub for a repository of this name
+        raise ValueError(f"{args.hf} is not a folder")
+    passed = []
+    for title, config, state_dict in models_to_check(args):
+        rows = check_model(config, state_dict, args.device, not args.no_compile, args.hf)
+        passed += objects_of_ranks(print_table(title, rows))
     if not passed:
+        ranks = rank_and_count()[1]
         raise ValueError(f"{ranks} ranks divide none of the small models; take another number, or give a checkpoint")
     agree = all(passed)
-    tp.print0("\nAll rows are within their tolerance." if agree else "\nThe models DISAGREE: see the rows that FAILED.")
+    print0("\nAll rows are within their tolerance." if agree else "\nThe models DISAGREE: see the rows that FAILED.")
     return 0 if agree else 1
 
 
@@ -617,4 +619,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled rows")
-    tp.run(main, parser.parse_args())
+    run_command(main, parser.parse_args())

@@ -10,16 +10,12 @@ mean nothing. Decisions to know:
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
 - `save` and `load` are for a live model of either twin, in whatever wrappers: the file does not show which.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantize.py` and `tp.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py` and `runtime.py` beside
+it.
 """
 
-import json
-import math
-import os
+import hashlib
 import pickle
-import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +24,8 @@ import torch.nn as nn
 
 from fast_model import FastGPT, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
-from quantize import Int4Linear, dequantize_weights, quantize_weights, swap_linears
+from quantized_linear import Int4Linear, dequantize_weights, quantize_weights, swap_linears
+from runtime import written_in_place
 from tp import shard
 
 FORMAT_VERSION = 1
@@ -45,63 +42,6 @@ def strip_prefixes(state_dict: dict) -> dict:
             raise ValueError(f"{short} is there twice, once as {name}; take the tensors with wrappers' prefixes out")
         stripped[short] = tensor
     return stripped
-
-
-def _is_special(path) -> bool:
-    """Whether bytes are sent to this path, not a file put in its place: a FIFO, a device, an open stream's name."""
-    streams = ("/dev/std", "/dev/fd/", "/proc/")
-    return os.path.abspath(path).startswith(streams) or (os.path.exists(path) and not os.path.isfile(path))
-
-
-def check_target(path) -> None:
-    """Raises OSError if no file can be written at `path`; a command asks before its work, not after it."""
-    special, target = _is_special(path), Path(os.path.realpath(path))  # resolve() fails at a link to itself
-    if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    place = Path(path) if special else next(parent for parent in target.parents if parent.exists())
-    if not os.access(place, os.W_OK) or not special and (target.is_symlink() or not place.is_dir()):
-        raise PermissionError(f"{path} cannot be written, because {place} does not allow it; give another place")
-
-
-@contextmanager
-def written_in_place(path):
-    """A temporary path beside `path`; renamed to it if the block ends well, deleted if not.
-
-    A symlink stays and its target is new. A FIFO or a device gets the bytes, when they are all there. What torch's zip
-    writer says of a full disk becomes an OSError.
-    """
-    special, target = _is_special(path), Path(os.path.realpath(path))
-    if not special:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.gettempdir()) if special else target.parent
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        if special:
-            with open(temporary, "rb") as source, open(path, "ab") as sink:  # stdout may be a file with text in it
-                shutil.copyfileobj(source, sink)
-        else:
-            os.replace(temporary, target)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):
-            raise
-        raise OSError(f"{path} could not be written whole; is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content) -> None:
-    """Write dicts, lists, numbers and text as JSON; a number that is not finite, which JSON lacks, becomes null."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    with written_in_place(path) as temporary:
-        temporary.write_text(json.dumps(finite(content), indent=1, default=str, allow_nan=False))
 
 
 def write_checkpoint(path, config: GPTConfig, state_dict: dict, method: str | None = None) -> None:
@@ -317,3 +257,29 @@ def build_model(
         if hasattr(module, "prepare"):
             module.prepare(experts="experts_" in name)
     return model.eval().requires_grad_(False)
+
+
+def default_dtype(device: str, state_dict: dict) -> torch.dtype:
+    """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there.
+
+    On a CPU it is float32, which agrees with the reference to the last digits (bfloat16 is faster). With int4 weights
+    it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
+    """
+    if device != "cpu":
+        stored = state_dict["transformer.wte.weight"].dtype
+        halves = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if stored == torch.float32 and halves else stored
+    quantization = describe_quantization(state_dict)
+    return torch.bfloat16 if quantization and quantization["mode"] == "int4" else torch.float32
+
+
+def fingerprint(config, state_dict: dict) -> str:
+    """A digest of a config, and of each tensor's name, shape and first numbers: of another model it is another one.
+
+    Of a mapped file that is a page a tensor.
+    """
+    digest = hashlib.sha256(repr(config).encode())
+    for name, tensor in state_dict.items():
+        first = bytes(tensor.flatten()[:64].view(torch.uint8).tolist())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + first)
+    return digest.hexdigest()

@@ -12,8 +12,8 @@ Decisions to know:
 - Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
-Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantize.py`, `tp.py` and `checkpoint.py`
-beside it.
+Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`,
+`runtime.py` and `checkpoint.py` beside it.
 """
 
 import argparse
@@ -31,9 +31,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-import tp
-from checkpoint import check_dtype, check_size, check_target, is_state_dict, strip_prefixes, write_checkpoint
+from checkpoint import check_dtype, check_size, is_state_dict, strip_prefixes, write_checkpoint
 from model import GPT, GPTConfig
+from runtime import check_target, run_command
 
 # Architecture: model type, and what it says of GPTConfig without a field of config.json.
 GPT2_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
@@ -504,11 +504,11 @@ def convert(checkpoint_dir) -> Path:
     return path
 
 
-def main(checkpoint_dir: Path) -> None:
-    print(f"wrote {convert(checkpoint_dir)}")
+def main(args) -> None:
+    print(f"wrote {convert(args.checkpoint_dir)}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a Hugging Face model folder to model.pth in that folder.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder with config.json and weights")
-    tp.run(main, parser.parse_args())
+    run_command(main, parser.parse_args())

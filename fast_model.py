@@ -424,13 +424,14 @@ class FastGPT(nn.Module):
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False  # set it before setup_caches
 
-    def setup_caches(self, max_batch_size: int, max_seq_length: int):
+    def setup_caches(self, max_batch_size: int, max_seq_length: int, int8: bool | None = None):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
 
         With `int8_cache` set, keys and values are int8, with a bf16 scale for each head of each token. Of a split model
         all ranks call this together: on GPUs it also gives them memory for their sums. Raises ValueError if the slots
         are more than the model's context.
         """
+        self.int8_cache = self.int8_cache if int8 is None else int8
         config, weight = self.config, self.wte.weight
         if max_seq_length > config.block_size:
             raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
@@ -579,3 +580,18 @@ def to_reference(state_dict: dict, config: GPTConfig) -> dict:
     if modules:
         raise ValueError(f"the reference has no place for {', '.join(modules)}")
     return reference
+
+
+def bytes_per_step(model) -> int:
+    """Bytes a decode step of one row reads: the weights, of an embedding that is only looked up nothing, of experts the
+    chosen ones, and the whole cache.
+    """
+    config = model.config
+    looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
+    active = config.n_expert_used / config.n_expert if config.n_expert else 1  # the experts of one token
+    weights = sum(
+        round(tensor.nbytes * active) if "experts_" in name else tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if name.removeprefix("transformer.") not in looked_up
+    )
+    return weights + sum(b.nbytes for name, b in model.named_buffers() if name.endswith("_cache"))

@@ -20,7 +20,7 @@ int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md 
   one operator: a kernel of the compiler's in between would break the chain. The ranks' sum of tensor parallelism is in
   the norm's kernel for the same reason.
 
-`quantize.py` and `fast_model.py` have the plain twin of each.
+`quantized_linear.py` and `fast_model.py` have the plain twin of each.
 
 Copy me: needs torch and triton.
 

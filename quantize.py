@@ -1,27 +1,18 @@
-"""int8 and int4 weights: one linear class per format, the swap that puts them into a model, and the command.
+"""Quantize a checkpoint's weights: to the nearest grid point, or by GPTQ with a text.
 
     python quantize.py --checkpoint_path checkpoints/NAME/model.pth --mode int4 --group_size 32
     python quantize.py --checkpoint_path checkpoints/NAME/model.pth --mode int4-gptq --calibration FILE
 
-Only weights are quantized, to the nearest grid point or by GPTQ; activations stay as they are. Decisions to know:
+`quantized_linear.py` says what the formats are. Decisions to know:
 
-- int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
-- Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
-  costs nothing.
-- Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
-  gets a quantized copy of the embedding, which ends the tie.
-- The head is int8 beside int4 too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4 head
-  alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
-- On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
-  are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
-- For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied.
-  PyTorch's int4 operator on CPUs, compiled int8 for up to 16 tokens there, and on GPUs the int8 kernel for up to 64 and
-  the int4 kernel for up to 6 convert them inside the product.
 - int4-gptq is int4 with another choice of weights, made with a text: the file has the same form and is read the same.
+- A layer at a time is on the device, in float32. Its input is what the quantized layers before it make of the text.
+- A mixture of experts is not calibrated: each expert sees a part of the text alone.
 
-Copy me: needs torch, for speed on a GPU `gpu_kernels.py` beside it, and for the command the other files.
+Copy me: needs torch and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`,
+`checkpoint.py` and `tokenizer.py` beside it, with its libraries.
 
-Shapes: N output rows, K input columns, G columns in a group.
+Shapes: N output rows, K input columns.
 """
 
 import argparse
@@ -30,243 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from tqdm import tqdm
 
-try:
-    import gpu_kernels
-except ImportError:  # Triton is on GPU machines only
-    gpu_kernels = None
-
-GROUP_SIZES = (32, 64, 128, 256)
-
-
-def int4_linear_cpu(x, weight, scales, group_size: int):
-    """PyTorch's int4 product of x [T, K], weights and scales laid out by `Int4Linear.prepare`; [T, N]."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales)
-
-
-# An operator of its own, because the compiler's rewriting of PyTorch's fails in a nested region (torch 2.13: "group
-# size must be a scalar"). `torch.library.custom_op` takes 50 us a call, as much as the product itself.
-if not hasattr(torch.ops.gpt_twin, "int4_linear_cpu"):  # the command imports this file a second time
-    torch.library.define(
-        "gpt_twin::int4_linear_cpu", "(Tensor x, Tensor weight, Tensor scales, int group_size) -> Tensor"
-    )
-    torch.library.impl("gpt_twin::int4_linear_cpu", "cpu", int4_linear_cpu)
-    torch.library.register_fake(
-        "gpt_twin::int4_linear_cpu", lambda x, weight, scales, group_size: x.new_empty(x.shape[0], scales.shape[1])
-    )
-
-
-class Int8Linear(nn.Module):
-    """y = (x @ weight.T) * scales + bias, with weight int8 [N, K] and scales [N]."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scales", torch.empty(out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.for_gpu_kernels = False
-
-    @staticmethod
-    def quantize(weight) -> dict:
-        """{"weight", "scales"} of a weight [N, K]; the largest of a row becomes 127."""
-        weight = weight.float()
-        scales = (weight.abs().amax(1).clamp(min=1e-8) / 127).bfloat16()
-        q = (weight / scales.float()[:, None]).round().clamp(-127, 127)
-        return {"weight": q.to(torch.int8), "scales": scales}
-
-    @staticmethod
-    def dequantize(weight, scales):
-        """[N, K] in the dtype of the scales; in float32 the exact numbers."""
-        return weight.to(scales.dtype) * scales[:, None]
-
-    def prepare(self, experts: bool = False):
-        self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
-
-    def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
-        return (self.weight, self.scales) if self.for_gpu_kernels else None
-
-    def plain_weight(self, dtype):
-        """The weight as it multiplies, [N, K]."""
-        if self.for_gpu_kernels:
-            return gpu_kernels.dequantize(self.weight, self.scales, None, dtype)
-        return self.dequantize(self.weight, self.scales.to(dtype))
-
-    def rows(self, expert, experts: int):
-        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], as they multiply."""
-        weight, scales = (t.unflatten(0, (experts, -1))[expert] for t in (self.weight, self.scales.float()))
-        return weight * scales[..., None]
-
-    def forward(self, x):
-        if self.for_gpu_kernels:
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights()).view(*x.shape[:-1], -1)
-        elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
-            # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
-            y = torch.stack([(self.weight * row).sum(-1) for row in x.float().flatten(0, -2)]) * self.scales.float()
-            y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scales
-        return y if self.bias is None else y + self.bias
-
-
-class Int4Linear(nn.Module):
-    """weight uint8 [N, K/2], scales and zeros [N, K/G]: numbers (q - 8) * scale + zero with q of 4 bits.
-
-    Byte j of a row holds q of column 2 j in its low half and of column 2 j + 1 in its high half.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, group_size: int):
-        super().__init__()
-        groups = in_features // group_size
-        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(out_features, groups))
-        self.register_buffer("zeros", torch.empty(out_features, groups))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.group_size, self.for_gpu_kernels, self.cpu_scales = group_size, False, None
-
-    @staticmethod
-    def quantize(weight, group_size: int) -> dict:
-        """{"weight", "scales", "zeros"} of a weight [N, K]: the range of each group in 16 steps."""
-        groups = weight.float().unflatten(1, (-1, group_size))  # [N, K/G, G]
-        scales, zeros = Int4Linear.grid(groups)
-        q = Int4Linear.nearest(groups, scales[..., None], zeros[..., None])
-        return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales, "zeros": zeros}
-
-    @staticmethod
-    def grid(groups):
-        """(scales, zeros), bf16 [...], that spread 16 steps over the range of each group [..., G]."""
-        low, high = groups.amin(-1), groups.amax(-1)
-        scales = ((high - low).clamp(min=1e-8) / 15).bfloat16()
-        return scales, (low + 8 * scales.float()).bfloat16()
-
-    @staticmethod
-    def nearest(weight, scales, zeros):
-        """q, float32, from 0 to 15, of float32 weights."""
-        return ((weight - zeros.float()) / scales.float() + 8).round().clamp(0, 15)
-
-    @staticmethod
-    def pack(q):
-        """The bytes [N, K/2] of q [N, K]."""
-        q = q.to(torch.uint8)
-        return q[:, ::2] | q[:, 1::2] << 4
-
-    @staticmethod
-    def unpack(weight):
-        """q [N, K], uint8 from 0 to 15, of a packed weight [N, K/2]."""
-        return torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
-
-    @staticmethod
-    def dequantize(weight, scales, zeros):
-        """[N, K] in the dtype of the scales; in float32 the exact numbers."""
-        q = Int4Linear.unpack(weight).unflatten(1, (scales.shape[1], -1)).to(scales.dtype)
-        return ((q - 8) * scales[..., None] + zeros[..., None]).flatten(1)
-
-    def plain_weight(self, dtype):
-        """The weight as it multiplies, [N, K], if it is not in a CPU kernel's layout."""
-        if self.for_gpu_kernels:
-            return gpu_kernels.dequantize(self.weight, self.scales, self.zeros, dtype)
-        return self.dequantize(self.weight, self.scales.to(dtype), self.zeros.to(dtype))
-
-    def rows(self, expert, experts: int):
-        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], in the layout on disk."""
-        parts = (t.unflatten(0, (experts, -1))[expert] for t in (self.weight, self.scales.float(), self.zeros.float()))
-        return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
-
-    def prepare(self, experts: bool = False):
-        """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows, and
-        no matrix of experts, of which single rows are read."""
-        q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
-        if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
-        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0 and not experts:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-            self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
-
-    @property
-    def prepared(self) -> bool:
-        """Whether the weight is in the layout of a kernel."""
-        return self.for_gpu_kernels or self.cpu_scales is not None
-
-    def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
-        return (self.weight, self.scales, self.zeros) if self.for_gpu_kernels else None
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        if self.for_gpu_kernels:
-            y = gpu_kernels.linear(rows, *self.gpu_weights())
-        elif self.cpu_scales is not None:
-            y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
-        else:
-            y = F.linear(rows, self.dequantize(self.weight, self.scales, self.zeros))
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
-    """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
-
-    The head becomes int8 in mode int4 too. Raises ValueError if a weight does not divide into groups, or is quantized
-    already.
-    """
-    quantized = {}
-    for name, tensor in state_dict.items():
-        if not name.endswith(("_proj.weight", "lm_head.weight")):
-            quantized[name] = tensor
-            continue
-        int8 = mode == "int8" or name == "lm_head.weight"
-        check_weight(name, tensor, None if int8 else group_size)
-        # A few rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
-        some = tensor.split(max(1, 2**20 // tensor.shape[1]))
-        parts = [Int8Linear.quantize(rows) if int8 else Int4Linear.quantize(rows, group_size) for rows in some]
-        for kind in parts[0]:
-            quantized[f"{name.removesuffix('weight')}{kind}"] = torch.cat([part[kind] for part in parts])
-    return quantized
-
-
-def check_weight(name: str, tensor, group_size: int | None) -> None:
-    """Raises ValueError if a weight cannot be quantized; with group_size None, to int8."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} is quantized already; start from the plain checkpoint")
-    if group_size and tensor.shape[1] % group_size:
-        fits = ", ".join(str(size) for size in GROUP_SIZES if tensor.shape[1] % size == 0) or "none, so use int8"
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} columns, which groups of {group_size} do not divide; of the group sizes "
-            f"these do: {fits}"
-        )
-
-
-def dequantize_weights(state_dict: dict) -> dict:
-    """A plain float32 state dict with exactly the numbers of a quantized one; of a plain one, itself."""
-    plain = {}
-    for name, tensor in state_dict.items():
-        module, _, kind = name.rpartition(".")
-        scales, zeros = state_dict.get(f"{module}.scales"), state_dict.get(f"{module}.zeros")
-        if kind == "weight" and zeros is not None:
-            plain[name] = Int4Linear.dequantize(tensor, scales.float(), zeros.float())
-        elif kind == "weight" and scales is not None:
-            plain[name] = Int8Linear.dequantize(tensor, scales.float())
-        elif kind not in ("scales", "zeros"):
-            plain[name] = tensor
-    return plain
-
-
-def swap_linears(model: nn.Module, state_dict: dict) -> None:
-    """Put a quantized module in the place of each nn.Linear that has scales in the state dict of this layout."""
-    for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or f"{name}.scales" not in state_dict:
-            continue
-        size = linear.in_features, linear.out_features, linear.bias is not None
-        if f"{name}.zeros" in state_dict:
-            module = Int4Linear(*size, group_size=linear.in_features // state_dict[f"{name}.scales"].shape[1])
-        else:
-            module = Int8Linear(*size)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
-
-# --- GPTQ -------------------------------------------------------------------------------------------------------------
+from checkpoint import quantize_model, read_checkpoint, untie_head, write_checkpoint
+from model import Block
+from quantized_linear import GROUP_SIZES, Int4Linear, check_weight, quantize_weights
+from runtime import check_device, check_target, default_device, run_command
+from tokenizer import find_tokenizer
 
 BLOCK = 128  # columns that are quantized before the rest of the matrix is updated; group sizes divide it or it them
 SEQUENCE = 512  # tokens of calibration text that are seen together
@@ -341,10 +102,6 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
     A layer at a time is in float32 on the device. What the quantized layers before it make of the ids is its input. The
     head becomes int8, rounded to nearest.
     """
-    from tqdm import tqdm
-
-    from model import Block
-
     if config.n_expert:
         raise ValueError("GPTQ of experts, which each see a part of the text, is not implemented; use int4 or int8")
 
@@ -392,39 +149,27 @@ def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
     return ids[: count * length].view(count, length)[kept]
 
 
-def main(
-    checkpoint_path: Path,
-    mode: str,
-    group_size: int,
-    calibration: Path | None,
-    calibration_tokens: int,
-    device: str | None,
-    out_path: Path | None,
-) -> None:
-    import checkpoint  # which imports this file
-
-    if (mode == "int4-gptq") != (calibration is not None) or calibration_tokens < 1:
+def main(args) -> None:
+    mode, path = args.mode, args.checkpoint_path
+    if (mode == "int4-gptq") != (args.calibration is not None) or args.calibration_tokens < 1:
         raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
-    label = mode if mode == "int8" else f"{mode}_g{group_size}"
-    out = out_path or checkpoint_path.with_name(f"{checkpoint_path.stem}_{label}.pth")
-    checkpoint.check_target(out)
-    config, state_dict = checkpoint.read_checkpoint(checkpoint_path)
-    if calibration:
-        from generate import check_device, default_device, find_tokenizer
-
-        device = device or default_device()
-        check_device(device)
-        tokenizer = find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=True)
-        ids = read_calibration(calibration, tokenizer, config.block_size, calibration_tokens)
-        config, state_dict = checkpoint.untie_head(config, state_dict)
-        state_dict = gptq_weights(config, state_dict, group_size, ids, device)
+    label = mode if mode == "int8" else f"{mode}_g{args.group_size}"
+    out = args.out_path or path.with_name(f"{path.stem}_{label}.pth")
+    check_target(out)
+    config, state_dict = read_checkpoint(path)
+    if args.calibration:
+        check_device(args.device)
+        tokenizer = find_tokenizer(path.parent, config.vocab_size, needed=True)
+        ids = read_calibration(args.calibration, tokenizer, config.block_size, args.calibration_tokens)
+        config, state_dict = untie_head(config, state_dict)
+        state_dict = gptq_weights(config, state_dict, args.group_size, ids, args.device)
     else:
-        config, state_dict = checkpoint.quantize_model(config, state_dict, mode, group_size)
-    checkpoint.write_checkpoint(out, config, state_dict, method="gptq" if calibration else "nearest")
-    print(f"wrote {out}: {checkpoint_path.stat().st_size / 1e6:.0f} MB became {out.stat().st_size / 1e6:.0f} MB")
+        config, state_dict = quantize_model(config, state_dict, mode, args.group_size)
+    write_checkpoint(out, config, state_dict, method="gptq" if args.calibration else "nearest")
+    print(f"wrote {out}: {path.stat().st_size / 1e6:.0f} MB became {out.stat().st_size / 1e6:.0f} MB")
 
 
-if __name__ == "__main__":
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
@@ -432,8 +177,10 @@ if __name__ == "__main__":
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns, int4 and int4-gptq only")
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text, int4-gptq only")
     add("--calibration_tokens", type=int, default=16384, help="at most this many tokens of it are used")
-    add("--device", help="where int4-gptq computes; default: cuda or mps if there is one, else cpu")
+    add("--device", default=default_device(), help="where int4-gptq computes: cpu, cuda, cuda:1, mps")
     add("--out_path", type=Path, help="default: model_int8.pth or model_int4_g32.pth beside it")
-    import tp  # which people who copy the classes need not have
+    return parser.parse_args()
 
-    tp.run(main, parser.parse_args())
+
+if __name__ == "__main__":
+    run_command(main, parse_arguments())

@@ -1,6 +1,4 @@
-"""Tensor parallelism: which part of each weight a rank holds, the sums between ranks, and the start under torchrun.
-
-    torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/NAME/model.pth
+"""Tensor parallelism: which part of each weight a rank holds, and the sums between ranks.
 
 Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053):
 
@@ -19,18 +17,8 @@ Copy me: needs torch.
 Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 """
 
-import gc
-import hashlib
 import os
-import re
-import signal
-import sys
-import time
-import traceback
-import warnings
 from dataclasses import replace
-from datetime import timedelta
-from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -133,10 +121,16 @@ def from_rank_0(x, ranks: int):
 def shared_memory(words: int, device) -> tuple:
     """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them, valid as long as the first
     is held), or (None, None) if GPUs are on several hosts or do not reach each other's memory. All ranks call this."""
-    rank, ranks = rank_and_count()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def of_ranks(value) -> list:
+        values = [None] * ranks
+        dist.all_gather_object(values, value)
+        return values
+
     one_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ranks
     reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
-    if not all(objects_of_ranks(reached)):
+    if not all(of_ranks(reached)):
         return None, None
     import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
 
@@ -147,146 +141,6 @@ def shared_memory(words: int, device) -> tuple:
         addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
     except RuntimeError:  # in a container, say, that does not let processes share memory; then all of them come here
         addresses = None
-    if None in objects_of_ranks(addresses):
+    if None in of_ranks(addresses):
         return None, None
     return own, torch.tensor(addresses, device=device)
-
-
-# --- Under torchrun ---------------------------------------------------------------------------------------------------
-
-
-def rank_and_count() -> tuple[int, int]:
-    """(this process's rank, number of ranks); (0, 1) if torchrun has not started it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*words, **options) -> None:
-    """`print` on rank 0."""
-    if rank_and_count()[0] == 0:
-        print(*words, **options)
-
-
-def own_device(device: str) -> str:
-    """The device of this rank: of "cuda" the GPU with the local rank's number. Raises ValueError if it has none."""
-    if rank_and_count()[1] == 1 or device == "cpu":
-        return device
-    if device != "cuda":
-        raise ValueError(
-            f"under torchrun every rank takes a device of its own; give --device cuda or cpu, not {device}"
-        )
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks")
-    torch.cuda.set_device(local)
-    return f"cuda:{local}"
-
-
-def run(main, arguments) -> None:
-    """Exit with what `main`, given a command's arguments, returns, or after an error with the code of `explain`.
-
-    Under torchrun this starts the group of all ranks, checks that their arguments are the same, and gives each its own
-    device. torchrun ends the others when one rank has ended: rank 0 tells an error first, so that it is told once, but
-    waits with one that it may only have because another rank is gone.
-    """
-    rank, ranks = rank_and_count()
-    options, finished = vars(arguments), False
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal in latin-1 shows ? for what it does not have
-    for remark in ("\\s*Online softmax", "TensorFloat32 tensor cores"):  # of the compiler; nobody can act on them
-        warnings.filterwarnings("ignore", message=remark)
-    try:
-        if ranks > 1:
-            device = own_device(arguments.device)
-            _start(device)
-            check_agreement(options)
-            options = options | {"device": device}
-        code = int(main(**options) or 0)
-        finished = True
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code, sentence = explain(error)
-        if sentence is None and ranks == 1:
-            raise
-        if rank > 0:
-            time.sleep(2)
-        if sentence is None:
-            time.sleep(0 if rank else 5)
-            traceback.print_exc()
-        else:
-            print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
-    if ranks == 1:
-        raise SystemExit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if finished:  # else others may never come to this, and the end of the process takes the group along
-        Timer(10, os._exit, [code]).start()
-        torch.compiler.reset()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388)
-        gc.collect()
-        dist.destroy_process_group()
-    os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
-
-
-def explain(error: Exception) -> tuple[int, str | None]:
-    """(exit code, sentence for the user) of what ended a command; the sentence is None for a fault of the program.
-
-    2 is for what the user can change, 1 for a computation that failed.
-    """
-    if isinstance(error, FloatingPointError):
-        return 1, str(error)
-    told = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
-        tried = re.search(r"ried to allocate ([\d.]+ \w+)", told)
-        asked = f" for {tried[1]} more" if tried else ""
-        advice = "a smaller --batch_size or --length, fewer slots, --quantize, or a smaller model"
-        return 2, f"there is not enough memory on this device{asked}; take {advice}"
-    if "No working C++ compiler" in told or "Failed to find C compiler" in told:
-        return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
-    if "Python.h: No such file" in told:
-        return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
-    inner = getattr(error, "inner_exception", None)  # of the compiler's errors
-    if isinstance(inner, OSError):
-        return 2, f"--compile could not write or run what it needs: {inner}; mend that or leave out --compile"
-    if isinstance(error, (ValueError, OSError)):
-        return 2, told
-    return 1, None
-
-
-def _start(device: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C at once, even while this rank waits for another
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    # A prompt may be long in coming, and torchrun sees a rank that ends: no other timeout is needed.
-    dist.init_process_group(backend, timeout=timedelta(days=1))
-
-
-def objects_of_ranks(value) -> list:
-    """[rank 0's value, rank 1's, ...], small Python objects, on every rank."""
-    values = [None] * rank_and_count()[1]
-    if len(values) == 1:
-        return [value]
-    dist.all_gather_object(values, value)
-    return values
-
-
-def check_agreement(settings: dict) -> None:
-    """Raises ValueError if a rank has other settings than rank 0, and names the first one."""
-    first, *others = objects_of_ranks({name: repr(value) for name, value in settings.items()})
-    for rank, theirs in enumerate(others, start=1):
-        for name, ours in first.items():
-            if theirs[name] == ours:
-                continue
-            short = len(ours + theirs[name]) < 100
-            values = f"{name} {theirs[name]}, where rank 0 has {ours}" if short else f"another {name} than rank 0"
-            raise ValueError(f"rank {rank} has {values}; give every rank the same command and the same files")
-
-
-def fingerprint(config, state_dict: dict) -> str:
-    """A digest of a config, and of each tensor's name, shape and first numbers: of another model it is another one.
-
-    Of a mapped file that is a page a tensor.
-    """
-    digest = hashlib.sha256(repr(config).encode())
-    for name, tensor in state_dict.items():
-        first = bytes(tensor.flatten()[:64].view(torch.uint8).tolist())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + first)
-    return digest.hexdigest()

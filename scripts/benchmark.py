@@ -63,41 +63,28 @@ import torch
 import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
-from checkpoint import (
-    DTYPES,
-    build_model,
+from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
+from convert_hf_checkpoint import config_from_hf
+from decode import Sampling, Steps, cache_slots, compile_options, compiled_prefill, decode_step, generate, prefill
+from fast_model import bytes_per_step
+from model import GPTConfig
+from quantized_linear import GROUP_SIZES
+from runtime import (
+    Stopwatch,
+    check_device,
     check_target,
-    describe_quantization,
-    quantize_model,
-    read_checkpoint,
-    shapes_of,
+    default_device,
+    peak_memory,
+    positive,
+    print0,
+    rank_and_count,
+    read_bandwidth,
+    run_command,
+    synchronize,
     write_json,
     written_in_place,
 )
-from convert_hf_checkpoint import config_from_hf
-from generate import (
-    DraftModel,
-    Sampling,
-    Stopwatch,
-    bytes_per_step,
-    cache_slots,
-    check_device,
-    compile_options,
-    compiled_prefill,
-    decode_step,
-    default_device,
-    draft_step,
-    generate,
-    peak_memory,
-    positive,
-    prefill,
-    read_bandwidth,
-    speculation_figures,
-    synchronize,
-    verify,
-)
-from model import GPTConfig
-from quantize import GROUP_SIZES
+from speculate import DraftModel, Fixed, Speculation, draft_step, verify
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
 SHAPES = {
@@ -179,7 +166,7 @@ class RandomWeights(Mapping):
     def __init__(self, config: GPTConfig, device: str, ranks: int = 1):
         local = tp.shard_config(config, ranks)
         self.shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
-        self.seeds = {name: 2**20 * tp.rank_and_count()[0] + i for i, name in enumerate(self.shapes)}
+        self.seeds = {name: 2**20 * rank_and_count()[0] + i for i, name in enumerate(self.shapes)}
         self.device, self.ranks = device, ranks
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -207,7 +194,7 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
         dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
         config, state_dict = quantize_model(config, state_dict, weights, group_size)
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
-    rank, ranks = tp.rank_and_count()
+    rank, ranks = rank_and_count()
     return build_model(config, state_dict, device, dtype, reference, rank, ranks)
 
 
@@ -244,7 +231,7 @@ def slot_bytes(model) -> int:
 
 def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
     """ids [B, count]."""
-    ids = generate(model, prompt, count, Sampling(temperature=0), decode_step=step)
+    ids = generate(model, prompt, count, Sampling(temperature=0), steps=Steps(decode_step=step))
     return torch.tensor(list(ids), device=prompt.device).T
 
 
@@ -340,7 +327,7 @@ def print_row(row: dict) -> None:
     rest += [f"cache {row['cache_share']:.0%} of that floor"] if "cache_share" in row else []
     rest += [f"tokens {row['agrees']}"] if "agrees" in row else []
     rest += [f"losses within {row['losses_within']:.1e}"] if "losses_within" in row else []
-    tp.print0(
+    print0(
         f"{row['name']:34}{row['seconds'] * 1e3:9.2f} ms ({spread}){rate}  {row['share_of_floor']:4.0%} of the floor  "
         + ", ".join(rest),
         flush=True,
@@ -371,7 +358,7 @@ def decode(
         for name, model in models.items():
             warm, step = compile_step(device, f"{folder}/{name}", greedy, model, prompt, 3)
             agrees = check_steps(model, greedy(model, prompt, 24, step), prompt_tokens, name)
-            for _ in generate(model, prompt, 4, sampling, decode_step=step):  # compiles the sampling
+            for _ in generate(model, prompt, 4, sampling, steps=Steps(decode_step=step)):  # compiles the sampling
                 pass
             prepared[name] = model, step, {"cold": cold[name], "warm": warm, "agrees": agrees}
             times[name], first[name] = [], []
@@ -379,7 +366,7 @@ def decode(
         for _ in range(samples):
             for name, (model, step, _) in prepared.items():
                 start = time.perf_counter()
-                steps = generate(model, prompt, new_tokens, sampling, decode_step=step)
+                steps = generate(model, prompt, new_tokens, sampling, steps=Steps(decode_step=step))
                 marks = [time.perf_counter() - start for _ in steps]
                 times[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
                 first[name].append(marks[0])
@@ -582,15 +569,10 @@ def scale_outputs(layers, factor: float) -> None:
                     getattr(linear, name).mul_(factor)
 
 
-def acceptance_of(speculation) -> float:
-    """The share kept of the drafts that were looked at, in the last text."""
-    return speculation_figures(speculation, {})["acceptance"]
-
-
-def time_text(model, prompt, step, count: int, sampling, speculation=None, seed: int = 0):
+def time_text(model, prompt, steps: Steps, count: int, sampling, seed: int = 0):
     """Seconds of a token after the first, and the ids [1, count]."""
     start, marks, ids = time.perf_counter(), [], []
-    for token in generate(model, prompt, count, sampling, seed=seed, decode_step=step, speculation=speculation):
+    for token in generate(model, prompt, count, sampling, seed=seed, steps=steps):
         marks.append(time.perf_counter() - start)
         ids.append(token[0])
     return (marks[-1] - marks[0]) / (len(marks) - 1), torch.tensor([ids], device=prompt.device)
@@ -609,7 +591,7 @@ def speculations(
     samples: int,
     **_,
 ):
-    """Decoding with a draft model at several shares of drafts kept, against plain steps in turn with it.
+    """Decoding with a draft model at several shares of accepted drafts, against plain steps in turn with it.
 
     `models` has pairs, a model and a draft of its first layers.
     """
@@ -624,34 +606,38 @@ def speculations(
         watch = Stopwatch(device)
         later, unscaled = model.layers[draft.config.n_layer :], 1.0
 
-        text = partial(time_text, model, prompt, step)
-        text(4, sampling)
+        plain_steps, greedy_sampling = Steps(decode_step=step), Sampling(temperature=0)
+        text = partial(time_text, model, prompt)
+        text(plain_steps, 4, sampling)
         for wanted in acceptance:
             for k in drafts:
-                speculation = DraftModel(
-                    draft, k, step=watch.watch("draft", drafting), verify=watch.watch("verify", check)
+                source, verified = DraftModel(draft, watch.watch("draft", drafting)), watch.watch("verify", check)
+                sampled, greedily = (
+                    Steps(decode_step=step, speculation=Speculation(model, kind, source, Fixed(k), verified))
+                    for kind in (sampling, greedy_sampling)
                 )
                 low, high = 0.0, 4.0
                 for _ in range(8):
                     factor = (low + high) / 2
                     scale_outputs(later, factor / unscaled)
                     unscaled = factor
-                    text(new_tokens, sampling, speculation)
-                    low, high = (factor, high) if acceptance_of(speculation) > wanted else (low, factor)
-                for sampled in (Sampling(temperature=0), sampling):  # compiles the greedy one, too
-                    text(3 * (k + 1), sampled, speculation)
-                _, greedy_ids = text(24, Sampling(temperature=0), speculation)
+                    text(sampled, new_tokens, sampling)
+                    accepted = sampled.speculation.figures({})["acceptance"]
+                    low, high = (factor, high) if accepted > wanted else (low, factor)
+                text(greedily, 3 * (k + 1), greedy_sampling)  # compiles it
+                text(sampled, 3 * (k + 1), sampling)
+                _, greedy_ids = text(greedily, 24, greedy_sampling)
                 agrees = check_steps(model, greedy_ids, prompt_tokens, f"{name}, {k} drafts")
                 plain, fast, rates, rounds, calls = [], [], [], [], {"draft": 0.0, "verify": 0.0}
                 with torch.compiler.set_stance("fail_on_recompile"):
                     for sample in range(samples):
-                        plain.append(text(new_tokens, sampling, seed=sample)[0])
+                        plain.append(text(plain_steps, new_tokens, sampling, seed=sample)[0])
                         watch.read()
-                        fast.append(text(new_tokens, sampling, speculation, seed=sample)[0])
+                        fast.append(text(sampled, new_tokens, sampling, seed=sample)[0])
                         for kind, seconds in watch.read().items():
                             calls[kind] += sum(seconds)
-                        rates.append(acceptance_of(speculation))
-                        rounds.append(len(speculation.rounds))
+                        rates.append(sampled.speculation.figures({})["acceptance"])
+                        rounds.append(len(sampled.speculation.history))
                 per_round = [s * (new_tokens - 1) / n for s, n in zip(fast, rounds, strict=True)]
                 step_seconds = statistics.median(plain)
                 round_bytes = bytes_per_step(model) + k * bytes_per_step(draft)
@@ -787,7 +773,7 @@ def main(
         return plot(json_path, png)
     if json_path:
         check_target(json_path)
-    rank, ranks = tp.rank_and_count()
+    rank, ranks = rank_and_count()
     if ranks > 1 and (suite != "decode" or checkpoint_path or hf):
         raise ValueError("under torchrun there is the suite decode of a --shape; run the others without it")
     if (shape is None) == (checkpoint_path is None):
@@ -811,9 +797,9 @@ def main(
         state_dict = RandomWeights(config, device, ranks)
     rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
-    tp.print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
+    print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
     multiplies = limits["operations_per_second"] / 1e12
-    tp.print0(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
+    print0(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
     if suite in ALONE:
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
         built = "float32" if suite == "train" else weights[0]
@@ -828,7 +814,7 @@ def main(
         for kind, model in models.items():
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
-            tp.print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
+            print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
     if suite == "speculate":
         small = replace(config, n_layer=max(1, config.n_layer // 8))
         kept = {name: state_dict[name] for name in shapes_of(small)}
@@ -846,7 +832,7 @@ def main(
         rows.append(row)
     memory = {} if suite in ALONE else {"peak_memory": peak_memory(device)}
     if memory:
-        tp.print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
+        print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
     if json_path and rank == 0:
         content = {
             "suite": suite,
@@ -905,4 +891,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    tp.run(main, parse_arguments())
+    run_command(lambda args: main(**vars(args)), parse_arguments())

@@ -10,7 +10,7 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - Only byte-level BPE of the `smollm` kind is rebuilt. Other tokenizers split text otherwise, with other ids.
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
-Copy me: with model.py, fast_model.py, quantize.py, tp.py and checkpoint.py on the path, and `pip install gguf
+Copy me: with model.py, fast_model.py, quantized_linear.py, tp.py and checkpoint.py on the path, and `pip install gguf
 tokenizers`.
 """
 
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-import tp
-from checkpoint import check_size, check_target, write_checkpoint
+from checkpoint import check_size, write_checkpoint
 from model import GPT, GPTConfig
+from runtime import check_target, run_command
 
 # GGUF's tensors and ours. Which of them a model has follows from its config.
 TENSORS = {
@@ -261,4 +261,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a GGUF file of the llama architecture.")
     parser.add_argument("--gguf", required=True, help="the .gguf file")
     parser.add_argument("--out_dir", required=True, help="folder for model.pth and the tokenizer's files")
-    tp.run(main, parser.parse_args())
+    run_command(lambda args: main(**vars(args)), parser.parse_args())

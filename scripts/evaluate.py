@@ -31,21 +31,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tp
-from checkpoint import DTYPES, build_model, check_target, read_checkpoint, write_json
-from generate import (
-    Answer,
-    Sampling,
-    cache_slots,
-    check_device,
-    default_device,
-    default_dtype,
-    find_tokenizer,
-    generate,
-    positive,
-    say,
-    why_not_finite,
-)
+from checkpoint import DTYPES, build_model, default_dtype, read_checkpoint
+from decode import Sampling, cache_slots, generate, why_not_finite
+from generate import Answer
+from runtime import check_device, check_target, default_device, positive, run_command, say, write_json
+from tokenizer import find_tokenizer
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
 CHECKED = 64
@@ -348,4 +338,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    tp.run(main, parse_arguments())
+    run_command(lambda args: main(**vars(args)), parse_arguments())

@@ -11,7 +11,7 @@ Writes config.json, safetensors in files of at most 5 GB, and copies of the toke
 - dtypes are kept. Memory holds one file's tensors at a time.
 - The folder is written beside its name and renamed into place, so that its presence means that it is complete.
 
-Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantize.py, tp.py and
+Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantized_linear.py, tp.py and
 tokenizer.py on the path, and `pip install huggingface_hub numpy safetensors tqdm`.
 """
 
@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import convert_hf_checkpoint as convert
-import tp
-from checkpoint import check_target, describe_quantization, read_checkpoint
+from checkpoint import describe_quantization, read_checkpoint
 from model import GPTConfig
+from runtime import check_target, run_command
 from tokenizer import FILES
 
 MAX_FILE_SIZE = "5GB"
@@ -163,4 +163,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Export model.pth to a Hugging Face model folder.")
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
     parser.add_argument("--out_dir", type=Path, required=True, help="the folder to make; it may exist if it is empty")
-    tp.run(main, parser.parse_args())
+    run_command(lambda args: main(**vars(args)), parser.parse_args())

@@ -46,22 +46,31 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import tp
 from checkpoint import (
     build_model,
-    check_target,
     describe_quantization,
+    fingerprint,
     read_checkpoint,
     reference_state,
     shapes_of,
     write_checkpoint,
-    written_in_place,
 )
 from convert_hf_checkpoint import config_from_hf, read_json
+from decode import Sampling, check_length, generate
 from fast_model import FastGPT, to_reference
-from generate import Sampling, check_device, check_length, default_device, find_tokenizer, generate, positive
 from model import GPTConfig
-from tokenizer import FILES
+from runtime import (
+    check_device,
+    check_target,
+    default_device,
+    objects_of_ranks,
+    positive,
+    print0,
+    rank_and_count,
+    run_command,
+    written_in_place,
+)
+from tokenizer import FILES, find_tokenizer
 
 IGNORED = -100  # cross_entropy's mark of a target that does not count
 GAP = re.compile(r"[\s\ufeff]*")  # files that begin with a byte order mark may have been joined
@@ -203,7 +212,7 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
     if not found:
         raise ValueError(f"{file} has no answer to train on; it has {told or 'no rows'}")
     if told:
-        tp.print0(f"left out of {file}: {told}")
+        print0(f"left out of {file}: {told}")
     return padded(found, length)
 
 
@@ -488,7 +497,7 @@ def main(
         raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
     check_numbers(clip, learning_rate, weight_decay, lora_rank, lora_alpha, warmup, seed)
     check_device(device)
-    rank, ranks = tp.rank_and_count()
+    rank, ranks = rank_and_count()
     folder, training = (checkpoint_path or config).parent, out_dir / "training.pth"
     if training.exists() and not resume:
         raise ValueError(f"{training} is there; give --resume to go on with that run, or another --out_dir")
@@ -533,7 +542,7 @@ def main(
         add_lora(twin, lora_rank, lora_alpha, lora_targets)
     optimizer = make_optimizer(twin, learning_rate, weight_decay, device)
     settings = {
-        "start": tp.fingerprint(shape, state_dict),
+        "start": fingerprint(shape, state_dict),
         "data_digest": data_digest,
         "val_data_digest": val_data_digest,
         "tokenizer_digest": digest_of_tokenizer(folder),
@@ -557,7 +566,7 @@ def main(
         loss.compile(dynamic=False)
     parallel = DistributedDataParallel(loss) if ranks > 1 else loss
     trained = sum(p.numel() for p in twin.parameters() if p.requires_grad)
-    tp.print0(f"{trained:,} numbers to train, {len(rows[0]):,} rows of {length} tokens, {len(held_out[0]):,} held out")
+    print0(f"{trained:,} numbers to train, {len(rows[0]):,} rows of {length} tokens, {len(held_out[0]):,} held out")
     out_dir.mkdir(parents=True, exist_ok=True)
     for left in out_dir.glob(".*.pth.*.tmp") if rank == 0 else ():  # by a run that was killed while it wrote
         left.unlink()
@@ -574,7 +583,7 @@ def main(
                 bad = f"{name} {when}"
             elif not math.isfinite(held_out_loss):
                 bad = f"the validation loss {when}"
-        bad = tp.objects_of_ranks(bad)[0]
+        bad = objects_of_ranks(bad)[0]
         if bad and not step:
             raise FloatingPointError(f"{bad} is not finite; convert the model again, or give --precision float32")
         if bad:
@@ -612,7 +621,7 @@ def main(
             bar.update()
             saves = (step + 1) % every == 0 or step == steps - 1
             if saves or step % 10 == 9:
-                losses, bad = zip(*tp.objects_of_ranks((total.item(), worst.item())), strict=True)
+                losses, bad = zip(*objects_of_ranks((total.item(), worst.item())), strict=True)
                 if min(bad) < steps:
                     raise diverged(f"the loss or the gradient norm of step {min(bad) + 1}", learning_rate, out_dir)
                 bar.set_postfix(loss=f"{sum(losses) / ranks:.4f}")
@@ -623,7 +632,7 @@ def main(
                     write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
     if first == steps and rank == 0:  # it may have been killed in between
         write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
-    tp.print0(f"wrote {out_dir / 'model.pth'}, trained for {steps} steps")
+    print0(f"wrote {out_dir / 'model.pth'}, trained for {steps} steps")
 
 
 def parse_arguments():
@@ -662,4 +671,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    tp.run(main, parse_arguments())
+    run_command(lambda args: main(**vars(args)), parse_arguments())

@@ -69,7 +69,7 @@ def run(tiny_checkpoint, tmp_path, monkeypatch, capsys):
         file = tmp_path / "run.json"
         monkeypatch.setattr(sys, "argv", command(folder, "--json", file, *arguments))
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        generate.main(**vars(generate.parse_arguments()))
+        generate.main(generate.parse_arguments())
         output, data = capsys.readouterr(), json.loads(file.read_text())
         return SimpleNamespace(
             stdout=output.out, stderr=output.err, data=data, samples=data["samples"], runs=data["runs"]

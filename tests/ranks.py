@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tp  # noqa: E402
 from check_equivalence import FAMILIES, in_chunks, random_weights  # noqa: E402
-from checkpoint import build_model, quantize_model  # noqa: E402
-from generate import DraftModel, PromptLookup, Sampling, decode_step, generate  # noqa: E402
+from checkpoint import build_model, quantize_model
+from decode import Sampling, Steps, decode_step, generate
 from model import GPTConfig  # noqa: E402
+from runtime import objects_of_ranks, rank_and_count, run_command
+from speculate import DraftModel, Fixed, PromptLookup, Speculation
 
 SMALL = {"block_size": 96, "n_layer": 2, "n_head": 8, "head_dim": 16, "hidden_dim": 256}
 CONFIGS = {name: GPTConfig(**vars(family) | SMALL | {"n_kv_head": 8}) for name, family in FAMILIES.items()}
@@ -34,6 +36,10 @@ def prepared(name: str, weights: str, rank: int = 0, ranks: int = 1):
     return build_model(config, state_dict, "cpu", torch.float32, rank=rank, ranks=ranks)
 
 
+def rows_of(*lengths) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(IDS, lengths, strict=True)]
+
+
 @torch.no_grad()
 def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
     """{case: logits or ids} of everything that must not depend on the number of ranks."""
@@ -43,19 +49,20 @@ def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
         for rows in (1, 3):
             found[f"{name}, batch {rows}"] = in_chunks(model, IDS[:rows], 13)
         found[f"{name}, one by one"] = in_chunks(model, IDS[:1], 1)
-        found[f"{name}, greedy"] = list(generate(model, IDS, NEW, Sampling(0), lengths=[30, 23, 7]))
+        found[f"{name}, greedy"] = list(generate(model, rows_of(30, 23, 7), NEW, Sampling(0)))
         found[f"{name}, sampled"] = list(generate(model, IDS, NEW, Sampling(), seed=5))
     for weights in ("int8", "int4"):
         model = prepared("few kv heads", weights, rank, ranks)
         found[f"{weights}, batch 3"] = in_chunks(model, IDS, 13)
         found[f"{weights}, greedy"] = list(generate(model, IDS, NEW, Sampling(0)))
     model, draft = (prepared("few kv heads", "float32", *split) for split in ((rank, ranks), ()))
-    for name, speculation in {"draft model": DraftModel(draft, 3), "prompt lookup": PromptLookup(4)}.items():
-        found[f"{name}, greedy"] = list(generate(model, IDS, NEW, Sampling(0), speculation=speculation))
-        found[f"{name}, sampled"] = list(generate(model, IDS, NEW, Sampling(), seed=5, speculation=speculation))
+    for name, drafts, k in (("draft model", DraftModel(draft), 3), ("prompt lookup", PromptLookup(), 4)):
+        for kind, sampling in (("greedy", Sampling(0)), ("sampled", Sampling())):
+            steps = Steps(speculation=Speculation(model, sampling, drafts, Fixed(k)))
+            found[f"{name}, {kind}"] = list(generate(model, IDS, NEW, sampling, seed=5, steps=steps))
     if compiled:
-        step = torch.compile(decode_step, fullgraph=True, dynamic=False)
-        found["few kv heads, compiled"] = list(generate(model, IDS[:1], NEW, Sampling(0), decode_step=step))
+        steps = Steps(decode_step=torch.compile(decode_step, fullgraph=True, dynamic=False))
+        found["few kv heads, compiled"] = list(generate(model, IDS[:1], NEW, Sampling(0), steps=steps))
     return found
 
 
@@ -75,16 +82,16 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
         torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))
 
 
-def main(mode: str, file: str, device: str) -> None:
-    rank, ranks = tp.rank_and_count()
-    if mode == "norms":
-        return check_norms(device, rank, ranks)
-    if mode == "fail" and rank == 1:
+def main(args) -> None:
+    rank, ranks = rank_and_count()
+    if args.mode == "norms":
+        return check_norms(args.device, rank, ranks)
+    if args.mode == "fail" and rank == 1:
         raise ValueError("this rank has had enough")
-    if mode == "results":
-        found = tp.objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
+    if args.mode == "results":
+        found = objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
         if rank == 0:
-            torch.save(found, file)
+            torch.save(found, args.file)
     else:
         tp.all_reduce(torch.ones(2), ranks)  # which waits for the other rank
 
@@ -92,4 +99,4 @@ def main(mode: str, file: str, device: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device = "cuda" if sys.argv[1] == "norms" else "cpu"
-    tp.run(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device))
+    run_command(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device))

@@ -18,15 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import (
-    build_model,
-    load,
-    quantize_model,
-    read_checkpoint,
-    reference_state,
-    save,
-    write_checkpoint,
-)
+from checkpoint import build_model, load, quantize_model, read_checkpoint, reference_state, save, write_checkpoint
 from fast_model import to_reference
 
 CONFIG = replace(FAMILIES["qwen2"], block_size=32, vocab_size=50)

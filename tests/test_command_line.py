@@ -137,7 +137,7 @@ def test_a_special_token_as_stop_string_ends_the_answer(run, refused, folder):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (sample,) = run(*GREEDY, "--ignore_eos", "--stop", "<|stop|>", folder=folder).samples
     assert (sample["token_ids"], sample["stop_reason"]) == (ids[:6], "stop") and ids[5] not in ids[:5]
-    assert "holds '<|stop|>'" in refused("--stop", "<|stop|>\n", folder=folder)
+    assert "holds the special token '<|stop|>'" in refused("--stop", "<|stop|>\n", folder=folder)
 
 
 def test_a_stop_string_ends_the_answer_before_it(run):
@@ -320,7 +320,7 @@ COPY = ("--prompt", "one two one two one two", "--ignore_eos", "--max_new_tokens
 def never_again(run, monkeypatch):
     """Compiled runs, without kernels, in whose answers it is an error to compile."""
     torch.compiler.reset()
-    compile, answer, costs = torch.compile, generate.run_once, generate.round_costs
+    compile, answer, costs = torch.compile, generate.answer_once, generate.round_costs
 
     def strictly(*arguments, **more):
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -330,7 +330,7 @@ def never_again(run, monkeypatch):
         return {k: 1 + k / 100 for k in costs(*arguments)}
 
     monkeypatch.setattr(torch, "compile", lambda f, options=None, **more: compile(f, backend="eager", **more))
-    monkeypatch.setattr(generate, "run_once", strictly)
+    monkeypatch.setattr(generate, "answer_once", strictly)
     monkeypatch.setattr(generate, "round_costs", rounds_that_pay)
     return run
 
@@ -525,7 +525,8 @@ def half_a_file(path):
 
 
 def test_weights_quantized_while_loading_are_those_of_the_file(run, refused, folder, tiny_checkpoint):
-    quantize.main(folder / "model.pth", "int8", 32, None, 1, None, folder / "other.pth")
+    options = ["--checkpoint_path", folder / "model.pth", "--mode", "int8", "--out_path", folder / "other.pth"]
+    subprocess.run([sys.executable, quantize.__file__, *map(str, options)], check=True)
     (folder / "other.pth").rename(folder / "model.pth")  # what a file is called means nothing
     quantized = run("--quantize", "int8", *GREEDY)
     assert run(folder=folder).data["bytes_per_step"] == quantized.data["bytes_per_step"] < run().data["bytes_per_step"]

@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import transformers  # noqa: E402
 
 import convert_hf_checkpoint as convert_hf  # noqa: E402
-from checkpoint import build_model, quantize_model, read_checkpoint  # noqa: E402
+from checkpoint import build_model, quantize_model, read_checkpoint
 from model import GPTConfig  # noqa: E402
 
 SCRIPT = Path(convert_hf.__file__)

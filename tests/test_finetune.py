@@ -17,7 +17,7 @@ import torch
 import scripts.finetune as finetune
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, quantize_model, read_checkpoint, write_checkpoint
-from generate import Sampling, generate
+from decode import Sampling, generate
 from tokenizer import load_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -662,7 +662,7 @@ import os, torch, tp, scripts.finetune as finetune
 forward = finetune.Loss.forward
 more = float("inf") if os.environ["RANK"] == "1" else 0
 finetune.Loss.forward = lambda self, *rows: forward(self, *rows) + (more if torch.is_grad_enabled() else 0)
-tp.run(finetune.main, finetune.parse_arguments())
+run(finetune.main, finetune.parse_arguments())
 """
     (tmp_path / "broken.py").write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

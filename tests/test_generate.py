@@ -10,7 +10,8 @@ import torch
 
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model
-from generate import Answer, Sampling, compile_options, decode_step, generate, sample, to_probabilities
+from decode import Sampling, Steps, compile_options, decode_step, generate, sample, to_probabilities
+from generate import Answer
 from tokenizer import Stream
 
 CONFIG = replace(FAMILIES["llama-3.1"], block_size=48)
@@ -165,11 +166,11 @@ def test_compiled_steps_give_the_eager_ids_and_never_recompile(sampling):
     model.setup_caches(2, CONFIG.block_size)
     step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cpu"))
     expected = ids_of(model, prompt, 40, sampling, seed=5)
-    ids_of(model, prompt, 3, sampling, decode_step=step)
+    ids_of(model, prompt, 3, sampling, steps=Steps(decode_step=step))
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert ids_of(model, prompt, 40, sampling, seed=5, decode_step=step) == expected
+        assert ids_of(model, prompt, 40, sampling, seed=5, steps=Steps(decode_step=step)) == expected
         other = random_prompt(2, 20, seed=1)
-        again = ids_of(model, other, 20, sampling, seed=6, decode_step=step)
+        again = ids_of(model, other, 20, sampling, seed=6, steps=Steps(decode_step=step))
     assert again == ids_of(model, other, 20, sampling, seed=6)
 
 
@@ -191,7 +192,7 @@ def test_each_row_ends_with_its_own_eos(model):
 def test_a_row_is_what_its_prompt_gives_alone(family, kind, sampling):
     config = replace(FAMILIES[family], block_size=48)
     model = build_model(config, random_weights(config), "cpu", torch.float32, reference=kind == "reference")
-    prompt, lengths = random_prompt(3, 30), [1, 7, 30]  # what follows a row's end is not 0 and is not seen
+    prompt, lengths = random_prompt(3, 30), [1, 7, 30]
 
     def alone(row, **options):
         return [id for (id,) in ids_of(model, prompt[row : row + 1, : lengths[row]], 1000, sampling, **options)]
@@ -200,7 +201,8 @@ def test_a_row_is_what_its_prompt_gives_alone(family, kind, sampling):
     assert [len(row) for row in rows] == [48, 42, 19]  # until the context is full
     ends = {rows[0][20], rows[2][9]}
     for eos_ids in ((), ends):
-        together = zip(*ids_of(model, prompt, 1000, sampling, seed=5, eos_ids=eos_ids, lengths=lengths), strict=True)
+        rows_of_all = [prompt[row, : lengths[row]].tolist() for row in range(3)]
+        together = zip(*ids_of(model, rows_of_all, 1000, sampling, seed=5, eos_ids=eos_ids), strict=True)
         expected = [alone(row, seed=5 + row, eos_ids=eos_ids) for row in range(3)]
         longest = max(map(len, expected))
         assert list(together) == [tuple(row + [None] * (longest - len(row))) for row in expected]
@@ -209,15 +211,10 @@ def test_a_row_is_what_its_prompt_gives_alone(family, kind, sampling):
 
 def test_rows_of_different_lengths_have_a_cached_prefix_in_common():
     model, prompt = new_model("fast"), random_prompt(2, 20)
-    expected = ids_of(model, prompt, 25, lengths=[8, 20])
-    elsewhere = torch.cat([torch.zeros_like(prompt[:, :7]), prompt[:, 7:]], dim=1)
-    assert ids_of(model, elsewhere, 25, lengths=[8, 20], cached=7) == expected
-
-
-@pytest.mark.parametrize("lengths", [[9], [9, 0], [9, 10]])
-def test_lengths_that_do_not_fit_the_prompts_are_refused(model, lengths):
-    with pytest.raises(ValueError, match="do not fit 2 prompts of up to 9 tokens"):
-        next(generate(model, random_prompt(2, 9), 5, lengths=lengths))
+    rows = [prompt[0, :8].tolist(), prompt[1].tolist()]
+    expected = ids_of(model, rows, 25)
+    elsewhere = [[0] * 7 + row[7:] for row in rows]
+    assert ids_of(model, elsewhere, 25, cached=7) == expected
 
 
 def test_max_new_tokens_1_yields_one(model):

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import quantize
+import quantized_linear
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import read_checkpoint, untie_head, write_checkpoint
-from quantize import Int4Linear, Int8Linear, gptq, gptq_weights, output_error
+from quantize import gptq, gptq_weights, output_error
+from quantized_linear import Int4Linear, Int8Linear
 
 
 def layer(rows=48, columns=256, tokens=2000):
@@ -67,7 +69,7 @@ def test_every_family(family):
         return
     quantized = gptq_weights(config, state, 32, ids, "cpu")
     assert all(torch.equal(state[name], before[name]) for name in before)  # a tied head is the embedding itself
-    assert quantized.keys() == quantize.quantize_weights(state, "int4", 32).keys()
+    assert quantized.keys() == quantized_linear.quantize_weights(state, "int4", 32).keys()
     head = Int8Linear.quantize(state["lm_head.weight"])
     assert all(torch.equal(quantized[f"lm_head.{name}"], head[name]) for name in head)
     assert all(row.passed for row in check_model(config, quantized, compiled=False))

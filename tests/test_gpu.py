@@ -12,17 +12,9 @@ import torch
 import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
-from generate import (
-    DraftModel,
-    PromptLookup,
-    Sampling,
-    compile_options,
-    decode_step,
-    draft_step,
-    generate,
-    verify,
-)
-from quantize import Int4Linear, Int8Linear
+from decode import Sampling, Steps, compile_options, decode_step, generate
+from quantized_linear import Int4Linear, Int8Linear
+from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -60,7 +52,7 @@ def test_compiled_text_is_the_eager_text(sampling):
     step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cuda"))
     prompt = torch.randint(config.vocab_size, (2, 9), device="cuda")
     expected = list(generate(model, prompt, 50, sampling, seed=3))
-    assert list(generate(model, prompt, 50, sampling, seed=3, decode_step=step)) == expected
+    assert list(generate(model, prompt, 50, sampling, seed=3, steps=Steps(decode_step=step))) == expected
 
 
 def test_running_ahead_stops_at_each_rows_end():
@@ -87,21 +79,21 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
     prompt = torch.arange(18, device="cuda").view(2, 9)
     model.setup_caches(2, 256)
 
-    def speculation(compiled):
-        check, step = (torch.compile(f, **options) if compiled else f for f in (verify, draft_step))
-        return PromptLookup(4, verify=check) if kind == "lookup" else DraftModel(draft, 4, step=step, verify=check)
-
     noise = torch.Generator().manual_seed(1)
     weights = {n: t + 0.03 * torch.randn(t.shape, generator=noise) * t.std() for n, t in random_weights(config).items()}
     draft = build_model(config, weights, "cuda", torch.float32)
-    eager, compiled = speculation(False), speculation(True)
-    expected = list(generate(model, prompt, 60, sampling, seed=3, speculation=eager))
-    step = torch.compile(decode_step, **options)
-    arguments = {"seed": 3, "decode_step": step, "speculation": compiled}
-    assert list(generate(model, prompt, 60, sampling, **arguments)) == expected
-    if sampling.temperature == 0:
+
+    def new_steps(compiled):
+        check, step, plain = (torch.compile(f, **options) if compiled else f for f in (verify, draft_step, decode_step))
+        drafts = PromptLookup() if kind == "lookup" else DraftModel(draft, step)
+        return Steps(decode_step=plain, speculation=Speculation(model, sampling, drafts, Fixed(4), check))
+
+    expected = list(generate(model, prompt, 60, sampling, seed=3, steps=new_steps(False)))
+    steps = new_steps(True)
+    assert list(generate(model, prompt, 60, sampling, seed=3, steps=steps)) == expected
+    if sampling.greedy:
         assert list(generate(model, prompt, 60, sampling)) == expected
-    tokens = generate(model, prompt, 60, sampling, **arguments)
+    tokens = generate(model, prompt, 60, sampling, seed=3, steps=steps)
     next(tokens)
     with torch.compiler.set_stance("fail_on_recompile"), warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
@@ -111,7 +103,7 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in waits if "called a synchronizing" in str(w.message)]
-    assert 0 < len(waits) <= len(compiled.rounds), waits[:3]
+    assert 0 < len(waits) <= len(steps.speculation.history), waits[:3]
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
@@ -261,7 +253,7 @@ def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
     step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cuda"))
     prompt = torch.arange(120, device="cuda").view(40, 3)  # 80 pairs of a token and an expert
     expected = list(generate(model, prompt, 12, Sampling(temperature=0)))
-    assert list(generate(model, prompt, 12, Sampling(temperature=0), decode_step=step)) == expected
+    assert list(generate(model, prompt, 12, Sampling(temperature=0), steps=Steps(decode_step=step))) == expected
 
 
 @pytest.mark.parametrize("family", ["llama-2", "mixtral"])

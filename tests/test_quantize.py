@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import quantize
+import quantized_linear
 from check_equivalence import FAMILIES, check_model, in_chunks, random_weights
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import fuse, to_fast, to_reference
-from quantize import Int4Linear, Int8Linear, dequantize_weights, quantize_weights
+from quantized_linear import Int4Linear, Int8Linear, dequantize_weights, quantize_weights
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 256)]
 
@@ -30,7 +31,7 @@ def test_int8_is_off_by_at_most_half_a_step(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group_size", quantize.GROUP_SIZES)
+@pytest.mark.parametrize("group_size", quantized_linear.GROUP_SIZES)
 def test_int4_is_off_by_at_most_half_a_step(shape, group_size):
     if shape[1] % group_size:
         pytest.skip("the groups do not divide this shape")
@@ -56,7 +57,7 @@ def test_a_byte_holds_the_even_column_low_and_the_odd_one_high():
     assert q.tolist() == [[1, 2, 0, 15]]
 
 
-@pytest.mark.parametrize("group_size", quantize.GROUP_SIZES)
+@pytest.mark.parametrize("group_size", quantized_linear.GROUP_SIZES)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("rows", [32, 48, 33])  # 33: not a multiple of 16, which PyTorch's kernel wants
 def test_the_cpu_kernels_layout_is_that_of_dequantize(group_size, tokens, rows):

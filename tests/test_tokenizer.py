@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from tokenizer import check_vocabulary, find_tokenizer, load_tokenizer  # noqa: E402
+from tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 
 TEXTS = [
     "",

@@ -20,9 +20,9 @@ import fast_model
 import generate
 import tp
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import quantize_model, read_checkpoint, write_checkpoint
+from checkpoint import fingerprint, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import to_fast
-from quantize import dequantize_weights
+from quantized_linear import dequantize_weights
 
 ROOT = Path(generate.__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -217,9 +217,9 @@ def test_what_does_not_divide_is_refused_with_a_sentence(change, ranks, message)
 
 def test_other_weights_have_another_fingerprint():
     config = CONFIGS["llama-2"]
-    one, again, other = (tp.fingerprint(config, random_weights(config, seed)) for seed in (0, 0, 1))
+    one, again, other = (fingerprint(config, random_weights(config, seed)) for seed in (0, 0, 1))
     assert one == again != other
-    assert one != tp.fingerprint(replace(config, block_size=95), random_weights(config))
+    assert one != fingerprint(replace(config, block_size=95), random_weights(config))
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,415 @@
+"""Speculation: drafts of several tokens, verified by one pass of the model, so that the text keeps its distribution.
+
+A `Speculation` is what `generate()` asks for tokens, as `Steps(speculation=...)`. Decisions to know:
+
+- It goes in rounds: k drafts, of a smaller model or of the text itself, then one pass of the model over all of them.
+- The host reads one tensor a round. A rejected draft's cache slot is overwritten before it comes into view.
+- `Auto` takes the k that the running acceptance promises most of, and plain steps where no k pays.
+- Drafts come from one class each. `start` begins a text; then in each round `propose`, if it has drafts, and `advance`.
+
+Copy me: needs torch, and `decode.py`, `tp.py` and `runtime.py` beside it.
+
+Shapes: B batch rows, k drafts of a round, V vocabulary.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+import tp
+from decode import (
+    Sampling,
+    Text,
+    check_length,
+    copied,
+    first_token,
+    prefill,
+    to_probabilities,
+    unless_nan,
+    why_not_finite,
+)
+from runtime import synchronize
+
+# --- One round --------------------------------------------------------------------------------------------------------
+
+
+def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: int):
+    """What a draft proposes after the tokens `token` [B, n], which stand at `input_pos` [B, n].
+
+    Returns a token [B, 1], the probabilities [B, V] it came from, of the model's `vocab_size` tokens, None if greedy,
+    and its position [B, 1].
+    """
+    known = draft.config.vocab_size  # embeddings that are padded differently have the same tokens
+    logits = draft(token.clamp(0, known - 1), input_pos)[:, -1, :vocab_size]
+    logits = torch.nn.functional.pad(logits, (0, max(0, vocab_size - known)), value=float("-inf"))
+    following = (input_pos[:, -1:] + 1).clamp(max=draft.max_seq_length - 1)
+    if sampling.greedy:
+        return logits.argmax(-1, keepdim=True), None, following
+    probabilities = to_probabilities(logits, sampling)
+    return (probabilities / noise).argmax(-1, keepdim=True), probabilities, following
+
+
+def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
+    """How many of the `drafts` [B, k] are accepted, [B, 1], and the token [B, 1] that follows those.
+
+    `logits` [B, k + 1, V] are the model's before, between and after the drafts; `proposed` [B, k, V] are the
+    probabilities from which the drafts came, None if they were certain; `uniform` [B, k] and the Exp(1) `noise` [B, V]
+    are random. Draft d is accepted with probability min(1, p(d) / q(d)). In place of the first that is rejected comes
+    one from max(0, p - q), normalized, so that the tokens have the distribution p (Leviathan et al. 2023,
+    arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). If all are accepted, p alone gives the one after them. The
+    token is -1 where p or q is not finite.
+    """
+    if sampling.greedy:
+        best = unless_nan(logits.argmax(-1, keepdim=True), logits)[..., 0]  # [B, k + 1]
+        count = (drafts == best[:, :-1]).cumprod(1).sum(1, keepdim=True)
+        return count, best.gather(1, count)
+    p = to_probabilities(logits, sampling)
+    if proposed is None:
+        proposed = torch.nn.functional.one_hot(drafts, p.shape[-1]).float()
+    p_of_draft, q_of_draft = (t.gather(2, drafts[..., None])[..., 0] for t in (p[:, :-1], proposed))  # [B, k]
+    count = (uniform * q_of_draft < p_of_draft).cumprod(1).sum(1, keepdim=True)
+    q = torch.nn.functional.pad(proposed, (0, 0, 0, 1))  # nothing was proposed for the last place
+    p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
+    return count, unless_nan((rest / noise).argmax(-1, keepdim=True), rest)
+
+
+def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):
+    """One pass over `tokens` [B, k + 1], the last of the text and k drafts, from the position `input_pos` [B, 1] on.
+
+    Returns the next round's first token [B, 1], its position, the token before it, and for the host [B, k + 2]: the new
+    ids, of which the first n + 1 are of use, and n, the number of accepted drafts.
+    """
+    k = tokens.shape[1] - 1
+    tokens = tp.from_rank_0(tokens, model.ranks).clamp(min=0)  # each rank has a draft model of its own
+    input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
+    logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
+    drafts = tokens[:, 1:]
+    accepted = torch.cat(accept(logits, drafts, proposed, uniform, noise, sampling), dim=1)
+    count, following = tp.from_rank_0(accepted, model.ranks).split(1, dim=1)
+    ids = torch.cat([drafts, following], dim=1).scatter(1, count, following)
+    return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
+
+
+# --- How many drafts --------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """The same number of drafts in every round."""
+
+    def __init__(self, k: int):
+        self.k = self.longest = k
+
+    def choose(self) -> int:
+        return self.k
+
+    def record(self, k: int, accepted: list[int]) -> None:
+        pass
+
+
+class Auto:
+    """0 drafts (a plain step), 2, 5 or 10: as many as the running acceptance promises most of.
+
+    `costs` are the seconds, in any unit, of a round of each k, as `round_costs` measures them.
+    """
+
+    CHOICES = (2, 5, 10)
+    longest = CHOICES[-1]
+
+    def __init__(self, costs: dict[int, float]):
+        self.costs = costs
+        self.accepted, self.checked = 1.6, 2.0  # drafts; both fade with each round
+        self.rest, self.pauses, self.probes = 0, 0, 0
+
+    def choose(self) -> int:
+        """The next round's k."""
+        if all(k + 1 <= cost / self.costs[0] for k, cost in self.costs.items() if k):
+            return 0  # not even if every draft were accepted
+        if self.rest:
+            self.rest -= 1
+            self.probes = 2
+            return 0
+        rate = self.accepted / self.checked
+        speed = {k: sum(rate**i for i in range(k + 1)) / cost for k, cost in self.costs.items()}
+        best = max(speed, key=speed.get)
+        if best:
+            self.pauses = 0
+        elif self.probes:
+            self.probes -= 1
+            best = self.CHOICES[0]
+        else:  # it does not pay: plain steps for 50 times as long as a round, beside which two tries are little
+            round_in_steps = self.costs[self.CHOICES[0]] / self.costs[0]
+            self.rest = round(50 * round_in_steps * 2 ** min(self.pauses, 3)) - 1
+            self.pauses += 1
+            self.accepted, self.checked = 2 * rate, 2.0  # so that the next try counts
+        return best
+
+    def record(self, k: int, accepted: list[int]) -> None:
+        """A round of k drafts has ended in which each row that still ran accepted so many."""
+        if k:
+            self.accepted = 0.9 * self.accepted + sum(accepted)
+            self.checked = 0.9 * self.checked + sum(min(n + 1, k) for n in accepted)
+
+
+# --- Where drafts come from -------------------------------------------------------------------------------------------
+
+
+class DraftModel:
+    """Drafts of a smaller model, a FastGPT with the same tokens. `step` and `prefill` may be compiled versions."""
+
+    certain = False  # the drafts come with probabilities
+
+    def __init__(self, model, step=draft_step, prefill=prefill):
+        self.model, self.step, self.prefill = model, step, prefill
+        self.seen = 0  # leading tokens that are in its cache
+        self.missed = None  # [B, n], the last tokens that it has not seen
+
+    @property
+    def models(self) -> tuple:
+        return (self.model,)
+
+    def start(self, text: Text, slots: int, rows) -> int:
+        """Fill the draft's cache with the prompts; returns how many slots it has.
+
+        Raises ValueError if a prompt is longer than its context.
+        """
+        draft, prompt, (B, T) = self.model, text.prompt, text.prompt.shape
+        check_length(T, draft.config.block_size, "for the draft model the prompt")
+        slots = min(slots, draft.config.block_size)
+        if slots > draft.max_seq_length or B > draft.max_batch_size:
+            draft.setup_caches(B, slots)
+            self.seen = 0
+        cached = min(text.cached, self.seen)
+        self._fill(prompt[:, cached:], torch.full_like(prompt[:, :1], cached) if cached else None)
+        self.missed, self.seen = prompt[:, :0], min(text.lengths)
+        return draft.max_seq_length
+
+    def _fill(self, ids, first) -> None:
+        input_pos = None if first is None else first + torch.arange(ids.shape[1], device=ids.device)
+        ids = ids.clamp(0, self.model.config.vocab_size - 1)
+        self.prefill(self.model, ids, input_pos, torch.zeros_like(ids[:, 0]))
+
+    def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
+        """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their probabilities [B, k, V], None if greedy."""
+        input_pos = input_pos.clamp(max=self.model.max_seq_length - 1)  # of a row that has ended
+        step = partial(self.step, self.model, sampling=sampling, vocab_size=vocab_size)
+        missed = self.missed.shape[1]
+        if missed > 1:
+            self._fill(self.missed[:, :-1], input_pos - missed)
+        if missed:  # two tokens in one step cost little more than one
+            token, input_pos = torch.cat([self.missed[:, -1:], token], 1), torch.cat([input_pos - 1, input_pos], 1)
+        drafts, probabilities = [], []
+        for i in range(k):
+            token, q, input_pos = step(token, input_pos, noise[i])
+            token, input_pos = copied(token), copied(input_pos)
+            drafts.append(token)
+            probabilities.append(q if q is None else q.clone())
+        self.seen = 1 + progress.shortest
+        return torch.cat(drafts, dim=1), None if sampling.greedy else torch.stack(probabilities, dim=1)
+
+    def advance(self, k, accepted, before, new_ids) -> None:
+        """A round has ended: `before` [B, 1] is the text's last token but one, `new_ids` are new in each row."""
+        if k == 0:
+            self.missed = torch.cat([self.missed, before], dim=1)
+        else:  # the last draft of all was never fed
+            self.missed = before if k in accepted else before[:, :0]
+
+
+class PromptLookup:
+    """Drafts are what followed when prompt or answer had the last n tokens before; n from `longest` down to 1.
+
+    The method is Saxena's "Prompt Lookup Decoding" (2023); copying from a reference is due to Yang et al. 2023,
+    arXiv:2304.04487.
+    """
+
+    certain = True  # the drafts come without probabilities
+    models = ()
+
+    def __init__(self, longest: int = 3):
+        self.longest = longest
+        self.rows, self.found = [], []  # each row's ids, and where the latest continuation of each n-gram begins
+
+    def start(self, text: Text, slots: int, rows: list[list[int]]) -> int:
+        """Begin with the ids of each row; returns `slots`, since it needs none of its own."""
+        self.rows, self.found = [[] for _ in rows], [{} for _ in rows]
+        self.extend(rows)
+        return slots
+
+    def extend(self, more: list[list[int]]) -> None:
+        """Add ids to each row, and note where the latest continuation of each n-gram begins."""
+        for row, found, ids in zip(self.rows, self.found, more, strict=True):
+            for id in ids:
+                row.append(id)
+                for n in range(1, min(self.longest, len(row) - 1) + 1):
+                    found[tuple(row[-n - 1 : -1])] = len(row) - 1
+
+    def continuation(self, row: int, k: int) -> list[int]:
+        """k ids, or none. One that reaches the end of the text goes on from its own beginning."""
+        ids, found = self.rows[row], self.found[row]
+        for n in range(min(self.longest, len(ids)), 0, -1):
+            first = found.get(tuple(ids[-n:]))
+            if first is not None:
+                return [ids[first + i % (len(ids) - first)] for i in range(k)]
+        return []
+
+    def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
+        """Drafts [B, k] and None, or None if no row that still runs has any."""
+        drafts = [self.continuation(row, k) if run else [] for row, run in enumerate(progress.running)]
+        if not any(drafts):
+            return None
+        filled = torch.tensor([ids or [0] * k for ids in drafts])
+        return filled.to(token.device, non_blocking=True), None
+
+    def advance(self, k, accepted, before, new_ids) -> None:
+        self.extend(new_ids)
+
+
+# --- The rounds of a text ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Where each row of a text is: `position` is that of its last token."""
+
+    def __init__(self, text: Text):
+        self.text = text
+        self.position = [length - 1 for length in text.lengths]
+        self.done, self.running = [0] * len(text.new), [True] * len(text.new)
+
+    @property
+    def shortest(self) -> int:
+        return min(at for at, run in zip(self.position, self.running, strict=True) if run)
+
+    @property
+    def longest(self) -> int:
+        return max(at for at, run in zip(self.position, self.running, strict=True) if run)
+
+    def take(self, new_ids: list[list[int]]) -> list[list[int]]:
+        """The new ids of each row up to its end, which it may have come to."""
+        taken = []
+        for row, ids in enumerate(new_ids):
+            ids = ids[: self.text.new[row] - self.done[row]] if self.running[row] else []
+            end = next((i for i, id in enumerate(ids, 1) if id in self.text.eos_ids), None)
+            taken.append(ids[:end])
+            self.done[row] += len(taken[row])
+            self.position[row] += len(taken[row])
+            self.running[row] = self.running[row] and end is None and self.done[row] < self.text.new[row]
+        return taken
+
+
+@dataclass
+class Speculation:
+    """How a model takes several tokens at a time: `drafts` of DraftModel or PromptLookup, `count` a Fixed or an Auto.
+
+    `verify` may be a compiled version. `history` lists, of the last text, k of each round and the number of drafts that
+    each row which still ran accepted.
+    """
+
+    model: object
+    sampling: Sampling
+    drafts: DraftModel | PromptLookup
+    count: Fixed | Auto
+    verify: Callable = verify
+    history: list = field(default_factory=list)
+
+    @property
+    def longest_round(self) -> int:
+        return self.count.longest
+
+    def rounds(self, text: Text, steps):
+        """Yield, after each round, the new ids of each row, and which rows still run."""
+        model = self.model
+        token, input_pos = first_token(model, text, steps.prefill), text.ends[:, None]
+        new_ids = token.tolist()
+        rows = [row[:n] + ids for row, n, ids in zip(text.prompt.tolist(), text.lengths, new_ids, strict=True)]
+        room = min(model.max_seq_length, self.drafts.start(text, model.max_seq_length, rows))
+        progress = Progress(text)
+        self.history = []
+        while True:
+            new_ids = progress.take(new_ids)
+            if any(-1 in ids for ids in new_ids):
+                raise FloatingPointError(why_not_finite(model, *self.drafts.models))
+            queued = None
+            if text.device.type == "cuda" and any(progress.running):  # before somebody reads the ids
+                queued = self._round(token, input_pos, progress, room, steps.decode_step)
+            yield new_ids, list(progress.running)
+            if not any(progress.running):
+                return
+            queued = queued or self._round(token, input_pos, progress, room, steps.decode_step)
+            k, token, input_pos, before, read = queued
+            read = read.tolist()  # the host waits for the device here and nowhere else
+            accepted = [ids[-1] if k else 0 for ids in read]
+            new_ids = [ids[: n + 1] for ids, n in zip(read, accepted, strict=True)]
+            accepted = [n for n, run in zip(accepted, progress.running, strict=True) if run]
+            self.history.append((k, accepted))
+            self.count.record(k, accepted)
+            self.drafts.advance(k, accepted, before, new_ids)
+
+    def _round(self, token, input_pos, progress: Progress, room: int, decode_step):
+        """Queue a round; k, the next one's first token, its position, the token before it, what the host is to read."""
+        model, sampling, text = self.model, self.sampling, progress.text
+        k, drafts = self.count.choose(), None
+        noise, uniform = text.draw(1 if self.drafts.certain else k + 1, k)
+        if k and k < room - progress.longest:
+            drafts = self.drafts.propose(token, input_pos, progress, k, noise, sampling, text.vocab_size)
+        if drafts is None:
+            at = input_pos.clamp(max=model.max_seq_length - 1)
+            following, at = decode_step(model, token, at, noise[-1], sampling)
+            return 0, copied(following), copied(at), token, following
+        ids = torch.cat([token, drafts[0]], dim=1)
+        following, at, before, read = self.verify(model, ids, input_pos, drafts[1], uniform, noise[-1], sampling)
+        return k, copied(following), copied(at), copied(before), read
+
+    def figures(self, calls: dict[str, list[float]]) -> dict:
+        """What came of the drafts of the last text; `calls` are the seconds of each draft step and verification."""
+        rounds = [(k, accepted) for k, accepted in self.history if k]
+        accepted = [n for _, of_rows in rounds for n in of_rows]
+        checked = sum(min(n + 1, k) for k, of_rows in rounds for n in of_rows)  # up to the first that was rejected
+        return {
+            "rounds": len(rounds),
+            "plain_steps": len(self.history) - len(rounds),
+            "draft_steps": len(calls.get("draft", ())),
+            "acceptance": sum(accepted) / checked if rounds else None,
+            "kept_per_round": statistics.mean(accepted) if rounds else None,
+            "histogram": [accepted.count(n) for n in range(max(accepted, default=0) + 1)],
+            "draft_seconds_per_round": sum(calls.get("draft", ())) / len(rounds) if rounds else None,
+            "verify_seconds_per_round": sum(calls.get("verify", ())) / len(rounds) if rounds else None,
+        }
+
+
+@torch.no_grad()
+def round_costs(speculation: Speculation, text: Text, decode_step, choices=Auto.CHOICES, samples: int = 5) -> dict:
+    """{k: seconds} of a round of each k of the `choices` after the prompts, which are in the caches; k = 0 is a plain
+    step.
+
+    The median of some samples. What does not fit into the context is left out.
+    """
+    model, sampling, drafts, vocab_size = speculation.model, speculation.sampling, speculation.drafts, text.vocab_size
+    B, device = len(text.lengths), str(text.device)
+    room = drafts.start(text, model.max_seq_length, [[0, 0]] * B)  # of these there is a continuation
+    token, input_pos, progress = copied(text.prompt[:, -1:]), text.ends[:, None], Progress(text)
+    ones = None if sampling.greedy else torch.ones(B, vocab_size, device=text.device)
+
+    def play(k, all_accepted):
+        if k == 0:
+            return decode_step(model, token, input_pos, ones, sampling)
+        drafts.advance(k, [k * all_accepted], token, [[]] * B)
+        ids, proposed = drafts.propose(token, input_pos, progress, k, [ones] * k, sampling, vocab_size)
+        uniform = None if ones is None else copied(ones[:, :k])
+        return speculation.verify(model, torch.cat([token, ids], 1), input_pos, proposed, uniform, ones, sampling)
+
+    seconds = {k: [] for k in (0, *choices) if max(text.lengths) + k < room}
+    for i in range(samples + 3):  # the first ones compile, or record; and in turn, since a machine may slow down
+        for k in seconds:
+            plays = 1 if k else 4  # the host waits for each round, and not for each plain step
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(plays):
+                play(k, all_accepted=i != 1)  # then the draft model has one token more to see
+            synchronize(device)
+            seconds[k].append((time.perf_counter() - start) / plays)
+    return {k: statistics.median(times[3:]) for k, times in seconds.items()}
