@@ -46,7 +46,7 @@ from checkpoint import (
     shapes_of,
     untie_head,
 )
-from decode import Sampling, Steps, compile_options, compiled_prefill, decode_step, generate
+from decode import Sampling, Steps, compiled_prefill, compiled_step, decode_step, generate
 from fast_model import to_reference
 from model import GPT, GPTConfig, rope_frequencies, rotate
 from quantized_linear import dequantize_weights
@@ -189,7 +189,7 @@ def different_lengths(model, ids, expected):
 
 
 def compiled_steps(model, ids):
-    forward = torch.compile(model, fullgraph=True, dynamic=False, options=compile_options(ids.device.type))
+    forward = compiled_step(model, ids.device.type)
     in_chunks(model, ids, 1, forward)
     with torch.compiler.set_stance("fail_on_recompile"):
         return in_chunks(model, ids, 1, forward)
@@ -483,8 +483,7 @@ def speculative_rows(case: Case, fast) -> Iterator[Row]:
         torch.compiler.reset()
         step, check, drafting = decode_step, verify, draft_step
         if compiled:
-            options = {"fullgraph": True, "dynamic": False, "options": compile_options(case.ids.device.type)}
-            step, check, drafting = (torch.compile(function, **options) for function in (step, check, drafting))
+            step, check, drafting = (compiled_step(f, case.ids.device.type) for f in (step, check, drafting))
         for drafts in (DraftModel(draft, drafting), RashLookup()):
             yield speculative(case, fast, drafts, check, step, compiled)
 

@@ -33,8 +33,8 @@ from decode import (
     Text,
     cache_slots,
     check_length,
-    compile_options,
     compiled_prefill,
+    compiled_step,
     decode_step,
     generate,
     has_cache,
@@ -350,10 +350,10 @@ def speculates(args) -> bool:
 
 def prepare_steps(args, session: Session, draft, rows) -> None:
     """Give the session its caches and steps, compiled ones if that was asked for, and take the first steps."""
-    model, options = session.model, {"fullgraph": True, "dynamic": False, "options": compile_options(args.device)}
+    model = session.model
 
     def compiled(function):
-        return torch.compile(function, **options) if args.compile else function
+        return compiled_step(function, args.device) if args.compile else function
 
     def new_prefill():
         return compiled_prefill() if args.compile_prefill else prefill

@@ -65,7 +65,7 @@ import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
 from convert_hf_checkpoint import config_from_hf
-from decode import Sampling, Steps, cache_slots, compile_options, compiled_prefill, decode_step, generate, prefill
+from decode import Sampling, Steps, cache_slots, compiled_prefill, compiled_step, decode_step, generate, prefill
 from fast_model import bytes_per_step
 from model import GPTConfig
 from quantized_linear import GROUP_SIZES
@@ -268,7 +268,7 @@ def check_steps(model, ids, start: int, name: str) -> str:
 def compile_step(device: str, folder: str, action, *arguments) -> tuple[float, object]:
     """(seconds, step): the first action with a decode step compiled now, the compiler's files in `folder`."""
     with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=f"{folder}/triton"):
-        step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options(device))
+        step = compiled_step(decode_step, device)
         return timed(device, action, *arguments, step=step), step
 
 
@@ -600,9 +600,8 @@ def speculations(
         prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
         slots = cache_slots(prompt_tokens + new_tokens + max(drafts), model.config)
         model.setup_caches(1, slots)
-        options = {"fullgraph": True, "dynamic": False, "options": compile_options(device)}
         torch.compiler.reset()
-        step, check, drafting = (torch.compile(f, **options) for f in (decode_step, verify, draft_step))
+        step, check, drafting = (compiled_step(f, device) for f in (decode_step, verify, draft_step))
         watch = Stopwatch(device)
         later, unscaled = model.layers[draft.config.n_layer :], 1.0
 

@@ -10,7 +10,7 @@ import torch
 
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model
-from decode import Sampling, Steps, compile_options, decode_step, generate, sample, to_probabilities
+from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
 from generate import Answer
 from tokenizer import Stream
 
@@ -164,7 +164,7 @@ def test_compiled_steps_give_the_eager_ids_and_never_recompile(sampling):
     torch.compiler.reset()
     model, prompt = new_model("fast"), random_prompt(2, 9)
     model.setup_caches(2, CONFIG.block_size)
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cpu"))
+    step = compiled_step(decode_step, "cpu")
     expected = ids_of(model, prompt, 40, sampling, seed=5)
     ids_of(model, prompt, 3, sampling, steps=Steps(decode_step=step))
     with torch.compiler.set_stance("fail_on_recompile"):

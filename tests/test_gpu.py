@@ -12,7 +12,7 @@ import torch
 import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
-from decode import Sampling, Steps, compile_options, decode_step, generate
+from decode import Sampling, Steps, compiled_step, decode_step, generate
 from quantized_linear import Int4Linear, Int8Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
@@ -49,7 +49,7 @@ def test_compiled_text_is_the_eager_text(sampling):
     torch.compiler.reset()
     config = FAMILIES["llama-3.1"]
     model = build_model(config, random_weights(config), "cuda", torch.float32)
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cuda"))
+    step = compiled_step(decode_step, "cuda")
     prompt = torch.randint(config.vocab_size, (2, 9), device="cuda")
     expected = list(generate(model, prompt, 50, sampling, seed=3))
     assert list(generate(model, prompt, 50, sampling, seed=3, steps=Steps(decode_step=step))) == expected
@@ -75,7 +75,6 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
     # Of 512 and less the compiler makes a sorting kernel of its own for top-p, at which it takes three minutes.
     config = replace(FAMILIES["llama-3.1"], vocab_size=600)
     model = build_model(config, random_weights(config), "cuda", torch.float32)
-    options = {"fullgraph": True, "dynamic": False, "options": compile_options("cuda")}
     prompt = torch.arange(18, device="cuda").view(2, 9)
     model.setup_caches(2, 256)
 
@@ -84,7 +83,7 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
     draft = build_model(config, weights, "cuda", torch.float32)
 
     def new_steps(compiled):
-        check, step, plain = (torch.compile(f, **options) if compiled else f for f in (verify, draft_step, decode_step))
+        check, step, plain = (compiled_step(f, "cuda") if compiled else f for f in (verify, draft_step, decode_step))
         drafts = PromptLookup() if kind == "lookup" else DraftModel(draft, step)
         return Steps(decode_step=plain, speculation=Speculation(model, sampling, drafts, Fixed(4), check))
 
@@ -250,7 +249,7 @@ def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
     torch.compiler.reset()
     config = FAMILIES["mixtral"]
     model = build_model(config, random_weights(config), "cuda", torch.float32)
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=compile_options("cuda"))
+    step = compiled_step(decode_step, "cuda")
     prompt = torch.arange(120, device="cuda").view(40, 3)  # 80 pairs of a token and an expert
     expected = list(generate(model, prompt, 12, Sampling(temperature=0)))
     assert list(generate(model, prompt, 12, Sampling(temperature=0), steps=Steps(decode_step=step))) == expected

@@ -9,7 +9,7 @@ import torch
 
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, read_checkpoint, write_checkpoint
-from decode import Sampling, Steps, compile_options, decode_step, generate, sample, to_probabilities
+from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
 from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, accept, draft_step, verify
 from tokenizer import check_vocabulary
 
@@ -300,8 +300,7 @@ def test_compiled_rounds_give_the_eager_text_and_never_recompile(kind, sampling)
     model = build_model(config, weights, "cpu", torch.float32)
     draft = build_model(config, noisy(weights, 0.03), "cpu", torch.float32)
     model.setup_caches(2, 64)
-    options = {"fullgraph": True, "dynamic": False, "options": compile_options("cpu")}
-    check, drafting, step = (torch.compile(f, **options) for f in (verify, draft_step, decode_step))
+    check, drafting, step = (compiled_step(f, "cpu") for f in (verify, draft_step, decode_step))
     prompt = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def drafts(step):

@@ -99,10 +99,9 @@ def test_ranks_share_memory_where_all_of_them_can(missing, monkeypatch):
             raise RuntimeError("no")
         return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: memories[rank])
 
-    def of_both(value):
-        if missing == "shared by others" and isinstance(value, list):
-            return [value, None]
-        return [value, missing != "reached by others" and value]
+    def of_both(values, value):
+        other = missing != "reached by others" and value
+        values[:] = [value, None if missing == "shared by others" and isinstance(value, list) else other]
 
     memories = torch.ones(2, 8, dtype=torch.int64)
     symmetric_memory = "torch.distributed._symmetric_memory"
@@ -111,7 +110,9 @@ def test_ranks_share_memory_where_all_of_them_can(missing, monkeypatch):
     monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: missing != "reached")
-    monkeypatch.setattr(tp, "objects_of_ranks", of_both)
+    monkeypatch.setattr("torch.distributed.all_gather_object", of_both)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, "1" if name == "LOCAL_WORLD_SIZE" and missing == "on this host" else value)
     own, addresses = tp.shared_memory(8, "cpu")
