@@ -137,7 +137,7 @@ def test_a_special_token_as_stop_string_ends_the_answer(run, refused, folder):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (sample,) = run(*GREEDY, "--ignore_eos", "--stop", "<|stop|>", folder=folder).samples
     assert (sample["token_ids"], sample["stop_reason"]) == (ids[:6], "stop") and ids[5] not in ids[:5]
-    assert "holds the special token '<|stop|>'" in refused("--stop", "<|stop|>\n", folder=folder)
+    assert "holds '<|stop|>', a special token" in refused("--stop", "<|stop|>\n", folder=folder)
 
 
 def test_a_stop_string_ends_the_answer_before_it(run):
@@ -425,7 +425,7 @@ def test_a_refused_message_is_not_in_the_chat(run):
     [
         ("x" * 200, "error: the prompt has 200 tokens"),
         ("", "error: the prompt is empty"),
-        ("\udcff", "error: the prompt is not UTF-8"),
+        ("\udcff", "error: the text is not UTF-8"),
     ],
 )
 def test_a_bad_prompt_is_answered_and_the_session_goes_on(run, line, sentence):
@@ -448,7 +448,7 @@ def test_bytes_that_are_no_text_are_refused_and_the_session_goes_on(tiny_checkpo
     end = subprocess.run([sys.executable, *arguments], input=lines, capture_output=True, env=environment)
     first, second = json.loads((tmp_path / "run.json").read_text())["samples"]
     assert end.returncode == 0 and first["prompt_ids"] == second["prompt_ids"]
-    assert end.stderr.count(b"error: ") == 1 and b"error: the prompt is not UTF-8" in end.stderr
+    assert end.stderr.count(b"error: ") == 1 and b"error: the text is not UTF-8" in end.stderr
 
 
 def test_a_text_that_stdout_cannot_show_is_printed_with_replacements(tiny_checkpoint):
@@ -658,7 +658,7 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "0"], "the prompt is empty"),
         (["--prompt", str(10**13)], "more than the context of 128"),
-        (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
+        (["--prompt", "a\udcff"], "the text is not UTF-8"),
         (["--stop", ""], "at least one character"),
         (["--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["--device", "nonsense"], "there is no device 'nonsense'"),
