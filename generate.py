@@ -126,30 +126,29 @@ class Answer:
 
 @dataclass
 class Session:
-    """What was made at the start, and what came of it."""
+    """What was made of a command's arguments at the start, and what came of it."""
 
+    args: argparse.Namespace
     model: torch.nn.Module
     tokenizer: object  # None if the prompts are random tokens and there is none
     sampling: Sampling
-    steps: Steps
-    slots: int
-    device: str
-    eos_ids: frozenset
-    stop: list[str]
-    chat: bool
-    seed: int
-    max_new_tokens: int
-    stopwatch: Stopwatch
     bandwidth: float  # bytes per second
+    stopwatch: Stopwatch
+    steps: Steps = Steps()
+    slots: int = 0
     draft_bytes: int = 0  # that a step of the draft model reads
     figures: dict = field(default_factory=dict)
     samples: list[Answer] = field(default_factory=list)
     runs: list[dict] = field(default_factory=list)
     in_cache: list[int] = field(default_factory=list)
 
+    @property
+    def eos_ids(self) -> frozenset:
+        return self.tokenizer.eos_ids if self.tokenizer and not self.args.ignore_eos else frozenset()
+
     def encode(self, messages: list[dict]) -> list[int]:
         """The ids of the last message, or in a chat of all. Raises ValueError if it is no text."""
-        if self.chat:
+        if self.args.chat:
             return self.tokenizer.encode(self.tokenizer.render_chat(messages), bos=False)
         return self.tokenizer.encode(messages[-1]["content"])
 
@@ -157,46 +156,34 @@ class Session:
         """Raises ValueError if a prompt of so many tokens is empty, or has no room."""
         check_length(tokens, self.model.config.block_size, name)
         if tokens > self.slots:
-            raise ValueError(
-                f"{name} has {tokens} tokens, the cache {self.slots} slots; give a larger --max_seq_length"
-            )
+            sizes = f"{tokens} tokens, the cache {self.slots} slots"
+            raise ValueError(f"{name} has {sizes}; give a larger --max_seq_length")
 
     def new_answers(self, rows: list[list[int]]) -> list[Answer]:
-        return [Answer(ids, self.tokenizer, self.eos_ids, self.stop, goes_on=not self.chat) for ids in rows]
+        goes_on = not self.args.chat
+        return [Answer(ids, self.tokenizer, self.eos_ids, self.args.stop, goes_on) for ids in rows]
 
 
 # --- The start --------------------------------------------------------------------------------------------------------
 
-NO_REFERENCE = "--reference runs model.py, which"
-# Flags that do not go together, and why. "ranks", "drafts" and "no drafts" stand for what the flags mean.
+REFERENCE = "--reference runs model.py, which"
+OWN_PROMPTS = "--prompt_file gives every row its prompt; leave out --prompt, --interactive and --batch_size"
+ONE_PLACE = "drafts come from one place; leave out --prompt_lookup or --draft_checkpoint_path"
+NO_DRAFTS = "--speculate_k and --compare need drafts; add --prompt_lookup or --draft_checkpoint_path"
+# Arguments that do not go together, and why. "ranks", "drafts" and "no drafts" stand for what others mean.
 CONTRADICTIONS = (
-    ("reference", "ranks", f"{NO_REFERENCE} is not split among ranks; start it without torchrun"),
-    ("reference", "compile", f"{NO_REFERENCE} is not compiled; leave out --compile"),
-    ("reference", "compile_prefill", f"{NO_REFERENCE} is not compiled; leave out --compile"),
-    ("reference", "kv_cache", f"{NO_REFERENCE} has no cache; leave out --kv_cache"),
-    ("reference", "drafts", f"{NO_REFERENCE} has no cache for drafts; leave out the drafts"),
+    ("reference", "ranks", f"{REFERENCE} is not split among ranks; start it without torchrun"),
+    ("reference", "compile", f"{REFERENCE} is not compiled; leave out --compile"),
+    ("reference", "compile_prefill", f"{REFERENCE} is not compiled; leave out --compile"),
+    ("reference", "kv_cache", f"{REFERENCE} has no cache; leave out --kv_cache"),
+    ("reference", "drafts", f"{REFERENCE} has no cache for drafts; leave out the drafts"),
     ("interactive", "batch_size", "--interactive holds one conversation; leave out --batch_size"),
-    *(
-        (
-            "prompt_file",
-            other,
-            "--prompt_file gives every row its prompt; leave out --prompt, --interactive and --batch_size",
-        )
-        for other in ("prompt", "interactive", "batch_size")
-    ),
-    (
-        "prompt_lookup",
-        "draft_checkpoint_path",
-        "drafts come from one place; leave out --prompt_lookup or --draft_checkpoint_path",
-    ),
-    *(
-        (
-            "no drafts",
-            other,
-            "--speculate_k and --compare need drafts; add --prompt_lookup or --draft_checkpoint_path",
-        )
-        for other in ("speculate_k", "compare")
-    ),
+    ("prompt_file", "prompt", OWN_PROMPTS),
+    ("prompt_file", "interactive", OWN_PROMPTS),
+    ("prompt_file", "batch_size", OWN_PROMPTS),
+    ("prompt_lookup", "draft_checkpoint_path", ONE_PLACE),
+    ("no drafts", "speculate_k", NO_DRAFTS),
+    ("no drafts", "compare", NO_DRAFTS),
     ("compare", "interactive", "--compare answers a prompt twice, which is no conversation; leave out --interactive"),
 )
 
@@ -218,7 +205,7 @@ def check_flags(args) -> None:
 
 
 def load_model(args):
-    """(model, whether the weights are float32 on a GPU that computes in bfloat16)."""
+    """The model, or this rank's part of it, on its device. A float32 one that is computed in bfloat16 is said to be."""
     rank, ranks = rank_and_count()
     config, state_dict = read_checkpoint(args.checkpoint_path)
     if ranks > 1:
@@ -235,16 +222,17 @@ def load_model(args):
     return model
 
 
-def load_draft(checkpoint_path: Path, tokenizer, vocab_size: int, device: str, int8_cache: bool):
+def load_draft(args, tokenizer, vocab_size: int):
     """A model to draft with, in its checkpoint's own precision. Raises ValueError if it speaks of other tokens."""
-    config, state_dict = read_checkpoint(checkpoint_path)
+    path = args.draft_checkpoint_path
+    config, state_dict = read_checkpoint(path)
     if tokenizer:
-        check_vocabulary(tokenizer, find_tokenizer(checkpoint_path.parent, config.vocab_size, needed=True))
+        check_vocabulary(tokenizer, find_tokenizer(path.parent, config.vocab_size, needed=True))
     elif config.vocab_size != vocab_size:
         sizes = f"{config.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the draft model has {sizes}; without tokenizers to compare, the numbers have to be the same")
-    draft = build_model(config, state_dict, device, default_dtype(device, state_dict))
-    draft.int8_cache = int8_cache
+    draft = build_model(config, state_dict, args.device, default_dtype(args.device, state_dict))
+    draft.int8_cache = args.kv_cache == "int8"
     return draft
 
 
@@ -300,56 +288,45 @@ def is_synthetic(args) -> bool:
 
 def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]]]:
     """A session that is ready to answer, and the first rows."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    bandwidth, start = read_bandwidth(args.device), time.perf_counter()
+    sampling, bandwidth = Sampling(args.temperature, args.top_k, args.top_p), read_bandwidth(args.device)
+    start = time.perf_counter()
     model = load_model(args)
-    figures = {"load_seconds": time.perf_counter() - start}
-    tokenizer = find_tokenizer(args.checkpoint_path.parent, model.config.vocab_size, needed=not is_synthetic(args))
+    seconds = time.perf_counter() - start
+    vocab_size = model.config.vocab_size
+    tokenizer = find_tokenizer(args.checkpoint_path.parent, vocab_size, needed=not is_synthetic(args))
     if tokenizer:
         check_stop(args.stop, tokenizer)
         if args.chat:
             tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
-    session = Session(
-        model=model,
-        tokenizer=tokenizer,
-        sampling=sampling,
-        steps=Steps(),
-        slots=0,
-        device=args.device,
-        eos_ids=tokenizer.eos_ids if tokenizer and not args.ignore_eos else frozenset(),
-        stop=args.stop,
-        chat=args.chat,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        stopwatch=Stopwatch(args.device),
-        bandwidth=bandwidth,
-        figures=figures,
-    )
+    session = Session(args, model, tokenizer, sampling, bandwidth, Stopwatch(args.device))
+    session.figures["load_seconds"] = seconds
     rows = first_rows(args, session, prompts)
-    k = args.speculate_k or 5
-    longest = 0 if not speculates(args) else Auto.longest if k == "auto" else k
+    longest = most_drafts(args) if speculates(args) else 0
     needed = INTERACTIVE_SLOTS if args.interactive else max(map(len, rows)) + args.max_new_tokens - 1 + longest
     session.slots = cache_slots(args.max_seq_length or needed, model.config)
-    draft = None
-    if args.draft_checkpoint_path:
-        int8 = args.kv_cache == "int8"
-        draft = load_draft(args.draft_checkpoint_path, tokenizer, model.config.vocab_size, args.device, int8)
+    draft = load_draft(args, tokenizer, vocab_size) if args.draft_checkpoint_path else None
     if rank_and_count()[1] > 1:  # what decides where a rank ends
         pieces = tokenizer and [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
         same = {"prompt": rows, "tokenizer": pieces, "set of end tokens": sorted(session.eos_ids)}
         check_agreement(same | {"draft model": draft and draft.config})
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         session.check_room(len(ids), name)
-    prepare_steps(args, session, draft, rows)
+    prepare_steps(args, session, draft, len(rows))
+    warm_up(args, session, rows)
     return session, rows
+
+
+def most_drafts(args) -> int:
+    """Drafts of the longest round."""
+    return Auto.longest if args.speculate_k == "auto" else args.speculate_k or 5
 
 
 def speculates(args) -> bool:
     return args.prompt_lookup or args.draft_checkpoint_path is not None
 
 
-def prepare_steps(args, session: Session, draft, rows) -> None:
-    """Give the session its caches and steps, compiled ones if that was asked for, and take the first steps."""
+def prepare_steps(args, session: Session, draft, batch: int) -> None:
+    """Give the session its caches and steps, compiled ones if that was asked for."""
     model = session.model
 
     def compiled(function):
@@ -359,7 +336,7 @@ def prepare_steps(args, session: Session, draft, rows) -> None:
         return compiled_prefill() if args.compile_prefill else prefill
 
     if has_cache(model):
-        model.setup_caches(len(rows), session.slots, int8=args.kv_cache == "int8")
+        model.setup_caches(batch, session.slots, int8=args.kv_cache == "int8")
     speculation = None
     if speculates(args):
         if draft:
@@ -367,11 +344,9 @@ def prepare_steps(args, session: Session, draft, rows) -> None:
             drafts = DraftModel(draft, step, new_prefill())
         else:
             drafts = PromptLookup(args.ngram)
-        k = Auto.longest if args.speculate_k == "auto" else args.speculate_k or 5
         check = session.stopwatch.watch("verify", compiled(verify))
-        speculation = Speculation(model, session.sampling, drafts, Fixed(k), check)
+        speculation = Speculation(model, session.sampling, drafts, Fixed(most_drafts(args)), check)
     session.steps = Steps(new_prefill(), compiled(decode_step), speculation)
-    warm_up(args, session, rows)
     session.figures["bytes_per_step"] = bytes_per_step(model)
     session.draft_bytes = bytes_per_step(draft) if draft else 0
 
@@ -412,7 +387,7 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
         if args.interactive and has_cache(model) and (args.device != "cpu" or args.compile_prefill):
             warm_prefill(steps.prefill, model, args.compile_prefill)
         plain = replace(steps, speculation=None)
-        for _ in generate(model, rows, min(session.max_new_tokens, 3), session.sampling, steps=plain):
+        for _ in generate(model, rows, min(session.args.max_new_tokens, 3), session.sampling, steps=plain):
             pass
         if speculation:
             session.steps = replace(steps, speculation=measured(args, session, rows))
@@ -429,7 +404,7 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
 def measured(args, session: Session, rows: list[list[int]]) -> Speculation:
     """The session's speculation after its first rounds; one that adapts knows what they cost."""
     speculation, auto = session.steps.speculation, args.speculate_k == "auto"
-    text = Text(session.model, rows, session.max_new_tokens, session.sampling, (), session.seed)
+    text = Text(session.model, rows, session.args.max_new_tokens, session.sampling, (), session.args.seed)
     choices = Auto.CHOICES if auto else (speculation.count.longest,)
     costs = round_costs(speculation, text, session.steps.decode_step, choices)
     for draft in speculation.drafts.models if args.interactive or auto else ():
@@ -449,10 +424,10 @@ def answer_once(session: Session, answers: list[Answer], steps: Steps, show) -> 
     """Fill the answers, one a batch row, and return the figures. `show` gets the first row's text as it comes."""
     rows, model = [answer.prompt_ids for answer in answers], session.model
     cached = common_prefix(session.in_cache, rows[0][:-1]) if has_cache(model) else 0
-    new = session.max_new_tokens
+    new = session.args.max_new_tokens
     if session.slots < model.config.block_size:  # else generate() ends each row at its own last slot
         new = min(new, session.slots - max(map(len, rows)) + 1)
-    seed = session.seed + len(session.samples) - len(rows)  # of the first row; these are among the samples already
+    seed = session.args.seed + len(session.samples) - len(rows)  # of the first row; these are among the samples already
     times, built, start = [], compilations(), time.perf_counter()
     for ids in generate(model, rows, new, session.sampling, session.eos_ids, seed, cached, steps):
         times.append(time.perf_counter() - start)
@@ -547,7 +522,7 @@ def interactive_loop(session: Session) -> None:
         messages.append({"role": "user", "content": line})
         try:
             ids = session.encode(messages)
-            if session.chat and len(messages) > 1 and len(ids) > session.slots:
+            if session.args.chat and len(messages) > 1 and len(ids) > session.slots:
                 sizes = f"{len(ids)} tokens, the cache {session.slots} slots"
                 raise ValueError(f"the conversation has {sizes}; /reset begins anew")
             session.check_room(len(ids), "the prompt")
