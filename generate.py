@@ -45,6 +45,7 @@ from checkpoint import (
     write_json,
     written_in_place,
 )
+from fast_model import bytes_per_step
 from quantize import GROUP_SIZES
 from tokenizer import check_vocabulary, find_tokenizer
 
@@ -696,21 +697,6 @@ def read_bandwidth(device: str) -> float:
     return size / min(seconds)
 
 
-def bytes_per_step(model) -> int:
-    """Bytes a decode step of one row reads: the weights, of an embedding that is only looked up nothing, of experts the
-    chosen ones, and the whole cache.
-    """
-    config = model.config
-    looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
-    active = config.n_expert_used / config.n_expert if config.n_expert else 1  # the experts of one token
-    weights = sum(
-        round(tensor.nbytes * active) if "experts_" in name else tensor.nbytes
-        for name, tensor in model.state_dict().items()
-        if name.removeprefix("transformer.") not in looked_up
-    )
-    return weights + sum(b.nbytes for name, b in model.named_buffers() if name.endswith("_cache"))
-
-
 def peak_memory(device: str) -> int:
     """Bytes: of the allocator on an NVIDIA GPU, of this process on a CPU; on Apple's what is allocated now."""
     if device.startswith("cuda"):
@@ -866,7 +852,8 @@ def load_draft(checkpoint_path: Path, tokenizer, vocab_size: int, device: str, i
         sizes = f"{config.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the draft model has {sizes}; without tokenizers to compare, the numbers have to be the same")
     draft = build_model(config, state_dict, device, default_dtype(device, state_dict))
-    draft.int8_cache = int8_cache
+    if int8_cache:
+        draft.setup_caches(1, 1, int8=True)  # of this kind is the one that its first prompt makes, too
     return draft
 
 
@@ -1136,8 +1123,7 @@ def main(
     if compile_prefill:
         steps["prefill"] = compiled_prefill()
     if not reference:
-        model.int8_cache = kv_cache == "int8"
-        model.setup_caches(len(rows), slots)
+        model.setup_caches(len(rows), slots, int8=kv_cache == "int8")
     speculation, stopwatch, draft_bytes = None, Stopwatch(device), 0
     if speculates:
         k = None if speculate_k == "auto" else speculate_k or 5

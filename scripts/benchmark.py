@@ -75,11 +75,11 @@ from checkpoint import (
     written_in_place,
 )
 from convert_hf_checkpoint import config_from_hf
+from fast_model import bytes_per_step, cache_bytes
 from generate import (
     DraftModel,
     Sampling,
     Stopwatch,
-    bytes_per_step,
     cache_slots,
     check_device,
     compile_options,
@@ -238,8 +238,7 @@ def operations_per_token(model) -> int:
 
 def slot_bytes(model) -> int:
     """Bytes of the keys and values of one token."""
-    caches = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_cache"))
-    return caches // (model.max_batch_size * model.max_seq_length)
+    return cache_bytes(model) // (model.max_batch_size * model.max_seq_length)
 
 
 def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
@@ -823,12 +822,12 @@ def main(
             embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
             state_dict = {**state_dict, **embedding}
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
-        for model in models.values():
-            model.int8_cache = kv_cache == "int8"
         for kind, model in models.items():
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
             tp.print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
+            if kv_cache:
+                model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
     if suite == "speculate":
         small = replace(config, n_layer=max(1, config.n_layer // 8))
         kept = {name: state_dict[name] for name in shapes_of(small)}

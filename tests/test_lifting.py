@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "tp": {"torch"},
     "tokenizer": set(),
     "checkpoint": {"torch", "model", "fast_model", "quantize", "tp"},
-    "generate": {"torch", "checkpoint", "gpu_kernels", "quantize", "tp", "tokenizer"},
+    "generate": {"torch", "checkpoint", "fast_model", "gpu_kernels", "quantize", "tp", "tokenizer"},
     "convert_hf_checkpoint": {"torch", "safetensors", "tqdm", "model", "checkpoint", "tp"},
 }
 MAY_IMPORT["check_equivalence"] = {"torch", *MAY_IMPORT} - {"convert_hf_checkpoint"}
