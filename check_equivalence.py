@@ -502,7 +502,7 @@ def int8_cache_rows(case: Case, fast) -> Iterator[Row]:
         reason = "against a reference that sees what is in the cache"
         return compare(name, expected, logits, case.length, case.exact["tolerance"], reason, difference)
 
-    fast.int8_cache = True
+    fast.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
     yield row("int8 cache", case.expected, in_chunks(fast, case.ids, 1), 1)
     yield row("int8 cache, chunks of 7", case.expected, in_chunks(fast, case.ids, 7), 7)
     if case.compiled:

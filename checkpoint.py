@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from fast_model import FastGPT, fuse, to_fast, to_reference
+from fast_model import FastGPT, expert_matrices, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
 from quantized_linear import Int4Linear, dequantize_weights, quantize_weights, swap_linears
 from runtime import written_in_place
@@ -253,9 +253,10 @@ def build_model(
         swap_linears(model, placed)
     model.load_state_dict(placed, strict=True, assign=True)
     del placed
-    for name, module in model.named_modules():
+    experts = expert_matrices(model)
+    for module in model.modules():
         if hasattr(module, "prepare"):
-            module.prepare(experts="experts_" in name)
+            module.prepare(experts=module in experts)
     return model.eval().requires_grad_(False)
 
 

@@ -6,7 +6,7 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Keys and values live in a static cache, allocated by `setup_caches` and written in place at `input_pos`, so that
   decoding is one graph with no break and no recompilation as positions move. Plain attention reads every slot under a
   mask; the GPU's kernel reads the used ones, so that there a step's cost grows with the context used.
-- With `int8_cache` they are rounded to 8 bits when they are stored. A prompt without positions sees its own exact ones.
+- An int8 cache holds them rounded to 8 bits. A prompt without positions sees its own exact ones all the same.
 - Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
 - q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
@@ -14,7 +14,7 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
 - `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
-  updates. `add_norm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
+  updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
 Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed on a GPU `gpu_kernels.py`.
 
@@ -36,11 +36,6 @@ try:
     import gpu_kernels
 except ImportError:  # no Triton, so no GPU of NVIDIA's, or the file was left behind
     gpu_kernels = None
-
-
-def make_norm(config: GPTConfig, size: int, kind: str) -> nn.Module:
-    norm = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[kind]
-    return norm(size, eps=config.norm_eps)
 
 
 def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
@@ -107,18 +102,6 @@ def linear(x, weight, bias=None):
     else:
         y = F.linear(x, weight)  # the bias by itself: addmm in a nested region makes a dynamic T constant (torch 2.13)
     return y if bias is None else y + bias
-
-
-def add_norm(x, update, norm, rank, ranks, peers):
-    """x + the sum of the ranks' updates, and its norm; `peers` are FastGPT's."""
-    if ranks == 1:
-        few = is_single_token(x)
-    else:
-        few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_ROWS * x.shape[-1])
-    if few and isinstance(norm, nn.RMSNorm) and on_gpu_kernels(x):
-        return gpu_kernels.add_norm(x, update, norm.weight, norm.eps, peers, rank)
-    x = x + all_reduce(update, ranks)
-    return x, norm(x)
 
 
 def quantize_heads(x):
@@ -209,6 +192,32 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class AddNorm(nn.Module):
+    """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
+
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+        super().__init__()
+        self.rank, self.ranks, self.is_rms = rank, ranks, config.norm == "rms"
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.bias = None if self.is_rms else nn.Parameter(torch.zeros(config.dim))
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+
+    def forward(self, residual, update):
+        """The sum, and its norm, of residual and update [..., D]."""
+        if self.ranks == 1:
+            few = is_single_token(residual)
+        else:
+            few = self.peers is not None
+            few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
+        if few and self.is_rms and on_gpu_kernels(residual):
+            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.peers, self.rank)
+        residual = residual + all_reduce(update, self.ranks)
+        if self.is_rms:
+            return residual, F.rms_norm(residual, self.weight.shape, self.weight, self.eps)
+        return residual, F.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class Attention(nn.Module):
     """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
 
@@ -221,10 +230,17 @@ class Attention(nn.Module):
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = make_norm(config, config.head_dim, "rms")
-            self.k_norm = make_norm(config, config.head_dim, "rms")
-        for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # see FastGPT.setup_caches
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
+
+    def setup_cache(self, shape, dtype, device):
+        """Empty caches [B, K, S, C]; those of int8 have a scale for each head of each token."""
+        for name in "kv":
+            setattr(self, f"{name}_cache", torch.zeros(shape, dtype=dtype, device=device))
+            scales = torch.zeros(shape[:3], dtype=torch.bfloat16, device=device) if dtype == torch.int8 else None
+            setattr(self, f"{name}_scale_cache", scales)
 
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
@@ -387,19 +403,18 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
-        self.rank, self.ranks = rank, ranks
-        self.norm_1 = make_norm(config, config.dim, config.norm)
+        self.norm_1 = AddNorm(config, rank, ranks)
         self.attn = Attention(config)
-        self.norm_2 = make_norm(config, config.dim, config.norm)
+        self.norm_2 = AddNorm(config, rank, ranks)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
 
     @torch.compiler.nested_compile_region
-    def forward(self, x, update, rope, mask, input_pos, peers):
-        """x, and this rank's part of what is to be added to it: the next norm does that, in its own kernel."""
-        x, normed = add_norm(x, update, self.norm_1, self.rank, self.ranks, peers)
-        update = self.attn(normed, rope, mask, input_pos)
-        x, normed = add_norm(x, update, self.norm_2, self.rank, self.ranks, peers)
-        return x, self.mlp(normed)
+    def forward(self, residual, update, rope, mask, input_pos):
+        """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel."""
+        residual, x = self.norm_1(residual, update)
+        update = self.attn(x, rope, mask, input_pos)
+        residual, x = self.norm_2(residual, update)
+        return residual, self.mlp(x)
 
 
 class FastGPT(nn.Module):
@@ -416,39 +431,41 @@ class FastGPT(nn.Module):
         self.wte = nn.Embedding(rows, config.dim)
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
         self.layers = nn.ModuleList(Block(local, rank, ranks) for _ in range(config.n_layer))
-        self.norm_f = make_norm(config, config.dim, config.norm)
+        self.norm_f = AddNorm(config, rank, ranks)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
-        self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see gpu_kernels.add_norm
-        self.inbox = None  # this rank's memory of them; no buffer, because it must stay where it is
+        self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
         self.max_batch_size = self.max_seq_length = 0
-        self.int8_cache = False  # set it before setup_caches
+        self.int8_cache = False
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, int8: bool | None = None):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
 
-        With `int8_cache` set, keys and values are int8, with a bf16 scale for each head of each token. Of a split model
-        all ranks call this together: on GPUs it also gives them memory for their sums. Raises ValueError if the slots
-        are more than the model's context.
+        With `int8`, keys and values are int8, with a bf16 scale for each head of each token; None takes the kind that
+        was there. All ranks of a split model call this together. Raises ValueError if the slots are more than the
+        context.
         """
-        self.int8_cache = self.int8_cache if int8 is None else int8
         config, weight = self.config, self.wte.weight
         if max_seq_length > config.block_size:
             raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
+        self.int8_cache = self.int8_cache if int8 is None else int8
         shape = (max_batch_size, self.n_kv_head, max_seq_length, config.head_dim)
-        dtype = torch.int8 if self.int8_cache else weight.dtype
         for layer in self.layers:
-            for name in "kv":
-                cache = torch.zeros(shape, dtype=dtype, device=weight.device)
-                scales = torch.zeros(shape[:3], dtype=torch.bfloat16, device=weight.device) if self.int8_cache else None
-                setattr(layer.attn, f"{name}_cache", cache)
-                setattr(layer.attn, f"{name}_scale_cache", scales)
+            layer.attn.setup_cache(shape, torch.int8 if self.int8_cache else weight.dtype, weight.device)
         if config.rope_base is not None:
             self.rope = rope_table(config, max_seq_length, weight.device)
-        kernels = gpu_kernels is not None and gpu_kernels.runs_on(weight.device)
-        if self.ranks > 1 and kernels and config.norm == "rms" and self.peers is None:
-            self.inbox, self.peers = shared_memory(gpu_kernels.inbox_words(self.ranks, config.dim), weight.device)
+        if self.ranks > 1 and self.inbox is None:
+            self.connect_ranks()
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+
+    def connect_ranks(self):
+        """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
+        device = self.wte.weight.device
+        if self.config.norm == "rms" and gpu_kernels is not None and gpu_kernels.runs_on(device):
+            self.inbox, peers = shared_memory(gpu_kernels.inbox_words(self.ranks, self.config.dim), device)
+            for module in self.modules():
+                if isinstance(module, AddNorm):
+                    module.peers = peers
 
     def _apply(self, fn, recurse=True):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
@@ -490,20 +507,45 @@ class FastGPT(nn.Module):
                 mask = mask & (slots > positions[:, None, :, None] - window)
 
         update = self.embed(idx)
-        x, rope = torch.zeros_like(update), None
+        residual, rope = torch.zeros_like(update), None
         if self.wpe is not None:
-            x = x + self.wpe(positions)
+            residual = residual + self.wpe(positions)
         else:
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
             rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
         for layer in self.layers:
-            x, update = layer(x, update, rope, mask, input_pos, self.peers)
+            residual, update = layer(residual, update, rope, mask, input_pos)
         if last is not None:
             rows = torch.arange(B, device=idx.device)
-            x, update = x[rows, last][:, None], update[rows, last][:, None]  # [B, 1, D]
-        x = add_norm(x, update, self.norm_f, self.rank, self.ranks, self.peers)[1]
+            residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
+        _, x = self.norm_f(residual, update)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
+
+
+def expert_matrices(model) -> set:
+    """The linear layers that hold all experts of a layer; a token reads the rows of some."""
+    layers = [module for module in model.modules() if isinstance(module, SparseMLP)]
+    return {matrix for mlp in layers for matrix in (mlp.experts_gate_up, mlp.experts_down)}
+
+
+def cache_bytes(model) -> int:
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    return sum(cache.nbytes for attention in layers for cache in attention.buffers(recurse=False))
+
+
+def bytes_per_step(model) -> int:
+    """Bytes that a decode step of one row reads: the weights and the whole cache.
+
+    An embedding counts if it is the head too; of FastGPT's experts the chosen ones count. It takes either twin.
+    """
+    config = model.config
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]  # the first is of tokens
+    skipped = sum(embedding.weight.nbytes for embedding in embeddings[config.tie_embeddings :])
+    for matrix in expert_matrices(model):
+        size = sum(tensor.nbytes for tensor in matrix.state_dict().values())
+        skipped += size // config.n_expert * (config.n_expert - config.n_expert_used)
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) - skipped + cache_bytes(model)
 
 
 # The surgery: modules of the reference, and the FastGPT module that holds their rows in this order; * is each expert.
@@ -580,18 +622,3 @@ def to_reference(state_dict: dict, config: GPTConfig) -> dict:
     if modules:
         raise ValueError(f"the reference has no place for {', '.join(modules)}")
     return reference
-
-
-def bytes_per_step(model) -> int:
-    """Bytes a decode step of one row reads: the weights, of an embedding that is only looked up nothing, of experts the
-    chosen ones, and the whole cache.
-    """
-    config = model.config
-    looked_up = {"wpe.weight"} if config.tie_embeddings else {"wte.weight", "wpe.weight"}
-    active = config.n_expert_used / config.n_expert if config.n_expert else 1  # the experts of one token
-    weights = sum(
-        round(tensor.nbytes * active) if "experts_" in name else tensor.nbytes
-        for name, tensor in model.state_dict().items()
-        if name.removeprefix("transformer.") not in looked_up
-    )
-    return weights + sum(b.nbytes for name, b in model.named_buffers() if name.endswith("_cache"))

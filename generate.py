@@ -232,7 +232,8 @@ def load_draft(args, tokenizer, vocab_size: int):
         sizes = f"{config.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the draft model has {sizes}; without tokenizers to compare, the numbers have to be the same")
     draft = build_model(config, state_dict, args.device, default_dtype(args.device, state_dict))
-    draft.int8_cache = args.kv_cache == "int8"
+    if args.kv_cache:
+        draft.setup_caches(1, 1, int8=True)  # of this kind is the one that its first prompt makes, too
     return draft
 
 

@@ -3,7 +3,7 @@
 Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053):
 
 - Heads and hidden units are divided among the ranks: rows of q, k, v, gate and up, columns of output and down. So the
-  ranks add up their results once after attention and once after the feed-forward; see `add_norm` in fast_model.py.
+  ranks add up their results once after attention and once after the feed-forward; see `AddNorm` in fast_model.py.
 - Embedding and head are split over the vocabulary, with rows of zeros where it does not divide. The logits are
   gathered, so that sampling sees all of them, and the token that rank 0 samples is everybody's.
 - Fewer kv heads than ranks are each held by several ranks. Heads that do not divide otherwise are refused.

@@ -66,7 +66,7 @@ from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
 from convert_hf_checkpoint import config_from_hf
 from decode import Sampling, Steps, cache_slots, compiled_prefill, compiled_step, decode_step, generate, prefill
-from fast_model import bytes_per_step
+from fast_model import bytes_per_step, cache_bytes
 from model import GPTConfig
 from quantized_linear import GROUP_SIZES
 from runtime import (
@@ -225,8 +225,7 @@ def operations_per_token(model) -> int:
 
 def slot_bytes(model) -> int:
     """Bytes of the keys and values of one token."""
-    caches = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_cache"))
-    return caches // (model.max_batch_size * model.max_seq_length)
+    return cache_bytes(model) // (model.max_batch_size * model.max_seq_length)
 
 
 def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
@@ -809,7 +808,8 @@ def main(
             state_dict = {**state_dict, **embedding}
         models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
         for model in models.values():
-            model.int8_cache = kv_cache == "int8"
+            if kv_cache:
+                model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
         for kind, model in models.items():
             size, count = bytes_per_step(model), operations_per_token(model)
             most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])

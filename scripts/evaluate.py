@@ -286,7 +286,8 @@ def main(
     if json_path:
         check_target(json_path)
     model, tokenizer = load(checkpoint_path, device, precision)
-    model.int8_cache = kv_cache == "int8"
+    if kv_cache:
+        model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
     if tasks:
         figures = run_tasks(harness, model, tokenizer, tasks, limit)
     else:

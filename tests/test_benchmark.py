@@ -278,8 +278,7 @@ def test_a_cached_token_has_the_bytes_that_the_cache_has():
     numbers = 2 * model.config.n_layer * model.config.n_kv_head
     model.setup_caches(3, 256)
     assert benchmark.slot_bytes(model) == numbers * model.config.head_dim * 2
-    model.int8_cache = True
-    model.setup_caches(3, 256)
+    model.setup_caches(3, 256, int8=True)
     assert benchmark.slot_bytes(model) == numbers * (model.config.head_dim + 2)
 
 

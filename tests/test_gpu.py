@@ -172,8 +172,7 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(heads, kv_heads, s
     slots = 1000
     config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size)
     model = build_model(config, random_weights(config), "cuda", dtype)
-    model.int8_cache = int8_cache
-    model.setup_caches(batch, slots)
+    model.setup_caches(batch, slots, int8=int8_cache)
     attn = model.layers[0].attn
     if int8_cache:
         attn.k_cache.random_(-127, 128)

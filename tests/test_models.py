@@ -283,6 +283,36 @@ def test_a_position_past_the_slots_is_an_error(family):
         model(random_ids(1, 1), positions(16, 17))
 
 
+def test_a_cache_is_of_the_kind_of_the_one_before_if_none_is_named():
+    model, names = build(LLAMA, dtype=torch.bfloat16), list(build(LLAMA).state_dict())
+    for int8, expected in ((None, False), (True, True), (None, True), (False, False), (None, False)):
+        model.setup_caches(1, 16, int8=int8)
+        kinds = {name.rpartition(".")[2]: buffer.dtype for name, buffer in model.layers[1].attn.named_buffers()}
+        assert kinds.pop("k_cache") == kinds.pop("v_cache") == (torch.int8 if expected else torch.bfloat16)
+        assert kinds == (dict.fromkeys(("k_scale_cache", "v_scale_cache"), torch.bfloat16) if expected else {})
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-2", "qwen2"])
+@each_twin
+def test_a_step_reads_the_weights_the_chosen_experts_and_the_cache(family, reference):
+    config = TINY[family]
+    model, sizes = build(config, reference), {name: t.nbytes for name, t in random_weights(config).items()}
+    assert any(".experts." in name for name in sizes) == (family == "mixtral")
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    unread = 0 if reference or not experts else experts * (1 - config.n_expert_used / config.n_expert)
+    looked_up = sizes.get("transformer.wpe.weight", 0)
+    looked_up += 0 if config.tie_embeddings else sizes["transformer.wte.weight"]
+    expected = sum(sizes.values()) - unread - looked_up
+    assert fast_model.bytes_per_step(model) == expected
+    if not reference:
+        model.setup_caches(2, 16)
+        numbers = 2 * config.n_layer * 2 * config.n_kv_head * 16 * config.head_dim
+        assert fast_model.bytes_per_step(model) == expected + 4 * numbers
+        model.setup_caches(2, 16, int8=True)
+        assert fast_model.bytes_per_step(model) == expected + numbers + 2 * numbers // config.head_dim
+
+
 def test_the_rope_table_stays_float32_whatever_the_weights_are():
     model = build(LLAMA, dtype=torch.bfloat16)
     model.setup_caches(1, 48)
@@ -350,6 +380,8 @@ def test_decoding_is_one_graph_of_matrix_vector_products_as_positions_move():
     with torch.compiler.set_stance("fail_on_recompile"):
         by_token(step, ids)
     assert len(graphs) == 1
+    regions = [node.args[0].target for node in graphs[0].graph.nodes if "invoke_subgraph" in str(node.target)]
+    assert len(regions) == LLAMA.n_layer > len(set(regions)) == 1  # one region is compiled for all layers
     nodes = [node for part in graphs[0].modules() for node in getattr(getattr(part, "graph", None), "nodes", ())]
     assert torch.nn.functional.scaled_dot_product_attention not in {node.target for node in nodes}
     assert F.linear not in {node.target for node in nodes}

@@ -141,26 +141,26 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     monkeypatch.setattr(fast_model, "shared_memory", shared_memory)
     monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: 2 * update)
 
-    def by_kernel(rows, norm, peers):
+    def by_kernel(rows, norm):
         taken.clear()
-        x = torch.ones(1, rows, 8)
-        result = fast_model.add_norm(x, x, norm, 1, 2, peers)
+        x = torch.ones(1, rows, len(norm.weight))
+        result = norm(x, x)
         assert result is None or torch.equal(result[0], 3 * x)
         return taken == [(2, 1)]
 
-    rms, peers = torch.nn.RMSNorm(8), torch.zeros(2)
+    models = [fast_model.FastGPT(CONFIGS[name], rank=1, ranks=2) for name in ("few kv heads", "gpt-2")]
+    rms, other = (model.layers[1].norm_2 for model in models)
     with torch.no_grad():
-        assert by_kernel(1, rms, peers) and by_kernel(16, rms, peers)
-        assert not by_kernel(17, rms, peers)
-        assert not by_kernel(1, rms, None)
-        assert not by_kernel(1, torch.nn.LayerNorm(8), peers)
-    assert not by_kernel(1, rms, peers)
-
-    for name in ("few kv heads", "gpt-2"):
-        model = fast_model.FastGPT(CONFIGS[name], rank=1, ranks=2)
+        assert not by_kernel(1, rms)  # there is no memory yet
+    for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
     assert asked == [2 * CONFIGS["few kv heads"].dim]  # once, and not for layer norms
+    with torch.no_grad():
+        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, models[0].norm_f))
+        assert not by_kernel(17, rms)
+        assert not by_kernel(1, other)
+    assert not by_kernel(1, rms)
 
 
 def test_the_bias_after_a_sum_is_added_once():
