@@ -20,7 +20,7 @@ int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md 
   one operator: a kernel of the compiler's in between would break the chain. The ranks' sum of tensor parallelism is in
   the norm's kernel for the same reason.
 
-`quantized_linear.py` and `fast_model.py` have the plain twin of each.
+`quantize.py` and `fast_model.py` have the plain twin of each.
 
 Copy me: needs torch and triton.
 
@@ -91,26 +91,17 @@ def _silu_gate(gate, up, dtype: tl.constexpr):
 
 
 # A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
-# which changes from prompt to prompt, is an integer whose alignment does not count, and tiles have two sizes.
+# which changes from prompt to prompt, is an integer whose alignment does not count, and tiles have two sizes. Of long
+# argument lists the first lines are tensors and numbers, and the last ones constants; hence `fmt: skip`.
 jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 
 @jit_for_any_T
 def _matvec_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    y_ptr,
-    chosen_ptr,
-    T,
-    N,
-    USED: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, y_ptr, chosen_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
 
     Of experts, which stand one under the other, it is a row of the one that `chosen_ptr` has for each of T pairs of a
@@ -144,20 +135,9 @@ def _matvec_kernel(
 
 @jit_for_any_T
 def _experts_sum_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    y_ptr,
-    weights_ptr,
-    chosen_ptr,
-    T,
-    N,
-    USED: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, s_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
     token, row = tl.program_id(0) % T, tl.program_id(0) // T
     at = tl.arange(0, BLOCK)
@@ -239,21 +219,9 @@ def _int4_dot(
 
 @triton.jit
 def _int4_rows_dot(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    words,
-    scale,
-    zero,
-    rows,
-    N,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    x_ptr, w_ptr, s_ptr, z_ptr, words, scale, zero, rows, N,
+    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Rows of weights, of which the first tile is there, times x."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
     total = _int4_dot(words, scale, zero, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE))
@@ -268,23 +236,10 @@ def _int4_rows_dot(
 
 @jit_for_any_T
 def _int4_matvec_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    y_ptr,
-    chosen_ptr,
-    T,
-    N,
-    USED: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, chosen_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
 
     The programs of all T tokens come one after the other for the same rows, which are then in the cache. Experts are as
@@ -317,23 +272,10 @@ def _int4_matvec_kernel(
 
 @jit_for_any_T
 def _int4_experts_sum_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    y_ptr,
-    weights_ptr,
-    chosen_ptr,
-    T,
-    N,
-    USED: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
     token = tl.program_id(0) % T
     rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
@@ -436,19 +378,9 @@ def launch_matvec(x, weight, scales, zeros, y, gated: bool, chosen=None) -> None
     if zeros is None:
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
-            x,
-            weight,
-            scales,
-            y,
-            chosen,
-            T,
-            N,
-            K=K,
-            BLOCK=block,
-            SCALED=scales is not None,
-            num_warps=warps,
-            **options,
-        )
+            x, weight, scales, y, chosen, T, N,
+            K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
+        )  # fmt: skip
     else:
         options |= int4_options(N, K, scales, 4 if gated else 8)
         grid = (triton.cdiv(N, options["ROWS"]) * T,)
@@ -458,12 +390,9 @@ def launch_matvec(x, weight, scales, zeros, y, gated: bool, chosen=None) -> None
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None = None,
-    zeros: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     gated: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G].
 
     `gated`, for T = 1: y [1, N/2], silu(first half) * second half.
@@ -494,16 +423,10 @@ def _(x, weight, scales=None, zeros=None, gated=False):
 
 @triton.jit
 def _choose_experts_kernel(
-    logits_ptr,
-    weights_ptr,
-    chosen_ptr,
-    E: tl.constexpr,
-    USED: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PLACES: tl.constexpr,
+    logits_ptr, weights_ptr, chosen_ptr,
+    E: tl.constexpr, USED: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0)
     expert, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
     _wait_for_inputs(PDL)
@@ -541,13 +464,9 @@ def _(logits, used, norm):
 
 @torch.library.custom_op("gpt_twin::gated_experts", mutates_args=(), device_types="cuda")
 def gated_experts(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    experts: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None = None,
+    x: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor, scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """silu(gate) * up [T used, F] of x [T, K] by each of a token's `chosen` [T, used].
 
     So many experts' matrices, F rows of gate and F of up, stand one under the other in a weight as for `linear`.
@@ -565,14 +484,9 @@ def _(x, chosen, experts, weight, scales=None, zeros=None):
 
 @torch.library.custom_op("gpt_twin::sum_experts", mutates_args=(), device_types="cuda")
 def sum_experts(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    experts: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None = None,
-    zeros: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor,
+    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
 
     The `chosen` are those of the `gated_experts` before it: on Hopper this kernel reads them before that one has ended.
@@ -638,20 +552,10 @@ def _sum_over_ranks(
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr,
-    update_ptr,
-    w_ptr,
-    sum_ptr,
-    y_ptr,
-    peers_ptr,
-    eps,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, peers_ptr, eps,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, mine = at < D, tl.program_id(0) * D + at
     weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -677,13 +581,9 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
-    x: torch.Tensor,
-    update: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    peers: torch.Tensor | None = None,
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, peers: torch.Tensor | None = None,
     rank: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [..., D] + update and its RMS norm; with `peers`, x + the sum of all ranks' updates, up to MOST_ROWS rows of D.
 
     `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
@@ -695,21 +595,10 @@ def add_norm(
     ranks = 1 if peers is None else len(peers)
     assert ranks == 1 or x.numel() <= MOST_ROWS * D, "the inboxes have no room for so many rows"
     _add_norm_kernel[(x.numel() // D,)](
-        x,
-        update,
-        weight,
-        total,
-        y,
-        peers,
-        eps,
-        RANK=rank,
-        RANKS=ranks,
-        ROWS=MOST_ROWS,
-        D=D,
-        BLOCK=triton.next_power_of_2(D),
-        num_warps=8,
+        x, update, weight, total, y, peers, eps,
+        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), num_warps=8,
         **launch_options(x.device),
-    )
+    )  # fmt: skip
     return total, y
 
 
@@ -762,36 +651,11 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
 
 @jit_for_any_T
 def _attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    rope_ptr,
-    pos_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    sums_ptr,
-    tops_ptr,
-    T,
-    S,
-    window,
-    q_stride,
-    k_stride,
-    v_stride,
-    scale,
-    H: tl.constexpr,
-    KV: tl.constexpr,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    M: tl.constexpr,
-    NEW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROPE: tl.constexpr,
-    SCALED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, rope_ptr, pos_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, sums_ptr, tops_ptr,
+    T, S, window, q_stride, k_stride, v_stride, scale,
+    H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, NEW: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """The queries of one kv head against one part of its older slots: M rows are tokens times query heads.
 
     The first part's program takes the new tokens too, and stores their keys and values.
@@ -872,18 +736,10 @@ def _attention_kernel(
 
 @jit_for_any_T
 def _join_splits_kernel(
-    sums_ptr,
-    tops_ptr,
-    y_ptr,
-    T,
-    H: tl.constexpr,
-    KV: tl.constexpr,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    M: tl.constexpr,
-    SPLITS: tl.constexpr,
+    sums_ptr, tops_ptr, y_ptr, T,
+    H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One row of y [B T H, C]."""
     row = tl.program_id(0)
     b, t, h = row // (T * H), row // H % T, row % H
@@ -900,17 +756,10 @@ def _join_splits_kernel(
 
 @torch.library.custom_op("gpt_twin::attention", mutates_args=(), device_types="cuda")
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rope: torch.Tensor | None,
-    input_pos: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     window: int,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
@@ -931,37 +780,18 @@ def attention(
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
     tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
     y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
-    options = launch_options(q.device)
+    options = {"num_warps": 4} | launch_options(q.device)
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
-    scale = C**-0.5 * 1.4426950408889634  # for powers of 2 instead of e
+    new = 16 if T <= 16 else 64
+    block = max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles of it fit into 100 kB, an RTX 4090's
+    scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
-        q,
-        k,
-        v,
-        rope,
-        input_pos,
-        k_cache,
-        v_cache,
-        k_cache if k_scales is None else k_scales,
-        v_cache if v_scales is None else v_scales,
-        sums,
-        tops,
-        T,
-        S,
-        window,
-        q.stride(1),
-        k.stride(1),
-        v.stride(1),
-        scale,
-        **shape,
-        NEW=16 if T <= 16 else 64,
-        BLOCK=max(16, min(64, 16384 // (CP * q.element_size()))),  # three tiles of it fit into 100 kB, an RTX 4090's
-        ROPE=rope is not None,
-        SCALED=k_scales is not None,
-        num_warps=4,
-        **options,
-    )
-    _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, num_warps=4, **options)
+        q, k, v, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
+        T, S, window, q.stride(1), k.stride(1), v.stride(1),
+        scale=C**-0.5 * 1.4426950408889634,  # for powers of 2 instead of e
+        NEW=new, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
+    )  # fmt: skip
+    _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
     return y
 
 

@@ -124,7 +124,7 @@ BROKEN = {
         "llama-2",
     ),
     "prompt not cached": ("fast_model", "cache[:B].index_copy_(", "cache[:B].clone().index_copy_(", "llama-2"),
-    "the last logits of each row": ("fast_model", "x, update = x[rows, last]", "x, update = x[rows, -1]", "llama-2"),
+    "the last logits of each row": ("fast_model", "t[rows, last]", "t[rows, -1]", "llama-2"),
     "all rows in one": ("fast_model", "row = torch.arange(B,", "row = 0 * torch.arange(B,", "llama-2"),
     "a single token": ("fast_model", "return torch.mv(weight, x)", "return 2 * torch.mv(weight, x)", "qwen2"),
 }
@@ -272,14 +272,14 @@ ROPE, POSITIONS_IN_BF16 = "table[positions]", "table[positions.to(update.dtype).
 MV = "torch.mv(weight, x)"
 MV_IN_FP8 = "torch.mv(weight, x if x.dtype == torch.float32 else x.to(torch.float8_e4m3fn).to(x.dtype))"
 NO_CACHE = "if cache is None:\n        return values"
-ATTENTION = "self.attn(normed, rope, mask, input_pos)"
+ATTENTION = "self.attn(x, rope, mask, input_pos)"
 FAULTS = {
     "a norm's weight, 5%": (built(a_norm), "llama-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
     "a bias": (built(a_bias), "gpt-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
     "rows mixed without a cache": (line(NO_CACHE, f"{NO_CACHE}.flip(0)"), "llama-2", {"without a cache", "gradients"}),
     "a gradient, 10%": (a_gradient, "llama-2", {"gradients"}),
     "a gradient cut off": (line(ATTENTION, f"{ATTENTION}.detach()"), "qwen2", {"gradients"}),
-    "another token's logits": (line("x[rows, last][", "x[rows, last - 1]["), "llama-2", {"different lengths"} | DRAFTS),
+    "another token's logits": (line("t[rows, last][", "t[rows, last - 1]["), "llama-2", {"different lengths"} | DRAFTS),
     "a chunk that sees all of itself": (
         line("slots <= positions[", "slots <= positions.amax(1, keepdim=True)["),
         "llama-2",
