@@ -18,8 +18,8 @@ import check_equivalence  # noqa: E402
 import checkpoint  # noqa: E402
 import convert_hf_checkpoint  # noqa: E402
 import fast_model  # noqa: E402
-import generate  # noqa: E402
 import model  # noqa: E402
+import speculate  # noqa: E402
 from check_equivalence import FAMILIES, check_model, compare, main, print_table, random_weights  # noqa: E402
 
 SCRIPT = Path(check_equivalence.__file__)
@@ -248,17 +248,17 @@ def all_accepted(monkeypatch):
         count = torch.full_like(drafts[:, :1], drafts.shape[1])
         return count, logits.argmax(-1).gather(1, count)
 
-    monkeypatch.setattr(generate, "accept", accept)
+    monkeypatch.setattr(speculate, "accept", accept)
 
 
 def one_too_many(monkeypatch):
-    accept = generate.accept
+    accept = speculate.accept
 
     def generous(logits, drafts, *more):
         count, following = accept(logits, drafts, *more)
         return (count + 1).clamp(max=drafts.shape[1]), following
 
-    monkeypatch.setattr(generate, "accept", generous)
+    monkeypatch.setattr(speculate, "accept", generous)
 
 
 POSITIONS = "torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos"
