@@ -54,6 +54,7 @@ from runtime import (
     print0,
     rank_and_count,
     read_bandwidth,
+    read_text,
     run_command,
     say,
     seed_number,
@@ -260,11 +261,7 @@ def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 
 def read_prompts(file: Path) -> dict[str, str]:
     """The lines that are not blank, by their names in messages. Raises ValueError if there is none, or no UTF-8."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    lines = text.split("\n")  # splitlines() would also split at U+2028 and form feeds
+    lines = read_text(file).replace("\r\n", "\n").split("\n")  # splitlines() also splits at U+2028 and form feeds
     prompts = {f"line {number} of {file}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise ValueError(f"{file} has no prompt; write one a line")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import quantize_model, read_checkpoint, untie_head, write_checkpoint
 from model import Block
 from quantized_linear import GROUP_SIZES, Int4Linear, check_weight, quantize_weights
-from runtime import check_device, check_target, default_device, run_command
+from runtime import check_device, check_target, default_device, read_text, run_command
 from tokenizer import find_tokenizer
 
 BLOCK = 128  # columns that are quantized before the rest of the matrix is updated; group sizes divide it or it them
@@ -136,11 +136,7 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
 
 def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
     """ids [B, T] of sequences spread evenly over a text. Raises ValueError if the text does not fill one."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    ids = torch.tensor(tokenizer.encode(text))
+    ids = torch.tensor(tokenizer.encode(read_text(file)))
     length = min(block_size, SEQUENCE)
     count = len(ids) // length
     if not count:

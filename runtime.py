@@ -180,7 +180,15 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-# --- Files that are written -------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(file: Path) -> str:
+    """A text without its byte order mark, line ends as they are. Raises ValueError if it is not UTF-8."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
 def _is_special(path) -> bool:
