@@ -1,15 +1,16 @@
 """How fast this device runs a model, held against what the device can do: a suite of rows, a JSON file, a plot.
 
-    python scripts/benchmark.py decode --shape llama-2-7b --weights bfloat16 int8 int4
-    python scripts/benchmark.py decode --checkpoint_path checkpoints/NAME/model.pth --hf DIR --temperature 0
-    python scripts/benchmark.py prefill --shape llama-3.1-8b --tokens 512 2048 8192
-    python scripts/benchmark.py context --shape llama-3.1-8b --used 128 2048 8192 32768 --slots 131072
-    python scripts/benchmark.py batch --shape llama-3.1-8b --sizes 1 4 16 64
-    python scripts/benchmark.py forward --shape gpt-1.2b
-    python scripts/benchmark.py train --shape gpt-124m --batch 16 --tokens 1024
-    python scripts/benchmark.py speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
-    torchrun --standalone --nproc_per_node=2 scripts/benchmark.py decode --shape llama-2-7b
-    python scripts/benchmark.py plot --json_path FILE --png FILE
+    python -m scripts.benchmark decode --shape llama-2-7b --weights bfloat16 int8 int4
+    python -m scripts.benchmark ladder --shape llama-2-7b
+    python -m scripts.benchmark decode --checkpoint_path checkpoints/NAME/model.pth --hf DIR --temperature 0
+    python -m scripts.benchmark prefill --shape llama-3.1-8b --tokens 512 2048 8192
+    python -m scripts.benchmark context --shape llama-3.1-8b --used 128 2048 8192 32768 --slots 131072
+    python -m scripts.benchmark batch --shape llama-3.1-8b --sizes 1 4 16 64
+    python -m scripts.benchmark forward --shape gpt-1.2b
+    python -m scripts.benchmark train --shape gpt-124m --batch 16 --tokens 1024
+    python -m scripts.benchmark speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
+    torchrun --standalone --nproc_per_node=2 -m scripts.benchmark decode --shape llama-2-7b
+    python -m scripts.benchmark plot --json_path FILE --png FILE
 
 Decisions to know:
 
@@ -27,17 +28,22 @@ Decisions to know:
 - `decode`, `context` and `batch` say how long compiling the greedy step takes, cold in an empty cache of its own, then
   warm. Triton kernels that an earlier model of the run has compiled stay in the process.
 - `context` and `batch` decode greedily.
+- `ladder` adds one thing a row: the twin with its cache, the compiler, the kernels, fewer bits. The rows before the
+  kernels run without `gpu_kernels.py`. `model.py` computes the whole text again for each token, so its row is of the
+  first FEW after the prompt. Rows in the first kind of weights must have the greedy tokens of `model.py`.
 - `speculate` makes a draft of the first layers of its random model, in int4, and what the later layers add so small
-  that the model keeps the wanted share of the drafts. Speed depends on that share alone.
+  that the model accepts the wanted share of the drafts. Speed depends on that share alone.
 - Under torchrun `decode` measures a model that is split among the ranks, each with random weights of its own; the
   figures are rank 0's.
 - Memory is the run's, with all models on the device; in `forward` and `train`, on an NVIDIA GPU, each row's, which is
   alone there.
-- `train` measures whole steps of finetune.py, forward, backward and AdamW, of weights in float32, with `--weights
+- `train` measures whole steps of `finetune.py`, forward, backward and AdamW, of weights in float32, with `--weights
   bfloat16` under autocast. The losses of the first three steps must be those of `model.py`.
 
-Copy me: with the root's files and scripts/finetune.py on the path; `pip install safetensors tqdm`, matplotlib for the
-plot, transformers for --hf.
+Copy me: needs torch, safetensors and tqdm, `scripts/finetune.py` beside it, and in the folder above `model.py`,
+`fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`,
+`tokenizer.py`, `convert_hf_checkpoint.py` and `check_equivalence.py`; for speed on a GPU `gpu_kernels.py`, for a plot
+matplotlib, for `--hf` transformers.
 
 Shapes: B batch, T tokens.
 """
@@ -53,6 +59,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,12 +67,24 @@ from unittest.mock import patch
 
 import torch
 
+import fast_model
+import quantized_linear
 import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
 from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
 from convert_hf_checkpoint import config_from_hf
-from decode import Sampling, Steps, cache_slots, compiled_prefill, compiled_step, decode_step, generate, prefill
+from decode import (
+    Sampling,
+    Steps,
+    cache_slots,
+    compiled_prefill,
+    compiled_step,
+    decode_step,
+    generate,
+    has_cache,
+    prefill,
+)
 from fast_model import bytes_per_step, cache_bytes
 from model import GPTConfig
 from quantized_linear import GROUP_SIZES
@@ -87,6 +106,7 @@ from runtime import (
 from speculate import DraftModel, Fixed, Speculation, draft_step, verify
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
+GPT2 = {"block_size": 1024, "norm": "layer", "gated": False, "rope_base": None}
 SHAPES = {
     "llama-2-7b": GPTConfig(**LLAMA, block_size=4096, vocab_size=32000, n_kv_head=32, hidden_dim=11008),
     "llama-3.1-8b": GPTConfig(
@@ -119,7 +139,7 @@ SHAPES = {
         n_expert_used=2,
     ),
     "gpt-124m": GPTConfig(
-        block_size=1024,
+        **GPT2,
         vocab_size=50257,
         n_layer=12,
         n_head=12,
@@ -127,17 +147,14 @@ SHAPES = {
         head_dim=64,
         dim=768,
         hidden_dim=3072,
-        norm="layer",
         activation="gelu_tanh",
-        gated=False,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
-        rope_base=None,
         tie_embeddings=True,
     ),
     "gpt-1.2b": GPTConfig(
-        block_size=1024,
+        **GPT2,
         vocab_size=2562,
         n_layer=24,
         n_head=16,
@@ -145,13 +162,11 @@ SHAPES = {
         head_dim=128,
         dim=2048,
         hidden_dim=8192,
-        norm="layer",
         activation="gelu",
-        gated=False,
-        rope_base=None,
     ),
 }
 WEIGHTS = (*DTYPES, "int8", "int4")
+FEW = 16  # tokens that `ladder` has of model.py
 
 
 # --- What is measured -------------------------------------------------------------------------------------------------
@@ -257,8 +272,10 @@ def check_logits(logits, expected, name: str) -> str:
 def check_steps(model, ids, start: int, name: str) -> str:
     """The same for the tokens of compiled steps, `ids` [B, N] of which the first stands at the position `start`.
 
-    The compiled step's own logits stay inside it; a NaN among them wins its argmax, and so shows as a wrong token.
+    The compiled step's own logits stay inside it; its token for those that are not finite is -1.
     """
+    if (ids < 0).any():
+        raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
     positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(*ids.shape)
     logits = [model(ids[:, i : i + 1], positions[:, i : i + 1])[:, -1] for i in range(ids.shape[1] - 1)]
     return check_tokens(ids[:, 1:], torch.stack(logits, dim=1), name)
@@ -318,7 +335,7 @@ def print_row(row: dict) -> None:
     if "round_seconds" in row:
         steps = row["round_seconds"] / row["plain_seconds"]
         rest += [
-            f"{row['acceptance']:.0%} kept",
+            f"{row['acceptance']:.0%} accepted",
             f"{row['times_plain']:.2f} times plain steps of {row['plain_seconds'] * 1e3:.2f} ms",
             f"a round {row['round_seconds'] * 1e3:.2f} ms or {steps:.2f} steps",
             f"drafts {row['draft_seconds'] * 1e3:.2f} and verification {row['verify_seconds'] * 1e3:.2f} ms of it",
@@ -333,39 +350,41 @@ def print_row(row: dict) -> None:
     )
 
 
-def decode(
-    models: dict,
-    limits: dict,
-    device: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    temperature: float,
-    samples: int,
-    **_,
-):
-    """Decode steps of batch size 1, prefill and compilation apart."""
-    prepared, times, first, cold = {}, {}, {}, {}
-    sampling = Sampling(temperature)
-    prompt = torch.arange(prompt_tokens, device=device)[None] % next(iter(models.values())).config.vocab_size
-    # Two steps for each model, greedy and sampling; 8 is the default for one function.
-    with tempfile.TemporaryDirectory() as folder, torch._dynamo.config.patch(recompile_limit=2 * len(WEIGHTS)):
+def start_of_text(args, model) -> torch.Tensor:
+    """A prompt [1, --prompt_tokens]."""
+    return torch.arange(args.prompt_tokens, device=args.device)[None] % model.config.vocab_size
+
+
+def prepare_decode(args, models: dict, prompt, sampling) -> dict:
+    """{name: (model, compiled step, figures of its compilation and check)}."""
+    prepared, cold = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
-            model.setup_caches(1, cache_slots(prompt_tokens + new_tokens, model.config))
+            model.setup_caches(1, cache_slots(args.prompt_tokens + args.new_tokens, model.config))
             torch.compiler.reset()
-            cold[name], _ = compile_step(device, f"{folder}/{name}", greedy, model, prompt, 3)
+            cold[name], _ = compile_step(args.device, f"{folder}/{name}", greedy, model, prompt, 3)
         torch.compiler.reset()  # not below: it would take away the steps of the models before
         for name, model in models.items():
-            warm, step = compile_step(device, f"{folder}/{name}", greedy, model, prompt, 3)
-            agrees = check_steps(model, greedy(model, prompt, 24, step), prompt_tokens, name)
+            warm, step = compile_step(args.device, f"{folder}/{name}", greedy, model, prompt, 3)
+            agrees = check_steps(model, greedy(model, prompt, 24, step), args.prompt_tokens, name)
             for _ in generate(model, prompt, 4, sampling, steps=Steps(decode_step=step)):  # compiles the sampling
                 pass
             prepared[name] = model, step, {"cold": cold[name], "warm": warm, "agrees": agrees}
-            times[name], first[name] = [], []
+    return prepared
+
+
+def decode(args, models: dict, limits: dict):
+    """Decode steps of batch size 1, prefill and compilation apart."""
+    sampling, prompt = Sampling(args.temperature), start_of_text(args, next(iter(models.values())))
+    # Two steps for each model, greedy and sampling; 8 is the default for one function.
+    with torch._dynamo.config.patch(recompile_limit=2 * len(WEIGHTS)):
+        prepared = prepare_decode(args, models, prompt, sampling)
+    times, first = {name: [] for name in models}, {name: [] for name in models}
     with torch.compiler.set_stance("fail_on_recompile"):
-        for _ in range(samples):
+        for _ in range(args.samples):
             for name, (model, step, _) in prepared.items():
                 start = time.perf_counter()
-                steps = generate(model, prompt, new_tokens, sampling, steps=Steps(decode_step=step))
+                steps = generate(model, prompt, args.new_tokens, sampling, steps=Steps(decode_step=step))
                 marks = [time.perf_counter() - start for _ in steps]
                 times[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
                 first[name].append(marks[0])
@@ -382,14 +401,15 @@ def first_token(run, model, prompt, last) -> int:
 
 
 @torch.no_grad()
-def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples: int, **_):
+def prefills(args, models: dict, limits: dict):
     """Time until the first token after prompts of several lengths is on the host, eager and compiled."""
+    device = args.device
     for name, model in models.items():
-        model.setup_caches(1, min(max(tokens), model.config.block_size))
+        model.setup_caches(1, min(max(args.tokens), model.config.block_size))
         torch.compiler.reset()
         expected = {}
         for kind, run in (("eager", prefill), ("compiled", compiled_prefill())):
-            for i, count in enumerate(tokens):
+            for i, count in enumerate(args.tokens):
                 title = f"{name} {kind}, {count} tokens"
                 prompt = torch.arange(count, device=device)[None] % model.config.vocab_size
                 last = torch.tensor([count - 1], device=device)
@@ -398,7 +418,7 @@ def prefills(models: dict, limits: dict, device: str, tokens: list[int], samples
                 with torch.compiler.set_stance("default" if may_compile else "fail_on_recompile"):
                     logits = run(model, prompt, None, last)
                 with torch.compiler.set_stance("fail_on_recompile"):
-                    seconds = [timed(device, first_token, run, model, prompt, last) for _ in range(samples)]
+                    seconds = [timed(device, first_token, run, model, prompt, last) for _ in range(args.samples)]
                 agrees = check_logits(logits, expected.get(count, logits), title)
                 more = {"agrees": agrees} if count in expected else {}  # the eager one is what others are compared with
                 expected.setdefault(count, logits)
@@ -436,25 +456,25 @@ def steps_at(model, used: int, batch: int, count: int, step) -> torch.Tensor:
     return torch.cat(ids, dim=1)
 
 
-def sample_steps(model, used: int, batch: int, samples: int, device: str, step, name: str) -> tuple[list[float], str]:
+def sample_steps(args, model, used: int, batch: int, step, name: str) -> tuple[list[float], str]:
     """Seconds of a step in each sample, and how their tokens agree with the eager step's."""
     with torch.compiler.set_stance("fail_on_recompile"):
         ids = steps_at(model, used, batch, 8, step)
-        seconds = [timed(device, steps_at, model, used, batch, 32, step) / 32 for _ in range(samples)]
+        seconds = [timed(args.device, steps_at, model, used, batch, 32, step) / 32 for _ in range(args.samples)]
     return seconds, check_steps(model, ids, used, name)
 
 
 @torch.no_grad()
-def contexts(models: dict, limits: dict, device: str, used: list[int], slots: int, samples: int, **_):
+def contexts(args, models: dict, limits: dict):
     """Decode steps with so many tokens in a cache of so many slots."""
     for name, model in models.items():
-        noisy_caches(model, 1, slots)
-        cold, warm, step = compile_times(device, steps_at, model, 0, 1, 3)
+        noisy_caches(model, 1, args.slots)
+        cold, warm, step = compile_times(args.device, steps_at, model, 0, 1, 3)
         weights = bytes_per_step(model) - model.max_seq_length * slot_bytes(model)
-        for count in used:
+        for count in args.used:
             count = min(count, model.max_seq_length - 34)
             title = f"{name}, {count} of {model.max_seq_length}"
-            seconds, agrees = sample_steps(model, count, 1, samples, device, step, title)
+            seconds, agrees = sample_steps(args, model, count, 1, step, title)
             cache = count * slot_bytes(model)
             floor = (weights + cache) / limits["bytes_per_second"]
             more = {"weights": name, "used": count, "slots": model.max_seq_length, "cold": cold, "warm": warm}
@@ -465,14 +485,14 @@ def contexts(models: dict, limits: dict, device: str, used: list[int], slots: in
 
 
 @torch.no_grad()
-def batches(models: dict, limits: dict, device: str, sizes: list[int], samples: int, **_):
+def batches(args, models: dict, limits: dict):
     """Decode steps of several rows with 256 tokens each in the cache."""
     for name, model in models.items():
-        for size in sizes:
+        for size in args.sizes:
             noisy_caches(model, size, 512)
             title = f"{name}, batch {size}"
-            cold, warm, step = compile_times(device, steps_at, model, 0, size, 3)
-            seconds, agrees = sample_steps(model, 256, size, samples, device, step, title)
+            cold, warm, step = compile_times(args.device, steps_at, model, 0, size, 3)
+            seconds, agrees = sample_steps(args, model, 256, size, step, title)
             weights = bytes_per_step(model) - size * model.max_seq_length * slot_bytes(model)
             floor = (weights + size * 256 * slot_bytes(model)) / limits["bytes_per_second"]
             yield row_of(title, seconds, floor, tokens=size, cold=cold, warm=warm, agrees=agrees)
@@ -480,62 +500,80 @@ def batches(models: dict, limits: dict, device: str, sizes: list[int], samples: 
             model.setup_caches(1, 1)  # the next size or model needs its memory
 
 
+def sample_alone(args, action, *arguments) -> tuple[list[float], dict]:
+    """(seconds of each call, its peak memory if that can be said) of what is alone on the device."""
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        seconds = [timed(args.device, action, *arguments) for _ in range(args.samples)]
+    return seconds, {"peak_memory": peak_memory(args.device)} if on_gpu else {}
+
+
+def clear_device() -> None:
+    """Give back the memory of models that nobody holds any more."""
+    torch.compiler.reset()
+    gc.collect()  # what was compiled refers to itself
+    torch.cuda.empty_cache()
+
+
 @torch.no_grad()
-def forwards(models: dict, limits: dict, device: str, batch: int, tokens: list[int], samples: int, **_):
+def forwards(args, models: dict, limits: dict):
     """One pass over a batch: the reference, the fast model, and it compiled; latency, memory, kernels launched.
 
     `models` has one function that builds the model, so that each of the three is alone on the device.
     """
     ((name, build),) = models.items()
-    expected = None
+    device, expected = args.device, None
     for kind in ("model.py", "fast_model.py", "compiled"):
         title = f"{name} {kind}"
         model = build(reference=kind == "model.py")
         run = torch.compile(model, fullgraph=True, dynamic=False) if kind == "compiled" else model
-        ids = torch.arange(batch * tokens[0], device=device).view(batch, -1) % model.config.vocab_size
+        ids = torch.arange(args.batch * args.tokens[0], device=device).view(args.batch, -1) % model.config.vocab_size
         logits = run(ids).cpu()  # not on the device, where it would count as the next one's memory
         agrees = check_logits(logits, logits if expected is None else expected, title)
         more = {"tokens": ids.numel()} | ({} if expected is None else {"agrees": agrees})
         expected = logits if expected is None else expected
+        seconds, memory = sample_alone(args, run, ids)
+        more |= memory
         if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            seconds = [timed(device, run, ids) for _ in range(samples)]
-        if device.startswith("cuda"):
-            more["peak_memory"] = peak_memory(device)
             with torch.profiler.profile() as profiler:
                 timed(device, run, ids)
             more["kernels"] = count_kernels(profiler.events())
         floor = operations_per_token(model) * ids.numel() / limits["operations_per_second"]
         del model, run
-        torch.compiler.reset()
-        gc.collect()  # what was compiled refers to itself
-        torch.cuda.empty_cache()
+        clear_device()
         yield row_of(title, seconds, floor, **more)
 
 
-def trainings(models: dict, limits: dict, device: str, batch: int, tokens: list[int], samples: int, **_):
+def training_step(args, model, weights: str, compiled: bool):
+    """A function that takes one step on a batch of random tokens, always the same, and returns the loss before it."""
+    loss, optimizer = finetune.Loss(model), finetune.make_optimizer(model, 1e-4, 0.1, args.device)
+    if compiled:
+        loss.compile(fullgraph=True, dynamic=False)
+    size = args.batch * (args.tokens[0] + 1)
+    ids = torch.randint(model.config.vocab_size, (size,), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(args.device).view(args.batch, -1)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=weights == "bfloat16"):
+            value = loss(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
+
+
+def trainings(args, models: dict, limits: dict):
     """One training step on a batch: the reference, the fast model, and it compiled; `models` is as for `forwards`."""
     ((name, build),) = models.items()
     expected = None
     for kind in ("model.py", "fast_model.py", "compiled"):
         title = f"{name} {kind}"
         model = build(reference=kind == "model.py").train().requires_grad_(True)
-        loss, optimizer = finetune.Loss(model), finetune.make_optimizer(model, 1e-4, 0.1, device)
-        if kind == "compiled":
-            loss.compile(fullgraph=True, dynamic=False)
-        size = batch * (tokens[0] + 1)
-        ids = torch.randint(model.config.vocab_size, (size,), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(device).view(batch, -1)
-
-        def step(loss=loss, optimizer=optimizer, ids=ids) -> torch.Tensor:
-            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=name == "bfloat16"):
-                value = loss(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return value.detach()
-
+        step = training_step(args, model, name, kind == "compiled")
         losses = torch.stack([step() for _ in range(3)])
         if not losses.isfinite().all():
             raise ValueError(f"{title}: a loss is not a finite number, so its speed means nothing")
@@ -543,19 +581,12 @@ def trainings(models: dict, limits: dict, device: str, batch: int, tokens: list[
         off = ((losses - expected).abs().max() / expected.abs().max()).item()
         if not off < (1e-4 if name == "float32" else 1e-2):
             raise ValueError(f"{title}: its losses {losses.tolist()} are not those of model.py, {expected.tolist()}")
-        more = {"tokens": batch * tokens[0], "losses_within": off}
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            seconds = [timed(device, step) for _ in range(samples)]
-        if device.startswith("cuda"):
-            more["peak_memory"] = peak_memory(device)
+        seconds, memory = sample_alone(args, step)
+        more = {"tokens": args.batch * args.tokens[0], "losses_within": off} | memory
         # Two passes more backwards than forwards; what AdamW reads and writes is not counted.
         floor = 3 * operations_per_token(model) * more["tokens"] / limits["operations_per_second"]
-        del model, loss, optimizer, step
-        torch.compiler.reset()
-        gc.collect()  # what was compiled refers to itself
-        torch.cuda.empty_cache()
+        del model, step
+        clear_device()
         yield row_of(title, seconds, floor, **more)
 
 
@@ -577,95 +608,130 @@ def time_text(model, prompt, steps: Steps, count: int, sampling, seed: int = 0):
     return (marks[-1] - marks[0]) / (len(marks) - 1), torch.tensor([ids], device=prompt.device)
 
 
+def sample_rounds(args, text, plain: Steps, drafted: Steps, watch: Stopwatch) -> tuple[list[float], list[int], dict]:
+    """(seconds a token and rounds of each sample with drafts, figures of these), plain steps in turn with them."""
+    sampling, new = Sampling(args.temperature), args.new_tokens
+    steps, fast, rates, rounds, calls = [], [], [], [], {"draft": 0.0, "verify": 0.0}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sample in range(args.samples):
+            steps.append(text(plain, new, sampling, seed=sample)[0])
+            watch.read()
+            fast.append(text(drafted, new, sampling, seed=sample)[0])
+            for kind, seconds in watch.read().items():
+                calls[kind] += sum(seconds)
+            rates.append(drafted.speculation.figures({})["acceptance"])
+            rounds.append(len(drafted.speculation.history))
+    per_round = [s * (new - 1) / n for s, n in zip(fast, rounds, strict=True)]
+    plain_seconds = statistics.median(steps)
+    figures = {"acceptance": statistics.mean(rates), "plain_seconds": plain_seconds}
+    figures |= {"round_seconds": statistics.median(per_round), "times_plain": plain_seconds / statistics.median(fast)}
+    figures |= {f"{kind}_seconds": total / sum(rounds) for kind, total in calls.items()}
+    return fast, rounds, figures
+
+
 @torch.no_grad()
-def speculations(
-    models: dict,
-    limits: dict,
-    device: str,
-    acceptance: list[float],
-    drafts: list[int],
-    prompt_tokens: int,
-    new_tokens: int,
-    temperature: float,
-    samples: int,
-    **_,
-):
+def speculations(args, models: dict, limits: dict):
     """Decoding with a draft model at several shares of accepted drafts, against plain steps in turn with it.
 
     `models` has pairs, a model and a draft of its first layers.
     """
-    sampling = Sampling(temperature)
+    sampling, greedy_sampling, new = Sampling(args.temperature), Sampling(temperature=0), args.new_tokens
     for name, (model, draft) in models.items():
-        prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
-        slots = cache_slots(prompt_tokens + new_tokens + max(drafts), model.config)
-        model.setup_caches(1, slots)
+        prompt = start_of_text(args, model)
+        model.setup_caches(1, cache_slots(args.prompt_tokens + new + max(args.drafts), model.config))
         torch.compiler.reset()
-        step, check, drafting = (compiled_step(f, device) for f in (decode_step, verify, draft_step))
-        watch = Stopwatch(device)
+        step, check, drafting = (compiled_step(f, args.device) for f in (decode_step, verify, draft_step))
+        watch, plain, text = Stopwatch(args.device), Steps(decode_step=step), partial(time_text, model, prompt)
         later, unscaled = model.layers[draft.config.n_layer :], 1.0
+        text(plain, 4, sampling)
+        for wanted, k in ((wanted, k) for wanted in args.acceptance for k in args.drafts):
+            source, verified = DraftModel(draft, watch.watch("draft", drafting)), watch.watch("verify", check)
+            sampled, greedily = (
+                Steps(decode_step=step, speculation=Speculation(model, kind, source, Fixed(k), verified))
+                for kind in (sampling, greedy_sampling)
+            )
+            low, high = 0.0, 4.0
+            for _ in range(8):
+                factor = (low + high) / 2
+                scale_outputs(later, factor / unscaled)
+                unscaled = factor
+                text(sampled, new, sampling)
+                accepted = sampled.speculation.figures({})["acceptance"]
+                low, high = (factor, high) if accepted > wanted else (low, factor)
+            text(greedily, 3 * (k + 1), greedy_sampling)  # compiles it
+            text(sampled, 3 * (k + 1), sampling)
+            _, greedy_ids = text(greedily, 24, greedy_sampling)
+            agrees = check_steps(model, greedy_ids, args.prompt_tokens, f"{name}, {k} drafts")
+            seconds, rounds, figures = sample_rounds(args, text, plain, sampled, watch)
+            round_bytes = bytes_per_step(model) + k * bytes_per_step(draft)
+            floor = round_bytes / limits["bytes_per_second"] * statistics.median(rounds) / (new - 1)
+            yield row_of(f"{name}, {k} drafts", seconds, floor, agrees=agrees, tokens=1, k=k, **figures)
 
-        plain_steps, greedy_sampling = Steps(decode_step=step), Sampling(temperature=0)
-        text = partial(time_text, model, prompt)
-        text(plain_steps, 4, sampling)
-        for wanted in acceptance:
-            for k in drafts:
-                source, verified = DraftModel(draft, watch.watch("draft", drafting)), watch.watch("verify", check)
-                sampled, greedily = (
-                    Steps(decode_step=step, speculation=Speculation(model, kind, source, Fixed(k), verified))
-                    for kind in (sampling, greedy_sampling)
-                )
-                low, high = 0.0, 4.0
-                for _ in range(8):
-                    factor = (low + high) / 2
-                    scale_outputs(later, factor / unscaled)
-                    unscaled = factor
-                    text(sampled, new_tokens, sampling)
-                    accepted = sampled.speculation.figures({})["acceptance"]
-                    low, high = (factor, high) if accepted > wanted else (low, factor)
-                text(greedily, 3 * (k + 1), greedy_sampling)  # compiles it
-                text(sampled, 3 * (k + 1), sampling)
-                _, greedy_ids = text(greedily, 24, greedy_sampling)
-                agrees = check_steps(model, greedy_ids, prompt_tokens, f"{name}, {k} drafts")
-                plain, fast, rates, rounds, calls = [], [], [], [], {"draft": 0.0, "verify": 0.0}
-                with torch.compiler.set_stance("fail_on_recompile"):
-                    for sample in range(samples):
-                        plain.append(text(plain_steps, new_tokens, sampling, seed=sample)[0])
-                        watch.read()
-                        fast.append(text(sampled, new_tokens, sampling, seed=sample)[0])
-                        for kind, seconds in watch.read().items():
-                            calls[kind] += sum(seconds)
-                        rates.append(sampled.speculation.figures({})["acceptance"])
-                        rounds.append(len(sampled.speculation.history))
-                per_round = [s * (new_tokens - 1) / n for s, n in zip(fast, rounds, strict=True)]
-                step_seconds = statistics.median(plain)
-                round_bytes = bytes_per_step(model) + k * bytes_per_step(draft)
-                floor = round_bytes / limits["bytes_per_second"] * statistics.median(rounds) / (new_tokens - 1)
-                more = {"tokens": 1, "k": k, "acceptance": statistics.mean(rates), "plain_seconds": step_seconds}
-                more |= {
-                    "round_seconds": statistics.median(per_round),
-                    "times_plain": step_seconds / statistics.median(fast),
-                }
-                more |= {f"{kind}_seconds": total / sum(rounds) for kind, total in calls.items()}
-                yield row_of(f"{name}, {k} drafts", fast, floor, agrees=agrees, **more)
+
+@contextmanager
+def no_gpu_kernels():
+    """Models that are built, compiled and run inside are plain PyTorch."""
+    with patch.object(fast_model, "gpu_kernels", None), patch.object(quantized_linear, "gpu_kernels", None):
+        yield
+
+
+def rung(args, limits: dict, name: str, model, step, reference=None) -> dict:
+    """A row of decode steps. Its greedy tokens must be the reference's, or without one those of the eager model."""
+    prompt, count = start_of_text(args, model), args.new_tokens if has_cache(model) else FEW
+    torch.compiler.reset()
+    if has_cache(model):
+        model.setup_caches(1, cache_slots(args.prompt_tokens + max(count, 24), model.config))
+    text, sampling = partial(time_text, model, prompt, Steps(decode_step=step)), Sampling(args.temperature)
+    ids = greedy(model, prompt, 24, step)
+    text(4, sampling)  # compiles the sampling
+    with torch.compiler.set_stance("fail_on_recompile"):
+        seconds = [text(count, sampling, seed=sample)[0] for sample in range(args.samples)]
+    if reference:
+        logits = reference(torch.cat([prompt, ids[:, :-1]], dim=1))[:, args.prompt_tokens - 1 :]
+        agrees = check_tokens(ids, logits, name)
+    else:
+        agrees = check_steps(model, ids, args.prompt_tokens, name)
+    size = bytes_per_step(model)
+    more = {"tokens": 1, "new_tokens": count, "bytes_per_token": size, "agrees": agrees}
+    return row_of(name, seconds, size / limits["bytes_per_second"], **more)
+
+
+@torch.no_grad()
+def ladder(args, models: dict, limits: dict):
+    """Decode steps of batch size 1, one thing added in each row. `models` has functions that build."""
+    (kind, build), *fewer_bits = models.items()
+    reference, model = build(reference=True), build()
+
+    def compiled():
+        return compiled_step(decode_step, args.device)
+
+    yield rung(args, limits, f"{kind} model.py, eager", reference, decode_step, reference)
+    with no_gpu_kernels():
+        rows = [rung(args, limits, f"{kind} fast_model.py, eager", model, decode_step, reference)]
+        rows.append(rung(args, limits, f"{kind} compiled", model, compiled(), reference))
+    yield from rows
+    yield rung(args, limits, f"{kind} with kernels", model, compiled(), reference)
+    del model, reference
+    for kind, build in fewer_bits:
+        clear_device()
+        yield rung(args, limits, f"{kind} with kernels", build(), compiled())
 
 
 SUITES = {"decode": decode, "prefill": prefills, "context": contexts, "batch": batches, "forward": forwards}
-SUITES |= {"train": trainings, "speculate": speculations}
+SUITES |= {"train": trainings, "speculate": speculations, "ladder": ladder}
 ALONE = ("forward", "train")  # suites of one kind of weights, whose rows are alone on the device
 
 
-def transformers_row(
-    folder: Path, limits: dict, device: str, prompt_tokens: int, new_tokens: int, samples: int
-) -> dict:
+def transformers_row(args, limits: dict) -> dict:
     """The same decode steps by transformers, eager and in bf16."""
-    model = transformers_model(folder).to(device, torch.bfloat16)
-    prompt = torch.arange(prompt_tokens, device=device)[None]
+    model = transformers_model(args.hf).to(args.device, torch.bfloat16)
+    prompt = torch.arange(args.prompt_tokens, device=args.device)[None]
 
     def run(count):
-        return timed(device, model.generate, prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+        return timed(args.device, model.generate, prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
     run(4)
-    seconds = [(run(new_tokens) - run(1)) / (new_tokens - 1) for _ in range(samples)]
+    seconds = [(run(args.new_tokens) - run(1)) / (args.new_tokens - 1) for _ in range(args.samples)]
     floor = sum(p.nbytes for p in model.parameters()) / limits["bytes_per_second"]
     return row_of("transformers, eager bfloat16", seconds, floor, tokens=1)
 
@@ -715,6 +781,7 @@ def draw_bars(axes, rows: list[dict]) -> None:
     axes.barh(names, [row["seconds"] * 1e3 for row in rows[::-1]], color="tab:blue", label="measured, median")
     axes.barh(names, [row["floor_seconds"] * 1e3 for row in rows[::-1]], color="tab:orange", height=0.3, label="floor")
     axes.set_xlabel("milliseconds")
+    axes.legend()
 
 
 def draw_lines(axes, rows: list[dict]) -> None:
@@ -728,6 +795,28 @@ def draw_lines(axes, rows: list[dict]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens in the cache")
     axes.set_ylabel("milliseconds a token")
+    axes.legend()
+
+
+def draw_ladder(axes, rows: list[dict]) -> None:
+    """A bar for each row's tokens a second, its number at the end, and a tick at the floor."""
+    places = range(len(rows))
+    rates, floors = ([1 / row[name] for row in rows] for name in ("seconds", "floor_seconds"))
+    axes.barh(places, rates, color="tab:blue", height=0.68)
+    axes.vlines(floors, [y - 0.42 for y in places], [y + 0.42 for y in places], color="black", linewidth=2)
+    beside = {"textcoords": "offset points", "va": "center", "fontsize": 11}
+    axes.annotate("floor: a token's bytes at the measured bandwidth", (floors[0], 0), (8, 0), **beside)
+    for place, rate in zip(places, rates, strict=True):
+        if rate > max(floors) / 10:  # there is room inside
+            look = {"color": "white", "ha": "right", "xytext": (-6, 0)}
+        else:
+            look = {"color": "black", "ha": "left", "xytext": (6, 0)}
+        axes.annotate(f"{rate:.0f}", (rate, place), weight="bold", **beside, **look)
+    axes.set_yticks(places, [row["name"] for row in rows], fontsize=11)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.03 * max(floors))
+    axes.set_xlabel("tokens a second, batch size 1; longer is better")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot(json_path: Path, png: Path) -> None:
@@ -737,112 +826,123 @@ def plot(json_path: Path, png: Path) -> None:
     except ImportError as error:
         raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
     content = json.loads(json_path.read_text(encoding="utf-8"))
-    lines = content["suite"] == "context"
-    figure = Figure(figsize=(9, 5 if lines else 1.2 + 0.45 * len(content["rows"])), layout="constrained")
+    suite, rows = content["suite"], content["rows"]
+    figure = Figure(figsize=(9, 5 if suite == "context" else 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    (draw_lines if lines else draw_bars)(axes, content["rows"])
-    axes.set_title(
-        f"{content['suite']} of {content['model']}, {content['hardware']}, torch {content['torch']}", fontsize=10
-    )
-    axes.legend()
+    {"context": draw_lines, "ladder": draw_ladder}.get(suite, draw_bars)(axes, rows)
+    axes.set_title(f"{suite} of {content['model']}, {content['hardware']}, torch {content['torch']}", fontsize=10)
     with written_in_place(png) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def main(
-    suite: str,
-    shape: str | None,
-    checkpoint_path: Path | None,
-    weights: list[str],
-    group_size: int,
-    hf: Path | None,
-    device: str,
-    json_path: Path | None,
-    png: Path | None,
-    samples: int,
-    kv_cache: str | None,
-    draft_weights: str,
-    **numbers,
-) -> None:
-    if suite == "plot":
-        if not json_path or not png:
-            raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
-        check_target(png)
-        return plot(json_path, png)
-    if json_path:
-        check_target(json_path)
-    rank, ranks = rank_and_count()
-    if ranks > 1 and (suite != "decode" or checkpoint_path or hf):
+def check_flags(args) -> None:
+    """Raises ValueError or OSError for arguments that cannot be, before anything is loaded; fills in --weights."""
+    suite, on_cpu = args.suite, args.device == "cpu"
+    if args.json_path:
+        check_target(args.json_path)
+    if rank_and_count()[1] > 1 and (suite != "decode" or args.checkpoint_path or args.hf):
         raise ValueError("under torchrun there is the suite decode of a --shape; run the others without it")
-    if (shape is None) == (checkpoint_path is None):
+    if (args.shape is None) == (args.checkpoint_path is None):
         raise ValueError("give either --shape or --checkpoint_path")
-    if hf and suite != "decode":
+    if args.hf and suite != "decode":
         raise ValueError(f"--hf is a row of the suite decode; leave it out of {suite}")
     if suite in (*ALONE, "speculate"):
-        weights = weights or ["float32" if device == "cpu" else "bfloat16"]
-    if suite in ALONE and len(weights) > 1:
-        raise ValueError(f"{suite} takes one kind of weights, not {len(weights)}; run it once for each")
-    if suite == "train" and weights[0] not in ("float32", "bfloat16"):
-        raise ValueError(f"train takes the weights float32 or bfloat16, not {weights[0]}")
-    weights = weights or (["float32", "bfloat16", "int8", "int4"] if device == "cpu" else ["bfloat16", "int8", "int4"])
-    check_device(device)
-    if checkpoint_path:
-        config, state_dict = read_checkpoint(checkpoint_path)
-        if describe_quantization(state_dict):
-            raise ValueError(f"{checkpoint_path} is quantized already; give the model.pth that it was made from")
-    else:
-        config = read_shape(shape)
-        state_dict = RandomWeights(config, device, ranks)
+        args.weights = args.weights or ["float32" if on_cpu else "bfloat16"]
+    if suite in ALONE and len(args.weights) > 1:
+        raise ValueError(f"{suite} takes one kind of weights, not {len(args.weights)}; run it once for each")
+    if suite == "train" and args.weights[0] not in ("float32", "bfloat16"):
+        raise ValueError(f"train takes the weights float32 or bfloat16, not {args.weights[0]}")
+    plain = ["float32"] if on_cpu and suite != "ladder" else []
+    args.weights = args.weights or [*plain, "bfloat16", "int8", "int4"]
+    check_device(args.device)
+
+
+def read_weights(args) -> tuple[GPTConfig, Mapping]:
+    """(config, state dict) of the --checkpoint_path, or random ones of the --shape."""
+    if not args.checkpoint_path:
+        config = read_shape(args.shape)
+        return config, RandomWeights(config, args.device, rank_and_count()[1])
+    config, state_dict = read_checkpoint(args.checkpoint_path)
+    if describe_quantization(state_dict):
+        raise ValueError(f"{args.checkpoint_path} is quantized already; give the model.pth that it was made from")
+    return config, state_dict
+
+
+def measure_limits(device: str) -> dict:
+    """What the device can do at most, which is printed."""
     rate_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     limits = {"bytes_per_second": read_bandwidth(device), "operations_per_second": matrix_rate(device, rate_dtype)}
-    print0(f"{hardware(device)}, torch {torch.__version__}, {ranks} ranks")
+    print0(f"{hardware(device)}, torch {torch.__version__}, {rank_and_count()[1]} ranks")
     multiplies = limits["operations_per_second"] / 1e12
     print0(f"reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s")
+    return limits
+
+
+def make_models(args, config: GPTConfig, state_dict: Mapping, limits: dict) -> dict:
+    """{kind of weights: the model, a function that builds it, or its pair with a draft}, as the suite takes it."""
+    suite, make = args.suite, partial(make_model, group_size=args.group_size, device=args.device)
     if suite in ALONE:
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
-        built = "float32" if suite == "train" else weights[0]
-        models = {weights[0]: partial(make_model, config, state_dict, built, group_size, device)}
-    else:
-        if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
-            embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
-            state_dict = {**state_dict, **embedding}
-        models = {kind: make_model(config, state_dict, kind, group_size, device) for kind in weights}
-        for model in models.values():
-            if kv_cache:
-                model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
-        for kind, model in models.items():
-            size, count = bytes_per_step(model), operations_per_token(model)
-            most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
-            print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
-    if suite == "speculate":
-        small = replace(config, n_layer=max(1, config.n_layer // 8))
-        kept = {name: state_dict[name] for name in shapes_of(small)}
-        draft = make_model(small, kept, draft_weights, group_size, device)
-        print(f"  draft: {small.n_layer} layers in {draft_weights}, {bytes_per_step(draft) / 1e9:.3f} GB")
-        models = {kind: (model, draft) for kind, model in models.items()}
-    del state_dict
-    rows = []
-    if hf:
-        lengths = {name: numbers[name] for name in ("prompt_tokens", "new_tokens")}
-        rows.append(transformers_row(hf, limits, device, samples=samples, **lengths))
-        print_row(rows[0])
-    for row in SUITES[suite](models, limits, device, samples=samples, **numbers):
+    if suite in (*ALONE, "ladder"):
+        return {
+            kind: partial(make, config, state_dict, "float32" if suite == "train" else kind) for kind in args.weights
+        }
+    if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
+        embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
+        state_dict = {**state_dict, **embedding}
+    models = {kind: make(config, state_dict, kind) for kind in args.weights}
+    for kind, model in models.items():
+        if args.kv_cache:
+            model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
+        size, count = bytes_per_step(model), operations_per_token(model)
+        most = 1 / max(size / limits["bytes_per_second"], count / limits["operations_per_second"])
+        print0(f"  {kind}: {size / 1e9:.3f} GB, {count / 1e9:.2f} GFLOP a token, so {most:.0f} tokens/s at most")
+    if suite != "speculate":
+        return models
+    small = replace(config, n_layer=max(1, config.n_layer // 8))
+    draft = make(small, {name: state_dict[name] for name in shapes_of(small)}, args.draft_weights)
+    print(f"  draft: {small.n_layer} layers in {args.draft_weights}, {bytes_per_step(draft) / 1e9:.3f} GB")
+    return {kind: (model, draft) for kind, model in models.items()}
+
+
+def measure_rows(args, models: dict, limits: dict) -> list[dict]:
+    """The rows of the suite, which are printed as they come."""
+    rows = [transformers_row(args, limits)] if args.hf else []
+    for row in rows:
+        print_row(row)
+    for row in SUITES[args.suite](args, models, limits):
         print_row(row)
         rows.append(row)
-    memory = {} if suite in ALONE else {"peak_memory": peak_memory(device)}
+    return rows
+
+
+def main(args) -> None:
+    if args.suite == "plot":
+        if not args.json_path or not args.png:
+            raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
+        check_target(args.png)
+        return plot(args.json_path, args.png)
+    check_flags(args)
+    config, state_dict = read_weights(args)
+    limits = measure_limits(args.device)
+    models = make_models(args, config, state_dict, limits)
+    del state_dict  # a copy beside the models would be in the way
+    rows = measure_rows(args, models, limits)
+    memory = {} if args.suite in ALONE else {"peak_memory": peak_memory(args.device)}
     if memory:
         print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
-    if json_path and rank == 0:
+    rank, ranks = rank_and_count()
+    if args.json_path and rank == 0:
         content = {
-            "suite": suite,
-            "model": str(shape or checkpoint_path.name),
-            "hardware": hardware(device),
+            "suite": args.suite,
+            "model": str(args.shape or args.checkpoint_path.name),
+            "hardware": hardware(args.device),
             "torch": torch.__version__,
             "ranks": ranks,
             "commit": commit(),
         }
         content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
-        write_json(json_path, content)
+        write_json(args.json_path, content)
 
 
 def parse_arguments():
@@ -855,19 +955,19 @@ def parse_arguments():
         "--weights",
         nargs="+",
         choices=WEIGHTS,
-        help="default: bfloat16, int8, int4, on a CPU float32; forward, train: one",
+        help="default: bfloat16, int8, int4, on a CPU float32; forward, train: one; ladder: plain rows in the first",
     )
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of int4")
     add("--hf", type=Path, metavar="DIR", help="decode: a row of transformers with the model in this directory")
     add("--kv_cache", choices=("int8",), help="decode, context, batch: keys and values in 8 bits")
     add("--samples", type=positive, default=5, help="of each row")
-    add("--prompt_tokens", type=positive, default=5, help="decode, speculate")
-    add("--new_tokens", type=positive, default=200, help="decode, speculate")
+    add("--prompt_tokens", type=positive, default=5, help="decode, ladder, speculate")
+    add("--new_tokens", type=positive, default=200, help="decode, ladder, speculate")
     add(
         "--temperature",
         type=float,
         default=Sampling.temperature,
-        help="decode, speculate; 0 is greedy, else top-k is 200",
+        help="decode, ladder, speculate; 0 is greedy, else top-k is 200",
     )
     add(
         "--tokens",
@@ -880,7 +980,7 @@ def parse_arguments():
     add("--slots", type=positive, default=131072, help="context: cache slots")
     add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")
     add("--batch", type=positive, default=32, help="forward, train: rows")
-    add("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="speculate: shares of drafts to keep")
+    add("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="speculate: shares of drafts to accept")
     add("--drafts", type=positive, nargs="+", default=[5], help="speculate: drafts in a round")
     add("--draft_weights", choices=WEIGHTS, default="int4", help="speculate: of the draft, an eighth of the layers")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
@@ -890,4 +990,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    run_command(lambda args: main(**vars(args)), parse_arguments())
+    run_command(main, parse_arguments())

@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's one-file format, to DIR/model.pth with the tokenizer's files beside it.
 
-    python scripts/convert_gguf_checkpoint.py --gguf model.gguf --out_dir checkpoints/model
+    python -m scripts.convert_gguf_checkpoint --gguf model.gguf --out_dir checkpoints/model
 
 Config, weights and tokenizer are all rebuilt from the file; nothing else is read. Decisions to know:
 
@@ -10,8 +10,8 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - Only byte-level BPE of the `smollm` kind is rebuilt. Other tokenizers split text otherwise, with other ids.
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
-Copy me: with model.py, fast_model.py, quantized_linear.py, tp.py and checkpoint.py on the path, and `pip install gguf
-tokenizers`.
+Copy me: needs torch, gguf and tokenizers, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
+`tp.py`, `runtime.py` and `checkpoint.py`.
 """
 
 import argparse
@@ -194,8 +194,8 @@ def convert_tokenizer(metadata: Metadata) -> dict[str, str]:
     try:
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
     except Exception as error:  # the library raises nothing narrower
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{metadata.path} has tokens and merges that do not fit: {told}") from error
+        message = str(error).splitlines()[0]
+        raise ValueError(f"{metadata.path} has tokens and merges that do not fit: {message}") from error
     # Each digit is a token. The second step is GPT-2's own pattern, which would keep numbers together.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -234,9 +234,8 @@ def convert(gguf_file, out_dir) -> Path:
     fields, tensors = read_gguf(gguf_file)
     metadata = Metadata(fields, gguf_file)
     if fields.get("general.architecture") != "llama":
-        architecture = fields.get("general.architecture")
-        told = f"general.architecture = {reprlib.repr(architecture)}"
-        raise ValueError(f"{gguf_file} has {told}, only 'llama' is supported")
+        architecture = reprlib.repr(fields.get("general.architecture"))
+        raise ValueError(f"{gguf_file} has general.architecture = {architecture}, only 'llama' is supported")
     out = Path(out_dir) / "model.pth"
     check_target(out)
     config = read_config(metadata, tensors)
@@ -252,13 +251,17 @@ def convert(gguf_file, out_dir) -> Path:
     return out
 
 
-def main(gguf: str, out_dir: str) -> None:
-    out = convert(gguf, out_dir)
+def main(args) -> None:
+    out = convert(args.gguf, args.out_dir)
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.0f} MB, float32) with its tokenizer.")
 
 
-if __name__ == "__main__":
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Convert a GGUF file of the llama architecture.")
     parser.add_argument("--gguf", required=True, help="the .gguf file")
     parser.add_argument("--out_dir", required=True, help="folder for model.pth and the tokenizer's files")
-    run_command(lambda args: main(**vars(args)), parser.parse_args())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main, parse_arguments())

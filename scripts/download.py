@@ -1,17 +1,17 @@
 """A Hugging Face repository to checkpoints/REPO_ID: the files that convert_hf_checkpoint.py and tokenizer.py read.
 
-    python scripts/download.py Qwen/Qwen3-0.6B
+    python -m scripts.download Qwen/Qwen3-0.6B
 
 Decisions to know:
 
-- Only files at the top of the repository are brought: folders hold copies in other formats (original/, onnx/).
+- Only files at the top of the repository are downloaded: folders hold copies in other formats (original/, onnx/).
 - Weights come as safetensors where the repository has them, else as .bin.
 - The token is --hf_token, else HF_TOKEN, else the one that `hf auth login` saved.
 - The Hub is asked first which files there are. `snapshot_download` alone would take a half-filled folder for the
   repository when the network is down.
-- A run that is cut off goes on where it stopped.
+- An interrupted download continues where it stopped.
 
-Copy me: this file alone, with `pip install huggingface_hub`.
+Copy me: needs huggingface_hub.
 """
 
 import argparse
@@ -66,11 +66,11 @@ def explain(error: Exception, repo_id: str) -> str:
         if status in (401, 403):
             return f"the Hub refuses the token (HTTP {status}); check --hf_token or HF_TOKEN"
         return f"the Hub answers {repo_id} with HTTP {status}; run this again later"
-    return f"cannot reach the Hub ({type(error).__name__}); check the network and run this again to go on"
+    return f"cannot reach the Hub ({type(error).__name__}); check the network and run this again to continue"
 
 
 def download(repo_id: str, hf_token: str | None, out_dir) -> Path:
-    """Bring the repository and return its folder. Raises ValueError with a sentence for the user if that fails."""
+    """Download the repository and return its folder. Raises ValueError with a sentence for the user if that fails."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     # HTTPError is the HTTP client's: no connection, no answer in time, a broken proxy.
@@ -79,25 +79,29 @@ def download(repo_id: str, hf_token: str | None, out_dir) -> Path:
     try:
         info = HfApi().model_info(repo_id, token=hf_token or None, timeout=30)
         files = choose_files([file.rfilename for file in info.siblings])
-        print(f"Bringing {len(files)} files to {folder}.")
+        print(f"Downloading {len(files)} files to {folder}.")
         snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=files, token=hf_token or None)
     except failures as error:
         raise ValueError(explain(error, repo_id)) from error
     return folder
 
 
-def main(repo_id: str, hf_token: str | None, out_dir: str) -> None:
-    folder = download(repo_id, hf_token, out_dir)
+def main(args) -> None:
+    folder = download(args.repo_id, args.hf_token, args.out_dir)
     print(f"Now convert it: python convert_hf_checkpoint.py --checkpoint_dir {folder}")
 
 
-if __name__ == "__main__":
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Download a model from the Hugging Face Hub.")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name")
     parser.add_argument("--hf_token", help="default: HF_TOKEN, or what `hf auth login` saved")
     parser.add_argument("--out_dir", default="checkpoints", help="the files go to OUT_DIR/REPO_ID")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
     try:
-        main(**vars(parser.parse_args()))
+        main(parse_arguments())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

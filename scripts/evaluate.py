@@ -1,8 +1,8 @@
 """How good a checkpoint is: perplexity of a text, distance from another checkpoint, tasks of EleutherAI's harness.
 
-    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model.pth --text FILE
-    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model_int8.pth --text FILE --against OTHER/model.pth
-    python scripts/evaluate.py --checkpoint_path checkpoints/NAME/model.pth --tasks hellaswag --limit 100
+    python -m scripts.evaluate --checkpoint_path checkpoints/NAME/model.pth --text FILE
+    python -m scripts.evaluate --checkpoint_path checkpoints/NAME/model_int8.pth --text FILE --against OTHER/model.pth
+    python -m scripts.evaluate --checkpoint_path checkpoints/NAME/model.pth --tasks hellaswag --limit 100
 
 Decisions to know:
 
@@ -13,11 +13,13 @@ Decisions to know:
 - KL(other || this) takes the other checkpoint, in float32, for the truth: nats lost by using this one instead.
 - Models run eager and without a cache, but for --kv_cache, where each token sees keys and values as decoding does.
   Of their logits a few rows at a time become float32.
-- Logits that are not finite end the command with a sentence. They are looked for every CHECKED windows, because to
-  look is to wait for the GPU.
+- Logits that are not finite end the command with a sentence. They are checked every CHECKED windows, because a check
+  waits for the GPU.
 - The harness's requests are encoded and cut as its own Hugging Face backend does it, one request at a time.
 
-Copy me: needs torch, tqdm, the root's `generate.py` with what that needs, and for `--tasks` lm_eval.
+Copy me: needs torch and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`,
+`runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`, with its libraries; for
+`--tasks` lm_eval, for speed on a GPU `gpu_kernels.py`.
 
 Shapes: R rows (positions of one window), V vocabulary.
 """
@@ -35,7 +37,7 @@ from checkpoint import DTYPES, build_model, default_dtype, read_checkpoint
 from decode import Sampling, cache_slots, generate, why_not_finite
 from generate import Answer
 from runtime import check_device, check_target, default_device, positive, run_command, say, write_json
-from tokenizer import find_tokenizer
+from tokenizer import check_vocabulary, find_tokenizer
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
 CHECKED = 64
@@ -129,74 +131,80 @@ def read_options(options: dict) -> tuple[list[str], int, Sampling]:
     return stop, length, sampling
 
 
-def make_adapter(base: type, model, tokenizer):
-    """The model as the harness sees one. `base` is lm_eval.api.model.LM, given so that this file needs no lm_eval."""
-    context_size = model.config.block_size
-    added, plain = tokenizer.encode("a"), tokenizer.encode("a", bos=False)
-    bos = added[: added.index(plain[0])]  # often none; an EOS that some add at the end must not precede a continuation
-    named = [tokenizer.token_id(tokenizer.named_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
-    start = bos or [id for id in named if id is not None][:1]  # before a text with nothing before it, as in the harness
-    if not start:
-        raise ValueError("the tokenizer names neither BOS nor EOS, one of which the harness starts a text with")
+class Requests:
+    """The model as the harness sees one, but for its base class, lm_eval.api.model.LM."""
 
-    def encode(text: str) -> list[int]:
-        return bos + tokenizer.encode(text, bos=False)
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer, self.context_size = model, tokenizer, model.config.block_size
+        added, plain = tokenizer.encode("a"), tokenizer.encode("a", bos=False)
+        # Often none; an EOS that some add at the end must not precede a continuation.
+        self.bos = added[: added.index(plain[0])]
+        named = [tokenizer.token_id(tokenizer.named_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
+        # Before a text with nothing before it, as in the harness.
+        self.start = self.bos or [id for id in named if id is not None][:1]
+        if not self.start:
+            raise ValueError("the tokenizer names neither BOS nor EOS, one of which the harness starts a text with")
 
-    def score(inputs: list[int], targets: list[int]) -> tuple[float, bool]:
+    def encode(self, text: str) -> list[int]:
+        return self.bos + self.tokenizer.encode(text, bos=False)
+
+    def score(self, inputs: list[int], targets: list[int]) -> tuple[float, bool]:
         """(log-probability of the targets, whether each is the most likely token).
 
         Raises FloatingPointError if that is no finite number.
         """
         total, greedy = 0.0, True
-        parts = torch.tensor(targets, device=model.wte.weight.device).split(ROWS)
-        for part, log_q in zip(parts, log_probabilities(model, inputs, len(targets)), strict=True):
+        parts = torch.tensor(targets, device=self.model.wte.weight.device).split(ROWS)
+        for part, log_q in zip(parts, log_probabilities(self.model, inputs, len(targets)), strict=True):
             found = log_q.gather(1, part[:, None])
-            check_finite(model, found)
+            check_finite(self.model, found)
             total += found.sum().item()
             greedy = greedy and torch.equal(log_q.argmax(-1), part)
         return total, greedy
 
-    class Adapter(base):
-        def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-            results = []
-            for context, continuation in tqdm([request.args for request in requests], disable=None):
-                # A space is part of the token after it, so the context is encoded without its last ones. What is
-                # scored is the rest of the ids of the whole, even where the two merge: so the harness does it.
-                prompt, whole = encode(context.rstrip()), encode(context + continuation)
-                targets = whole[len(prompt) :]
-                if not targets:  # merged into a token of the context; the harness's own backend crashes
-                    prompt, targets = whole[:-1], whole[-1:]
-                inputs = ((prompt or start) + targets[:-1])[-context_size:]
-                results.append(score(inputs, targets[-len(inputs) :]))
-            return results
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        results = []
+        for context, continuation in tqdm([request.args for request in requests], disable=None):
+            # A space is part of the token after it, so the context is encoded without its last ones. What is
+            # scored is the rest of the ids of the whole, even where the two merge: so the harness does it.
+            prompt, whole = self.encode(context.rstrip()), self.encode(context + continuation)
+            targets = whole[len(prompt) :]
+            if not targets:  # merged into a token of the context; the harness's own backend crashes
+                prompt, targets = whole[:-1], whole[-1:]
+            inputs = ((prompt or self.start) + targets[:-1])[-self.context_size :]
+            results.append(self.score(inputs, targets[-len(inputs) :]))
+        return results
 
-        def loglikelihood_rolling(self, requests) -> list[float]:
-            results = []
-            for (text,) in tqdm([request.args for request in requests], disable=None):
-                ids = start + tokenizer.encode(text, bos=False)
-                pairs = windows(ids, context_size, context_size, full=True)
-                results.append(math.fsum(score(*pair)[0] for pair in pairs))
-            return results
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        results = []
+        for (text,) in tqdm([request.args for request in requests], disable=None):
+            ids = self.start + self.tokenizer.encode(text, bos=False)
+            pairs = windows(ids, self.context_size, self.context_size, full=True)
+            results.append(math.fsum(self.score(*pair)[0] for pair in pairs))
+        return results
 
-        def generate_until(self, requests) -> list[str]:
-            texts = []
-            for seed, request in enumerate(tqdm(requests, disable=None)):  # repeats of a request must not be the same
-                context, options = request.args
-                stop, length, sampling = read_options(options)
-                # Of a prompt too long the end is kept, and room for the answer; if that never fits, half a context.
-                kept = context_size - length if length < context_size else max(context_size // 2, 1)
-                ids = (encode(context) or start)[-kept:]
-                answer = Answer(ids, tokenizer, tokenizer.eos_ids, stop, goes_on=True)
-                prompt = torch.tensor([ids], device=model.wte.weight.device)
-                for (id,) in generate(model, prompt, length, sampling, tokenizer.eos_ids, seed):
-                    answer.push(id)
-                    if answer.stop_reason:
-                        break
-                answer.finish()
-                texts.append(answer.text)
-            return texts
+    def generate_until(self, requests) -> list[str]:
+        texts, size, eos_ids = [], self.context_size, self.tokenizer.eos_ids
+        for seed, request in enumerate(tqdm(requests, disable=None)):  # repeats of a request must not be the same
+            context, options = request.args
+            stop, length, sampling = read_options(options)
+            # Of a prompt too long the end is kept, and room for the answer; if that never fits, half a context.
+            kept = size - length if length < size else max(size // 2, 1)
+            ids = (self.encode(context) or self.start)[-kept:]
+            answer = Answer(ids, self.tokenizer, eos_ids, stop, goes_on=True)
+            for (id,) in generate(self.model, [ids], length, sampling, eos_ids, seed):
+                answer.push(id)
+                if answer.stop_reason:
+                    break
+            answer.finish()
+            texts.append(answer.text)
+        return texts
 
-    return Adapter()
+
+def make_adapter(base: type, model, tokenizer):
+    """Requests as an object of the harness's `base` class, which is given so that this file needs no lm_eval."""
+    return type("Adapter", (Requests, base), {})(model, tokenizer)
 
 
 def import_harness():
@@ -212,18 +220,23 @@ def import_harness():
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], int]:
-    """The first ids of a text, without a byte order mark, and the bytes of those that are predicted.
+def read_text(file: Path, newline: str | None = None) -> str:
+    """A file's text, without a byte order mark; line ends become \\n, or stay with the newline "".
 
-    Raises ValueError if none are.
+    Raises ValueError if it is not UTF-8.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")  # read_text would turn \r\n into \n
+        with open(file, encoding="utf-8-sig", newline=newline) as text:
+            return text.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it in UTF-8") from error
+
+
+def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], int]:
+    """The first ids of a text and the bytes of those that are predicted. Raises ValueError if none are."""
     # The text is encoded once, with the BOS that the tokenizer itself adds or does not add, and then cut into windows.
     # No window but the first begins with a BOS, and the first token of the text is never predicted.
-    ids = tokenizer.encode(text)[:max_tokens]
+    ids = tokenizer.encode(read_text(file, newline=""))[:max_tokens]
     byte_count = sum(len(tokenizer.token_bytes(id)) for id in ids[1:])
     if not byte_count:  # special tokens have none
         raise ValueError(f"{file} has {len(ids)} tokens and no text after the first; at least 2 tokens are needed")
@@ -239,84 +252,76 @@ def load(path: Path, device: str, precision: str | None):
     return build_model(config, state_dict, device, dtype), tokenizer
 
 
-def check_same_tokens(model, tokenizer, path: Path, other, other_tokenizer, other_path: Path) -> None:
-    """Raises ValueError if an id is not the same token in both models."""
+def load_other(args, model, tokenizer):
+    """The model to compare with, in float32. Raises ValueError if an id is not the same token in both."""
+    other, other_tokenizer = load(args.against, args.device, "float32")
     sizes = model.config.vocab_size, other.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the vocabularies differ: {path} has {sizes[0]} tokens, {other_path} {sizes[1]}")
-    for id in range(sizes[0]):
-        pieces = tokenizer.piece(id), other_tokenizer.piece(id)
-        if pieces[0] != pieces[1]:
-            tokens = f"{pieces[0]!r} beside {path} and {pieces[1]!r} beside {other_path}"
-            raise ValueError(f"the tokenizers differ: token {id} is {tokens}")
+        difference = f"{args.checkpoint_path} has {sizes[0]} tokens, {args.against} {sizes[1]}"
+        raise ValueError(f"the vocabularies differ: {difference}; compare with one of the same tokenizer")
+    check_vocabulary(tokenizer, other_tokenizer, name=str(args.against))
+    return other
 
 
-def run_tasks(harness, model, tokenizer, tasks: list[str], limit: int | None) -> dict:
+def run_tasks(args, harness, model, tokenizer) -> dict:
     """Print the harness's tables and return its results. Raises ValueError if it does not know a task."""
     manager = harness.tasks.TaskManager()
-    unknown = [name for name in tasks if name not in manager.all_tasks and not Path(name).is_file()]
+    unknown = [name for name in args.tasks if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
         raise ValueError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
     adapter = make_adapter(harness.api.model.LM, model, tokenizer)
-    results = harness.simple_evaluate(adapter, tasks=tasks, limit=limit, task_manager=manager)
+    results = harness.simple_evaluate(adapter, tasks=args.tasks, limit=args.limit, task_manager=manager)
     for column in ("results", "groups"):
         if results.get(column):
             print(harness.utils.make_table(results, column))
-    return {"limit": limit, "results": results["results"]}
+    return {"limit": args.limit, "results": results["results"]}
 
 
-def main(
-    checkpoint_path: Path,
-    text: Path | None,
-    against: Path | None,
-    window: int | None,
-    stride: int | None,
-    max_tokens: int | None,
-    tasks: list[str] | None,
-    limit: int | None,
-    kv_cache: str | None,
-    device: str,
-    precision: str | None,
-    json_path: Path | None,
-) -> None:
-    if tasks and against:
+def choose_windows(args, context: int) -> tuple[int, int]:
+    """(window, stride) in tokens. Raises ValueError if they do not fit."""
+    window = args.window or min(1024, context)
+    stride = args.stride or max(window // 2, 1)
+    if window > context:
+        raise ValueError(f"--window {window} is more than the context of {context} tokens")
+    if stride > window:
+        raise ValueError(f"--stride {stride} is more than the window of {window} tokens: it would skip tokens")
+    return window, stride
+
+
+def predict_text(args, model, tokenizer) -> dict:
+    """Print and return the figures of a text."""
+    other = load_other(args, model, tokenizer) if args.against else None
+    window, stride = choose_windows(args, min(m.config.block_size for m in (model, other or model)))
+    ids, byte_count = read_ids(args.text, tokenizer, args.max_tokens)
+    start = time.perf_counter()
+    figures = {"text": str(args.text), "against": args.against and str(args.against)}
+    figures |= measure(model, ids, window, stride, other)
+    figures["seconds"] = time.perf_counter() - start
+    figures["bits_per_byte"] = figures["nats_per_token"] * figures["tokens"] / math.log(2) / byte_count
+    print(f"tokens:      {figures['tokens']} predicted, in windows of {window} with stride {stride}")
+    print(f"perplexity:  {figures['perplexity']:.4f}, {figures['bits_per_byte']:.4f} bits per byte")
+    if other:
+        print(f"KL:          {figures['kl_mean']:.3e} nats a token, 99% are below {figures['kl_99_percent']:.3e}")
+        print(f"top-1:       {figures['top_1_agreement']:.2%} have the same most likely token")
+    print(f"seconds:     {figures['seconds']:.1f}")
+    return figures
+
+
+def main(args) -> None:
+    if args.tasks and args.against:
         raise ValueError("--against compares on a text; give --text instead of --tasks")
-    harness = import_harness() if tasks else None
-    check_device(device)
-    if json_path:
-        check_target(json_path)
-    model, tokenizer = load(checkpoint_path, device, precision)
-    if kv_cache:
+    harness = import_harness() if args.tasks else None
+    check_device(args.device)
+    if args.json_path:
+        check_target(args.json_path)
+    model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
+    if args.kv_cache:
         model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind
-    if tasks:
-        figures = run_tasks(harness, model, tokenizer, tasks, limit)
-    else:
-        other, context = None, model.config.block_size
-        if against:
-            other, other_tokenizer = load(against, device, "float32")
-            check_same_tokens(model, tokenizer, checkpoint_path, other, other_tokenizer, against)
-            context = min(context, other.config.block_size)
-        window = window or min(1024, context)
-        stride = stride or max(window // 2, 1)
-        if window > context:
-            raise ValueError(f"--window {window} is more than the context of {context} tokens")
-        if stride > window:
-            raise ValueError(f"--stride {stride} is more than the window of {window} tokens: it would skip tokens")
-        ids, byte_count = read_ids(text, tokenizer, max_tokens)
-        start = time.perf_counter()
-        figures = {"text": str(text), "against": against and str(against), **measure(model, ids, window, stride, other)}
-        figures["seconds"] = time.perf_counter() - start
-        figures["bits_per_byte"] = figures["nats_per_token"] * figures["tokens"] / math.log(2) / byte_count
-        print(f"tokens:      {figures['tokens']} predicted, in windows of {window} with stride {stride}")
-        print(f"perplexity:  {figures['perplexity']:.4f}, {figures['bits_per_byte']:.4f} bits per byte")
-        if against:
-            print(f"KL:          {figures['kl_mean']:.3e} nats a token, 99% are below {figures['kl_99_percent']:.3e}")
-            print(f"top-1:       {figures['top_1_agreement']:.2%} have the same most likely token")
-        print(f"seconds:     {figures['seconds']:.1f}")
-    if json_path:
-        figures |= {"checkpoint_path": str(checkpoint_path), "device": device, "torch": torch.__version__}
+    figures = run_tasks(args, harness, model, tokenizer) if args.tasks else predict_text(args, model, tokenizer)
+    if args.json_path:
+        figures |= {"checkpoint_path": str(args.checkpoint_path), "device": args.device, "torch": torch.__version__}
         figures["precision"] = str(model.wte.weight.dtype).removeprefix("torch.")
-        write_json(json_path, figures)
+        write_json(args.json_path, figures)
 
 
 def parse_arguments():
@@ -339,4 +344,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    run_command(lambda args: main(**vars(args)), parse_arguments())
+    run_command(main, parse_arguments())

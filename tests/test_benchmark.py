@@ -6,31 +6,31 @@ import os
 import subprocess
 import sys
 import weakref
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 
+import fast_model
+import quantized_linear
+import scripts.benchmark as benchmark
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
-
 LIMITS = {"bytes_per_second": 1e10, "operations_per_second": 1e11}
 
 
 def run(*arguments):
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    command = [sys.executable, "-m", "scripts.benchmark", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 @pytest.fixture
@@ -70,10 +70,12 @@ def build_tiny(reference=False, seed=0):
     return benchmark.make_model(CONFIG, random_weights(CONFIG, seed), "float32", 32, "cpu", reference)
 
 
+LAST_RUNGS = ("compiled", "with kernels")
 NUMBERS = {"device": "cpu", "samples": 2, "prompt_tokens": 3, "new_tokens": 30, "temperature": 0.8, "batch": 2}
 NUMBERS |= {"tokens": [20, 30, 40, 50], "used": [40, 100], "slots": 256, "sizes": [1, 3]}
 NUMBERS |= {"acceptance": [0.5], "drafts": [3]}
-STEPS = ("decode", "context", "batch")
+STEPS = ("decode", "context", "batch", "ladder")
+BUILDS = (*benchmark.ALONE, "ladder")  # suites that build their models themselves
 
 
 def tiny_draft():
@@ -84,10 +86,10 @@ def tiny_draft():
 
 
 def measure(suite, models=None, **numbers):
-    models = models or {"float32": build_tiny if suite in benchmark.ALONE else tiny()}
+    models = models or {"float32": build_tiny if suite in BUILDS else tiny()}
     if suite == "speculate":
         models = {name: (model, tiny_draft()) for name, model in models.items()}
-    return list(benchmark.SUITES[suite](models, LIMITS, **NUMBERS | numbers))
+    return list(benchmark.SUITES[suite](Namespace(**NUMBERS | numbers), models, LIMITS))
 
 
 @pytest.fixture
@@ -112,6 +114,7 @@ def test_a_row_says_how_its_tokens_agree(suite, no_kernels, capsys):
         "forward": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
         "train": ["float32 model.py", "float32 fast_model.py", "float32 compiled"],
         "speculate": ["float32, 3 drafts"],
+        "ladder": [f"float32 {name}" for name in ("model.py, eager", "fast_model.py, eager", *LAST_RUNGS)],
     }
     assert [row["name"] for row in rows] == names[suite]
     for row in rows:
@@ -159,7 +162,7 @@ def test_speculation_that_says_something_else_does_not_count(no_kernels, monkeyp
         measure("speculate")
 
 
-def test_the_later_layers_decide_how_many_drafts_are_kept(no_kernels):
+def test_the_later_layers_decide_how_many_drafts_are_accepted(no_kernels):
     low, high = measure("speculate", acceptance=[0.3, 0.8], new_tokens=100)
     assert low["acceptance"] < 0.5 < 0.65 < high["acceptance"]
     for row in (low, high):
@@ -173,10 +176,13 @@ def test_a_compiled_prefill_that_is_not_the_eager_one_does_not_count(no_kernels,
         measure("prefill")
 
 
-@pytest.mark.parametrize("suite, told", [("forward", "a greedy token is not"), ("train", "its losses")])
-def test_a_fast_model_that_is_not_the_reference_does_not_count(suite, told):
-    with pytest.raises(ValueError, match=f"float32 fast_model.py: {told}"):
-        measure(suite, {"float32": lambda reference: build_tiny(reference, seed=int(reference))})
+@pytest.mark.parametrize(
+    "suite, message",
+    [("forward", "a greedy token is not"), ("train", "its losses"), ("ladder", "a greedy token is not")],
+)
+def test_a_fast_model_that_is_not_the_reference_does_not_count(suite, message):
+    with pytest.raises(ValueError, match=f"float32 fast_model.py(, eager)?: {message}"):
+        measure(suite, {"float32": lambda reference=False: build_tiny(reference, seed=int(reference))})
 
 
 @pytest.mark.parametrize("suite", benchmark.SUITES)
@@ -186,8 +192,8 @@ def test_a_logit_that_is_no_number_does_not_count(suite, no_kernels):
         (model.transformer.ln_f if reference else model.norm_f).weight[0] = float("nan")
         return model
 
-    with pytest.raises(ValueError, match="not a finite number"):
-        measure(suite, {"float32": build if suite in benchmark.ALONE else build()})
+    with pytest.raises((ValueError, FloatingPointError), match="not a finite number|that are not finite"):
+        measure(suite, {"float32": build if suite in BUILDS else build()})
 
 
 def test_a_logit_of_the_compiled_run_alone_is_checked_too():
@@ -218,6 +224,23 @@ def test_a_step_that_compiles_in_a_sample_is_an_error(suite, no_kernels, monkeyp
     monkeypatch.setattr(benchmark, "compile_times", lambda *_: (torch.compiler.reset(), 0, never_run))
     with pytest.raises(RuntimeError, match="fail_on_recompile"):
         measure(suite)
+
+
+def test_kernels_come_with_their_rung(monkeypatch):
+    def rung(*_):
+        return fast_model.gpu_kernels, quantized_linear.gpu_kernels
+
+    def build(reference=False):
+        built.append(rung())
+        return build_tiny(reference)
+
+    built, kernels = [], SimpleNamespace(runs_on=lambda device: False)
+    for module in (fast_model, quantized_linear):
+        monkeypatch.setattr(module, "gpu_kernels", kernels)
+    monkeypatch.setattr(benchmark, "rung", rung)
+    rows = measure("ladder", {"bfloat16": build, "int4": build})
+    assert rows == [(kernels, kernels), (None, None), (None, None), (kernels, kernels), (kernels, kernels)]
+    assert built == [(kernels, kernels)] * 3
 
 
 @pytest.mark.parametrize("suite", ("context", "batch"))
@@ -297,7 +320,7 @@ def mistake(monkeypatch, *arguments):
     """What the command says before it ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])
     with pytest.raises(ValueError) as raised:
-        benchmark.main(**vars(benchmark.parse_arguments()))
+        benchmark.main(benchmark.parse_arguments())
     return str(raised.value)
 
 
@@ -337,7 +360,7 @@ def test_forward_is_in_float32_on_a_cpu_and_says_nothing_of_the_runs_memory(
         monkeypatch.setattr(benchmark, name, lambda *_: 1e10)
     arguments = ["forward", "--shape", config_json, "--tokens", 20, "--batch", 2, "--json_path", tmp_path / "rows.json"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments), "--device", "cpu"])
-    benchmark.main(**vars(benchmark.parse_arguments()))
+    benchmark.main(benchmark.parse_arguments())
     content = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"].split()[0] for row in content["rows"]] == ["float32"] * 3
     assert "peak_memory" not in content and "memory" not in capsys.readouterr().out
@@ -353,6 +376,14 @@ def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
         assert "pip install matplotlib" in str(error) and importlib.util.find_spec("matplotlib") is None
     else:
         assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_ladders_plot_is_tokens_a_second_with_a_tick_at_each_floor():
+    axes = MagicMock()
+    benchmark.draw_ladder(axes, [benchmark.row_of("eager", [0.5], 0.01), benchmark.row_of("int4", [0.02], 0.005)])
+    assert axes.barh.call_args.args[1] == [2, 50] and axes.vlines.call_args.args[0] == [100, 200]
+    assert axes.set_yticks.call_args.args[1] == ["eager", "int4"]
+    assert [call.args[0] for call in axes.annotate.call_args_list[1:]] == ["2", "50"]
 
 
 def test_a_contexts_plot_is_lines_over_the_tokens_used():

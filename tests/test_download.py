@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from pathlib import Path
+from argparse import Namespace
 from types import SimpleNamespace
 
 import httpx2
@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+import scripts.download as download
 from scripts.download import choose_files, main
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "download.py"
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 UNWANTED = ["README.md", "original/params.json", "onnx/model.safetensors", "model.gguf", "flax_model.msgpack"]
 UNWANTED += ["training_args.bin", "consolidated.safetensors", "tf_model.h5"]
@@ -53,13 +53,14 @@ def test_safetensors_are_chosen_before_bin():
 
 def test_a_repository_comes_to_its_folder_and_the_next_command_is_named(monkeypatch, tmp_path, capsys):
     calls = hub(monkeypatch, [*SMALL, *UNWANTED, "model.safetensors"])
-    main("owner/name", "hf_secret", str(tmp_path))
+    main(Namespace(repo_id="owner/name", hf_token="hf_secret", out_dir=str(tmp_path)))
     (_, _, asked), (_, repo_id, options) = calls
     assert (repo_id, options["local_dir"]) == ("owner/name", tmp_path / "owner" / "name")
     assert options["allow_patterns"] == [*SMALL, "model.safetensors"]
     assert options["revision"] == "c0ffee"  # the listing and the files are of one commit
     assert options["token"] == asked["token"] == "hf_secret"
     out = capsys.readouterr().out
+    assert out.startswith(f"Downloading {len(SMALL) + 1} files to {tmp_path / 'owner' / 'name'}.\n")
     assert out.endswith(f"python convert_hf_checkpoint.py --checkpoint_dir {tmp_path / 'owner' / 'name'}\n")
     assert "hf_secret" not in out
 
@@ -82,7 +83,7 @@ FAILURES = {
 def run_command(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(download.__file__, run_name="__main__")
     return caught.value.code
 
 

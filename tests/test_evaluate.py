@@ -9,7 +9,6 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ from check_equivalence import random_weights
 from checkpoint import build_model, read_checkpoint, write_checkpoint
 from tokenizer import load_tokenizer
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 TEXT = "Der Zug nach Köln fährt um 8:15.\r\nTwo things are infinite: ½ and 東京. " * 3
 
 
@@ -63,7 +61,7 @@ def figures_of(tmp_path, *arguments, text=TEXT):
     (tmp_path / "text.txt").write_bytes(text.encode())
     options = ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "figures.json"), "--device", "cpu"]
     sys.argv = ["evaluate.py", *map(str, arguments), *options]
-    evaluate.main(**vars(evaluate.parse_arguments()))
+    evaluate.main(evaluate.parse_arguments())
     return json.loads((tmp_path / "figures.json").read_text())
 
 
@@ -239,7 +237,7 @@ def not_finite(tmp_path, *arguments, match, text=TEXT):
     assert "\n" not in str(error.value) and not (tmp_path / "figures.json").exists()
 
 
-def test_a_model_too_large_for_float16_is_told_so(large, tmp_path):
+def test_a_model_too_large_for_float16_is_named_so(large, tmp_path):
     path = large / "model.pth"
     not_finite(tmp_path, "--checkpoint_path", path, "--precision", "float16", match="too large for float16; give")
     assert math.isfinite(figures_of(tmp_path, "--checkpoint_path", path, "--precision", "float32")["perplexity"])
@@ -464,7 +462,7 @@ def test_the_real_harness_runs_a_task(tiny_checkpoint, tmp_path, monkeypatch, ca
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     options = ["--tasks", str(tmp_path / "toy.yaml"), "--limit", "5", "--json", str(tmp_path / "figures.json")]
     sys.argv = ["evaluate.py", "--checkpoint_path", str(tiny_checkpoint / "model.pth"), "--device", "cpu", *options]
-    evaluate.main(**vars(evaluate.parse_arguments()))
+    evaluate.main(evaluate.parse_arguments())
     assert json.loads((tmp_path / "figures.json").read_text())["results"]["toy"]["acc,none"] == right / 5
     assert "|toy" in capsys.readouterr().out
 
@@ -476,7 +474,7 @@ def refused(*arguments, code=2):
     """The script's message, from its last lines as a user runs them."""
     sys.argv = ["evaluate.py", "--device", "cpu", *map(str, arguments)]
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(evaluate.__file__, run_name="__main__")
     assert caught.value.code == code
 
 
@@ -517,7 +515,7 @@ def test_two_models_of_other_tokens_are_refused(tiny_checkpoint, tmp_path, capsy
     elif what == "tokens":
         file = folder / "tokenizer.json"
         file.write_text(file.read_text().replace("<|user|>", "<|human|>"))
-        said = ["the tokenizers differ: token 257", "<|user|>", "<|human|>"]
+        said = ["has another vocabulary: its token 257 is", "<|user|>", "<|human|>"]
     elif what == "no tokenizer":
         (folder / "tokenizer.json").unlink()
         said = [f"{folder} has neither tokenizer.json nor tokenizer.model"]

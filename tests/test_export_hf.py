@@ -26,7 +26,7 @@ from model import GPTConfig
 from scripts import export_hf_checkpoint
 from scripts.export_hf_checkpoint import config_to_hf, export
 
-SCRIPT = Path(export_hf_checkpoint.__file__)
+ROOT = Path(__file__).parent.parent
 IDS = torch.randint(101, (2, 24), generator=torch.Generator().manual_seed(7))  # more than any window
 TINY = GPTConfig(
     block_size=64, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, head_dim=12, dim=32, hidden_dim=56, norm_eps=1e-6
@@ -48,8 +48,8 @@ def model_pth(tmp_path):
 
 
 def loaded(folder):
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told  # no tensor is missing, left over or of another shape
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found  # no tensor is missing, left over or of another shape
     return model.eval()
 
 
@@ -139,9 +139,9 @@ def test_shards_have_an_index_and_convert_back(saved, tmp_path, monkeypatch, nam
     before = converted(folder)
     monkeypatch.setattr(export_hf_checkpoint, "MAX_FILE_SIZE", "20KB")
     out = tmp_path / "out"
-    told = export(folder / "model.pth", out)
+    found = export(folder / "model.pth", out)
     files = {path.name: load_file(path) for path in out.glob("*.safetensors")}
-    assert len(files) > 2 and f"in {len(files)} files" in told
+    assert len(files) > 2 and f"in {len(files)} files" in found
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in files.values() for t in tensors.values())
@@ -173,11 +173,11 @@ def test_a_tied_head_is_not_written_and_weights_in_one_storage_are_both(tmp_path
 
 
 def test_the_tokenizer_comes_along_and_its_ids(tiny_checkpoint, tmp_path):
-    told = export(tiny_checkpoint / "model.pth", tmp_path / "out")
+    found = export(tiny_checkpoint / "model.pth", tmp_path / "out")
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == copied | {"config.json", "model.safetensors"}
     for name in copied:
-        assert (tmp_path / "out" / name).read_bytes() == (tiny_checkpoint / name).read_bytes() and name in told
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_checkpoint / name).read_bytes() and name in found
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (fields["bos_token_id"], fields["eos_token_id"]) == (None, [256])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -212,7 +212,7 @@ def test_damaged_json_beside_it_is_refused(model_pth, tmp_path, content):
     refused(path, tmp_path / "out", "generation_config.json", "JSON")
 
 
-def test_a_place_that_cannot_be_written_is_told(model_pth, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused(model_pth, tmp_path):
     path = model_pth()
     (tmp_path / "file").write_text("")
     refused(path, tmp_path / "file" / "out", str(tmp_path / "file"), error=OSError)
@@ -278,8 +278,8 @@ def test_command_line(model_pth, tmp_path):
     path, out = model_pth(dtype=torch.bfloat16), tmp_path / "some" / "out"
 
     def run():
-        command = [sys.executable, SCRIPT, "--checkpoint_path", path, "--out_dir", out]
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+        command = [sys.executable, "-m", "scripts.export_hf_checkpoint", "--checkpoint_path", path, "--out_dir", out]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
 
     good = run()
     assert good.returncode == 0 and good.stderr == ""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from checkpoint import build_model, quantize_model, read_checkpoint, write_check
 from decode import Sampling, generate
 from tokenizer import load_tokenizer
 
+ROOT = Path(__file__).parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 STEPS = ["--steps", 6, "--every", 2, "--length", 24, "--batch_size", 4, "--learning_rate", 3e-3, "--device", "cpu"]
 
@@ -32,7 +34,7 @@ def text(tmp_path):
 
 def command(folder, data, out_dir, *more):
     files = ["--checkpoint_path", folder / "model.pth", "--data", data, "--out_dir", out_dir]
-    return [finetune.__file__, *map(str, [*files, *STEPS, *more])]
+    return ["-m", "scripts.finetune", *map(str, [*files, *STEPS, *more])]
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def train(tiny_checkpoint, text, tmp_path, monkeypatch, capsys):
     """train(name, *arguments): a run into a folder of that name; its weights, and what it printed."""
 
     def train(name, *more, folder=tiny_checkpoint, data=text):
-        monkeypatch.setattr(sys, "argv", command(folder, data, tmp_path / name, *more))
-        finetune.main(**vars(finetune.parse_arguments()))
+        monkeypatch.setattr(sys, "argv", command(folder, data, tmp_path / name, *more)[1:])
+        finetune.main(finetune.parse_arguments())
         return read_checkpoint(tmp_path / name / "model.pth")[1], capsys.readouterr().out
 
     return train
@@ -69,18 +71,19 @@ def same(weights, expected):
 
 
 def losses(output):
-    return [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if line.startswith("step ")]
+    lines = [line.split(": validation loss ") for line in output.splitlines() if line.startswith("step ")]
+    return [float(loss) for _, loss in lines]
 
 
 # What is learned.
 
 
 def test_both_twins_learn_the_same_and_the_loss_falls(train, tiny_checkpoint):
-    reference, told = train("reference", "--model", "reference")
-    fast, told_fast = train("fast", "--model", "fast")
+    reference, output = train("reference", "--model", "reference")
+    fast, output_fast = train("fast", "--model", "fast")
     close(fast, reference)
-    assert losses(told) == pytest.approx(losses(told_fast), abs=1e-3)
-    assert len(losses(told)) == 4 and losses(told)[-1] < losses(told)[0] - 0.5
+    assert losses(output) == pytest.approx(losses(output_fast), abs=1e-3)
+    assert len(losses(output)) == 4 and losses(output)[-1] < losses(output)[0] - 0.5
     before = read_checkpoint(tiny_checkpoint / "model.pth")[1]
     assert all(not torch.equal(tensor, before[name]) for name, tensor in fast.items())
 
@@ -125,9 +128,9 @@ def test_accumulated_batches_are_one(train, tmp_path):
 
 
 def test_bfloat16_keeps_the_weights_in_float32(train):
-    weights, told = train("bf16", "--precision", "bfloat16")
+    weights, output = train("bf16", "--precision", "bfloat16")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert losses(told)[-1] < losses(told)[0] - 0.5
+    assert losses(output)[-1] < losses(output)[0] - 0.5
 
 
 def test_a_mixture_of_experts_learns_in_bfloat16(train, tiny_checkpoint, tmp_path):
@@ -136,12 +139,12 @@ def test_a_mixture_of_experts_learns_in_bfloat16(train, tiny_checkpoint, tmp_pat
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
     write_checkpoint(folder / "model.pth", FAMILIES["mixtral"], random_weights(FAMILIES["mixtral"]))
-    told = [
+    both = [
         losses(train(name, "--model", name, "--precision", "bfloat16", folder=folder)[1])
         for name in ("fast", "reference")
     ]
-    assert told[0] == pytest.approx(told[1], rel=0.02)
-    assert told[0][-1] < told[0][0] - 0.5
+    assert both[0] == pytest.approx(both[1], rel=0.02)
+    assert both[0][-1] < both[0][0] - 0.5
 
 
 @pytest.mark.parametrize("family", ["gpt-2", "qwen3-moe"])
@@ -167,13 +170,13 @@ def test_from_scratch(train, tiny_checkpoint, tmp_path, text, monkeypatch, capsy
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 260}
     (folder / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]} | sizes))
     arguments = command(tiny_checkpoint, text, tmp_path / "made", "--steps", 60, "--sample", "the quick")
-    arguments[1:3] = ["--config", str(folder / "config.json")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    finetune.main(**vars(finetune.parse_arguments()))
-    told = capsys.readouterr().out
-    assert losses(told)[0] == pytest.approx(math.log(260), abs=0.1)  # it knows nothing
-    assert losses(told)[-1] < 2.5
-    assert told.count("'the quick' -> ") == 31
+    arguments[2:4] = ["--config", str(folder / "config.json")]
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    finetune.main(finetune.parse_arguments())
+    output = capsys.readouterr().out
+    assert losses(output)[0] == pytest.approx(math.log(260), abs=0.1)  # it knows nothing
+    assert losses(output)[-1] < 2.5
+    assert output.count("'the quick' -> ") == 31
     config, weights = read_checkpoint(tmp_path / "made" / "model.pth")
     model = build_model(config, weights, "cpu", torch.float32)
     tokenizer = load_tokenizer(tmp_path / "made")
@@ -184,10 +187,11 @@ def test_from_scratch(train, tiny_checkpoint, tmp_path, text, monkeypatch, capsy
 # Interrupted.
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(train, tiny_checkpoint, text, tmp_path):
+def test_a_killed_run_continues_as_if_it_had_not_been(train, tiny_checkpoint, text, tmp_path):
     whole, _ = train("whole", "--steps", 40)
     arguments = command(tiny_checkpoint, text, tmp_path / "cut", "--steps", 40)
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, **streams)
     training = tmp_path / "cut" / "training.pth"
     while not training.exists():
         assert process.poll() is None
@@ -197,13 +201,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(train, tiny_checkpoint, text
     process.wait()
     done = torch.load(training, weights_only=True)["step"]
     assert done < 40
-    weights, told = train("cut", "--steps", 40, "--resume")
-    assert len(losses(told)) == (40 - done) / 2
+    weights, output = train("cut", "--steps", 40, "--resume")
+    assert len(losses(output)) == (40 - done) / 2
     close(weights, whole, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("more", [[], ["--lora_rank", 2]])
-def test_a_run_stopped_in_the_middle_of_saving_goes_on(train, monkeypatch, more):
+def test_a_run_stopped_in_the_middle_of_saving_continues(train, monkeypatch, more):
     whole, _ = train("whole", *more)
 
     def stop(*arguments):
@@ -216,12 +220,12 @@ def test_a_run_stopped_in_the_middle_of_saving_goes_on(train, monkeypatch, more)
         patch.setattr(finetune, "write_checkpoint", stop)
         train("cut", *more, "--resume")  # nothing was saved, so it starts anew; now training.pth is there alone
     same(train("cut", *more, "--resume")[0], whole)
-    weights, told = train("cut", *more, "--resume")  # there is nothing left to do
+    weights, output = train("cut", *more, "--resume")  # there is nothing left to do
     same(weights, whole)
-    assert losses(told) == []
+    assert losses(output) == []
 
 
-def test_another_run_is_not_gone_on_with(train, refused, tmp_path):
+def test_another_run_is_not_continued(train, refused, tmp_path):
     train("refused")
     refused(match="training.pth is there; give --resume")
     refused("--resume", "--learning_rate", 1e-3, match="of a run with learning_rate = 0.003, not 0.001")
@@ -230,10 +234,10 @@ def test_another_run_is_not_gone_on_with(train, refused, tmp_path):
     (folder / "training.pth").write_bytes((folder / "training.pth").read_bytes()[:-100])
     refused("--resume", match="training.pth is damaged")
     (folder / "training.pth").unlink()
-    refused("--resume", match="model.pth is there, and of no run that could go on")
+    refused("--resume", match="model.pth is there, and of no run that could continue")
 
 
-def test_other_data_or_another_tokenizer_is_not_gone_on_with(train, refused, text, tiny_checkpoint, tmp_path):
+def test_a_run_with_other_data_or_another_tokenizer_is_not_continued(train, refused, text, tiny_checkpoint, tmp_path):
     """Where name, size and number of rows are the same."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_checkpoint, folder)
@@ -361,7 +365,7 @@ def test_what_a_killed_run_left_is_taken_away(train, tmp_path):
     assert sorted(path.name for path in (tmp_path / "made").glob(".*")) == []
 
 
-def test_a_full_disk_is_told_in_a_sentence(monkeypatch, refused):
+def test_a_full_disk_is_reported_in_a_sentence(monkeypatch, refused):
     def fail(*arguments):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 303296 vs 303188")
 
@@ -375,7 +379,7 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, refused):
 def test_lora_changes_its_targets_alone_and_alike_in_both_twins(train, tiny_checkpoint):
     before = read_checkpoint(tiny_checkpoint / "model.pth")[1]
     targets = ["--lora_rank", 2, "--lora_targets", "q_proj", "v_proj", "up_proj", "down_proj"]
-    fast, told = train("fast", *targets)
+    fast, output = train("fast", *targets)
     close(train("reference", "--model", "reference", *targets)[0], fast)
     changed = {name.split(".")[-2] for name, tensor in fast.items() if not torch.equal(tensor, before[name])}
     assert changed == set(targets[3:])
@@ -385,7 +389,7 @@ def test_lora_changes_its_targets_alone_and_alike_in_both_twins(train, tiny_chec
             difference - before[f"transformer.h.0.{'attn' if name in 'q_proj v_proj' else 'mlp'}.{name}.weight"]
         )
         assert torch.linalg.matrix_rank(difference, atol=1e-5) == 2
-    assert losses(told)[-1] < losses(told)[0]
+    assert losses(output)[-1] < losses(output)[0]
 
 
 def test_a_merged_layer_does_what_the_two_do():
@@ -473,9 +477,9 @@ def test_only_answers_count(tiny_checkpoint, tmp_path, train):
     questions = [[{"role": "user", "content": c}, {"role": "assistant", "content": c * 3}] for c in "abcdefgh"]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in questions))
     chat = tmp_path / "chat.jsonl"
-    told = train("chat", "--sample", "a", "--steps", 80, "--val_data", chat, data=chat)[1]
-    assert losses(told)[-1] < losses(told)[0] - 2
-    assert "'a' -> 'aaa'" in told
+    output = train("chat", "--sample", "a", "--steps", 80, "--val_data", chat, data=chat)[1]
+    assert losses(output)[-1] < losses(output)[0] - 2
+    assert "'a' -> 'aaa'" in output
 
 
 @pytest.mark.parametrize(
@@ -575,11 +579,11 @@ def test_answers_without_a_token_are_left_out_and_counted(train, refused, tiny_c
     )
     (ids, targets), _ = finetune.read_data(chat, load_tokenizer(bare), 24)
     assert len(ids) == 10 and (targets != finetune.IGNORED).sum().item() == 9 * 4 + 4
-    told = train("made", folder=bare, data=chat)[1]
+    output = train("made", folder=bare, data=chat)[1]
     assert (
         f"left out of {chat}: 2 answers without a token (first in line 1), 1 answers that begin after --length 24 "
         '(first in line 2), 2 conversations without the role "assistant" (first in line 3)\n'
-    ) in told
+    ) in output
     chat.write_text("\n".join([json.dumps({"messages": silent})] * 9))
     refused(match="no answer to train on; it has 9 answers without a token .first in line 1", folder=bare, data=chat)
     chat.write_text("\n".join([json.dumps({"messages": [QUESTION]})] * 9))
@@ -646,28 +650,29 @@ def test_two_ranks_learn_what_one_does_with_their_rows(train, tiny_checkpoint, t
     more = ["--batch_size", 1, "--accumulate", 2, "--clip", 1e6]
     arguments = command(tiny_checkpoint, text, tmp_path / "ranks", *more)
     done = subprocess.run(
-        [*launcher, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*launcher, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    expected, told = train("one", "--clip", 1e6)
+    expected, output = train("one", "--clip", 1e6)
     close(read_checkpoint(tmp_path / "ranks" / "model.pth")[1], expected)
     close_gradients(tmp_path / "ranks", tmp_path / "one")
-    assert losses(done.stdout) == pytest.approx(losses(told), abs=1e-3)
+    assert losses(done.stdout) == pytest.approx(losses(output), abs=1e-3)
 
 
 def test_two_ranks_end_when_one_has_a_loss_that_is_not_finite(tiny_checkpoint, text, tmp_path):
     """The loss of rank 1 alone is infinite, and no gradient: rank 0 must not save."""
     code = """
-import os, torch, tp, scripts.finetune as finetune
+import os, torch, scripts.finetune as finetune
+from runtime import run_command
 forward = finetune.Loss.forward
 more = float("inf") if os.environ["RANK"] == "1" else 0
 finetune.Loss.forward = lambda self, *rows: forward(self, *rows) + (more if torch.is_grad_enabled() else 0)
-run(finetune.main, finetune.parse_arguments())
+run_command(finetune.main, finetune.parse_arguments())
 """
     (tmp_path / "broken.py").write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [str(tmp_path / "broken.py"), *command(tiny_checkpoint, text, tmp_path / "ranks")[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    arguments = [str(tmp_path / "broken.py"), *command(tiny_checkpoint, text, tmp_path / "ranks")[2:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1
     assert "error: the loss or the gradient norm of step 1 is not finite" in done.stderr
@@ -677,7 +682,7 @@ run(finetune.main, finetune.parse_arguments())
 def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(tiny_checkpoint, text, tmp_path):
     arguments = command(tiny_checkpoint, text, tmp_path / "out", "--learning_rate", 1e17, "--warmup", 0)
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TQDM_DISABLE": "1"}
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "--learning_rate below 1e+17" in done.stderr
@@ -686,7 +691,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(tiny_checkpoin
 
 def test_the_command_tells_an_error_in_a_sentence(tiny_checkpoint, tmp_path):
     arguments = command(tiny_checkpoint, tmp_path / "missing.txt", tmp_path / "out")
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "missing.txt" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

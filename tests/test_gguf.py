@@ -287,7 +287,7 @@ def test_version_2_is_the_same(parts, tmp_path):
     assert config == expected[0] and all(torch.equal(t, expected[1][name]) for name, t in state_dict.items())
 
 
-def test_a_place_that_cannot_be_written_is_told_first(parts, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_refused_first(parts, tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf", *parts)
     (tmp_path / "out" / "model.pth").mkdir(parents=True)
     monkeypatch.setattr(gguf_script, "convert_weights", None)

@@ -1,6 +1,7 @@
 """A file can be lifted out as its `Copy me:` line says, imports what a table allows, and changes nothing by that."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+SCRIPTS = {f"scripts.{path.stem}": path for path in sorted(ROOT.glob("scripts/*.py"))}
 NEEDS_TRITON = {"gpu_kernels"}  # which is only where there are GPUs; the other files do without
 
 # Each file imports only from the floors below its own; scripts/ is above all of them.
@@ -58,8 +60,9 @@ def imports(path):
 def python(code, folder, without=()):
     """Run code in a fresh interpreter that finds modules in `folder` and no library of `without`; what it prints."""
     script = folder / "use_it.py"  # a file: its folder comes first on the path
-    # scripts/venv.sh puts the project on its .venv's path; here it must not be found.
-    path = f"sys.path = [entry for entry in sys.path if not entry or os.path.realpath(entry) != {str(ROOT)!r}]"
+    # An older .venv has the project on its path; here it must not be found.
+    others = f"entry == {str(folder)!r} or not os.path.exists(entry + '/check_equivalence.py')"
+    path = f"sys.path = [entry for entry in sys.path if {others}]"
     script.write_text(f"import os, sys\n{path}\nsys.modules |= dict.fromkeys({sorted(without)})\n{code}")
     outside = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONSTARTUP")
     environment = {name: value for name, value in os.environ.items() if name not in outside}
@@ -120,7 +123,7 @@ builtins.print = None
 def test_no_file_has_a_bad_habit(habit):
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in [*FILES.values(), *sorted(ROOT.glob("scripts/**/*.py"))]
+        for path in (FILES | SCRIPTS).values()
         for node in ast.walk(tree(path))
         if HABITS[habit](node)
     ]
@@ -200,16 +203,18 @@ def test_importing_a_file_changes_nothing_and_needs_no_optional_library(changed_
 
 def copy_line(name):
     """The paragraph after `Copy me:` in a file's docstring."""
-    found = re.search(r"^Copy me: (.+?)(?=\n\n|\Z)", ast.get_docstring(tree(FILES[name])), re.DOTALL | re.MULTILINE)
-    assert found, f"{name}.py does not say how to copy it"
+    docstring = ast.get_docstring(tree((FILES | SCRIPTS)[name]))
+    found = re.search(r"^Copy me: (.+?)(?=\n\n|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    assert found, f"{name} does not say how to copy it"
     return found[1]
 
 
 def lift(name, folder):
     """Copy what the line says; the libraries that it does not name."""
     line = copy_line(name)
-    for file in {f"{name}.py", *re.findall(r"`(\w+\.py)`", line)}:
-        shutil.copy(ROOT / file, folder)
+    for file in {f"{name.replace('.', '/')}.py", *re.findall(r"`([\w/]+\.py)`", line)}:
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
     return LIBRARIES - set(re.findall(r"\w+", line))
 
 
@@ -220,6 +225,28 @@ def test_the_copy_line_names_all_that_a_file_needs(name, tmp_path):
     out = python(code, tmp_path, without)
     lifted = {str(file) for file in tmp_path.glob("*.py") if file.stem in FILES.keys() - NEEDS_TRITON}
     assert ast.literal_eval(out) == lifted  # each of them was needed
+
+
+HELP = """
+import json, runpy
+sys.argv = ["NAME", "--help"]
+try:
+    runpy.run_module("NAME", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+print(json.dumps([sys.modules[name].__file__ for name in FILES if name in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_copy_line_of_a_script_names_all_that_it_needs(name, tmp_path):
+    without = lift(name, tmp_path) | {"triton"}
+    lifted = {str(file) for file in tmp_path.rglob("*.py")}
+    others = [*(FILES.keys() - NEEDS_TRITON), *(SCRIPTS.keys() - {name})]
+    out = python(HELP.replace("NAME", name).replace("FILES", repr(others)), tmp_path, without)
+    assert out.startswith("usage: ")
+    own = {str(tmp_path / f"{name.replace('.', '/')}.py"), str(tmp_path / "gpu_kernels.py")}
+    assert set(json.loads(out.splitlines()[-1])) == lifted - own  # each of them was needed
 
 
 TINY = "GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, dim=8, hidden_dim=12)"
