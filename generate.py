@@ -261,7 +261,7 @@ def synthetic_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
 
 def read_prompts(file: Path) -> dict[str, str]:
     """The lines that are not blank, by their names in messages. Raises ValueError if there is none, or no UTF-8."""
-    lines = read_text(file).replace("\r\n", "\n").split("\n")  # splitlines() also splits at U+2028 and form feeds
+    lines = read_text(file).split("\n")  # splitlines() also splits at U+2028 and form feeds
     prompts = {f"line {number} of {file}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise ValueError(f"{file} has no prompt; write one a line")

@@ -136,7 +136,7 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
 
 def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
     """ids [B, T] of sequences spread evenly over a text. Raises ValueError if the text does not fill one."""
-    ids = torch.tensor(tokenizer.encode(read_text(file)))
+    ids = torch.tensor(tokenizer.encode(read_text(file, newline="")))
     length = min(block_size, SEQUENCE)
     count = len(ids) // length
     if not count:

@@ -183,12 +183,16 @@ def seed_number(text: str) -> int:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def read_text(file: Path) -> str:
-    """A text without its byte order mark, line ends as they are. Raises ValueError if it is not UTF-8."""
+def read_text(file: Path, newline: str | None = None) -> str:
+    """A text without its byte order mark; line ends become \\n, or stay with the newline "".
+
+    Raises ValueError if it is not UTF-8.
+    """
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        with open(file, encoding="utf-8-sig", newline=newline) as text:
+            return text.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it in UTF-8") from error
 
 
 def _is_special(path) -> bool:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from checkpoint import DTYPES, build_model, default_dtype, read_checkpoint
 from decode import Sampling, cache_slots, generate, why_not_finite
 from generate import Answer
-from runtime import check_device, check_target, default_device, positive, run_command, say, write_json
+from runtime import check_device, check_target, default_device, positive, read_text, run_command, say, write_json
 from tokenizer import check_vocabulary, find_tokenizer
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
@@ -218,18 +218,6 @@ def import_harness():
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
-
-
-def read_text(file: Path, newline: str | None = None) -> str:
-    """A file's text, without a byte order mark; line ends become \\n, or stay with the newline "".
-
-    Raises ValueError if it is not UTF-8.
-    """
-    try:
-        with open(file, encoding="utf-8-sig", newline=newline) as text:
-            return text.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it in UTF-8") from error
 
 
 def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], int]:

@@ -70,6 +70,7 @@ from runtime import (
     positive,
     print0,
     rank_and_count,
+    read_text,
     run_command,
     written_in_place,
 )
@@ -84,18 +85,6 @@ FORM = '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def read_text(file: Path, newline: str | None = None) -> str:
-    """A file's text, without a byte order mark; line ends become \\n, or stay with the newline "".
-
-    Raises ValueError if it is not UTF-8.
-    """
-    try:
-        with open(file, encoding="utf-8-sig", newline=newline) as text:
-            return text.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it in UTF-8") from error
 
 
 def check_characters(text: str, where: str) -> None:

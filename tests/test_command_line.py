@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -490,11 +491,16 @@ def test_a_terminal_gives_lines_of_any_length_edited_with_the_cursor_keys(tiny_c
 
 def test_ctrl_c_leaves_what_there_is(tiny_checkpoint, tmp_path):
     arguments = command(tiny_checkpoint, "--prompt", "abc", "--num_samples", 10**6, "--json", tmp_path / "run.json")
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
-        running.stdout.readline()  # the first answer is complete
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background would ignore it
+    with subprocess.Popen([sys.executable, *arguments], **streams, preexec_fn=heeds) as running:
         running.stdout.readline()
+        running.stdout.readline()  # the first answer is complete
         running.send_signal(signal.SIGINT)
-        running.communicate()
+        try:
+            running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130 and [file.name for file in tmp_path.iterdir()] == ["run.json"]
     data = json.loads((tmp_path / "run.json").read_text())
     assert data["samples"][0]["stop_reason"] == "length" and len(data["samples"]) - len(data["runs"]) in (0, 1)
