@@ -159,10 +159,9 @@ def _experts_sum_kernel(
 
 
 @triton.jit
-def _int4_load(
-    w_ptr, s_ptr, z_ptr, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr
-):
-    """Words [rows, 4 BLOCKS], scales and zeros [rows, BLOCKS] of BLOCKS times 32 columns."""
+def _int4_load(weights, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of weights (words, scales, zeros): [rows, 4 BLOCKS] and twice [rows, BLOCKS], BLOCKS times 32 columns."""
+    w_ptr, s_ptr, z_ptr = weights
     at = first * 4 + tl.arange(0, BLOCKS * 4)
     block = first + tl.arange(0, BLOCKS)
     w_at = w_ptr + rows * (K // 8) + at
@@ -190,10 +189,9 @@ def _pair_of_nibbles(words, i: tl.constexpr):
 
 
 @triton.jit
-def _int4_dot(
-    words, scale, zero, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr
-):
+def _int4_dot(tile, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr):
     """Products [ROWS, BLOCKS] of what `_int4_load` gave."""
+    words, scale, zero = tile
     at = first * 4 + tl.arange(0, BLOCKS * 4)
     x_ptr += at // 4 * 32 + at % 4
     # 136 is the 128 of the trick and the middle of 0..15. Taken off at the end it costs no time, but 5 of the 24 bits
@@ -219,19 +217,25 @@ def _int4_dot(
 
 @triton.jit
 def _int4_rows_dot(
-    x_ptr, w_ptr, s_ptr, z_ptr, words, scale, zero, rows, N,
+    x_ptr, weights, tile, rows, N,
     K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Rows of weights, of which the first tile is there, times x."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
-    total = _int4_dot(words, scale, zero, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE))
+    total = _int4_dot(tile, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE))
     for first in range(BLOCKS, WHOLE, BLOCKS):
-        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, first, K, G, BLOCKS, not EVEN)
-        total += _int4_dot(words, scale, zero, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
+        later = _int4_load(weights, rows, N, first, K, G, BLOCKS, not EVEN)
+        total += _int4_dot(later, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
     if BLOCKS <= WHOLE and WHOLE < K // 32:
-        words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, WHOLE, K, G, BLOCKS, True)
-        total += _int4_dot(words, scale, zero, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
+        last = _int4_load(weights, rows, N, WHOLE, K, G, BLOCKS, True)
+        total += _int4_dot(last, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
     return tl.sum(total, 1)[:, None]
+
+
+@triton.jit
+def _int4_from_row(weights, row, K: tl.constexpr, G: tl.constexpr):
+    """The weights (words, scales, zeros) from a row on."""
+    return weights[0] + row * (K // 8), weights[1] + row * (K // G), weights[2] + row * (K // G)
 
 
 @jit_for_any_T
@@ -249,23 +253,20 @@ def _int4_matvec_kernel(
     x_ptr += token // USED * K
     y_ptr += token * N
     rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
+    weights = (w_ptr, s_ptr, z_ptr)
     PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
     if chosen_ptr is not None:
         _wait_for_choice(PDL)
         first = tl.load(chosen_ptr + token) * (2 * N if GATED else N)
-        w_ptr += first * (K // 8)
-        s_ptr += first * (K // G)
-        z_ptr += first * (K // G)
-    words, scale, zero = _int4_load(w_ptr, s_ptr, z_ptr, rows, N, 0, K, G, BLOCKS, PART)
+        weights = _int4_from_row(weights, first, K, G)
+    tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
     if GATED:
-        up_words, up_scale, up_zero = _int4_load(w_ptr, s_ptr, z_ptr, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
+        up_tile = _int4_load(weights, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
-    y = _int4_rows_dot(x_ptr, w_ptr, s_ptr, z_ptr, words, scale, zero, rows, N, K, G, ROWS, BLOCKS, EVEN)
+    y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if GATED:
-        up = _int4_rows_dot(
-            x_ptr, w_ptr, s_ptr, z_ptr, up_words, up_scale, up_zero, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN
-        )
+        up = _int4_rows_dot(x_ptr, weights, up_tile, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN)
         y = _silu_gate(y, up, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
@@ -285,10 +286,10 @@ def _int4_experts_sum_kernel(
     y = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         first = tl.load(chosen_ptr + i) * N
-        words_at, scales_at, zeros_at = w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr + first * (K // G)
-        words, scale, zero = _int4_load(words_at, scales_at, zeros_at, rows, N, 0, K, G, BLOCKS, PART)
+        weights = _int4_from_row((w_ptr, s_ptr, z_ptr), first, K, G)
+        tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
         x_at = x_ptr + (token * USED + i) * K
-        out = _int4_rows_dot(x_at, words_at, scales_at, zeros_at, words, scale, zero, rows, N, K, G, ROWS, BLOCKS, EVEN)
+        out = _int4_rows_dot(x_at, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
     tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
@@ -782,14 +783,13 @@ def attention(
     y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
     options = {"num_warps": 4} | launch_options(q.device)
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
-    new = 16 if T <= 16 else 64
     block = max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles of it fit into 100 kB, an RTX 4090's
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
         q, k, v, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
         T, S, window, q.stride(1), k.stride(1), v.stride(1),
         scale=C**-0.5 * 1.4426950408889634,  # for powers of 2 instead of e
-        NEW=new, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
+        NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
     )  # fmt: skip
     _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
     return y
