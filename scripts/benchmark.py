@@ -941,7 +941,11 @@ def main(args) -> None:
             "ranks": ranks,
             "commit": commit(),
         }
-        content |= {"command": " ".join(sys.argv), "limits": limits, "rows": rows} | memory
+        content |= {
+            "command": " ".join(["python -m scripts.benchmark", *sys.argv[1:]]),
+            "limits": limits,
+            "rows": rows,
+        } | memory
         write_json(args.json_path, content)
 
 
