@@ -54,7 +54,7 @@ from runtime import check_agreement, check_device, default_device, objects_of_ra
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
 LONG = 1040  # tokens of the long prompt
-MOST_LOSS = 1.6  # of a layer in 16 bits, in those of the reference
+MOST_ERRORS = 1.6  # of a layer in 16-bit, in those of the reference
 SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -173,7 +173,7 @@ def rows_alone(model, ids):
 
 
 def different_lengths(model, ids, expected):
-    """Prompts of different lengths, padded; each row goes on from its own end. Logits before that are `expected`'s."""
+    """Prompts of different lengths, padded; each row continues from its end. Logits before that are `expected`'s."""
     B, T = ids.shape
     row = torch.arange(B, device=ids.device)
     last = row * (T // B)
@@ -358,7 +358,7 @@ def steps_of(reference: GPT) -> list:
     return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head)]
 
 
-def loss_by_layer(reference, rounded, seen: list) -> float:
+def errors_by_layer(reference, rounded, seen: list) -> float:
     """How many times as far from the reference the fast path is as `rounded`, the reference in 16 bits, in the layer
     where that is most. Each layer starts from `streams`. Of all tokens it is the median: some take other experts.
     """
@@ -522,9 +522,9 @@ def rows_in_16_bits(case: Case) -> Iterator[Row]:
         ids = case.long if long else case.ids
         expected, length = (case.reference(ids), LONG) if long else (case.expected, case.length)
         seen = streams(fast, ids, way)
-        loss = loss_by_layer(case.reference, rounded, seen)
+        errors = errors_by_layer(case.reference, rounded, seen)
         reason = f"a layer's error, in those of the reference in {name}"
-        yield compare(f"{name} {kind}", expected, seen[-1], length, MOST_LOSS, reason, loss)
+        yield compare(f"{name} {kind}", expected, seen[-1], length, MOST_ERRORS, reason, errors)
 
 
 def quantized_rows(case: Case) -> Iterator[Row]:

@@ -211,8 +211,8 @@ def positive(name: str, value, kind: type):
     """`value`, if it is a number above 0 that float32 has or, for `kind` int, a whole one that int32 has."""
     limit, what = (2**31, "whole number") if kind is int else (torch.finfo(torch.float32).max, "number")
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < limit:
-        told = f"{name} = {reprlib.repr(value)}"
-        raise ValueError(f"config.json has {told}; it must be a {what} above 0 and below {limit}")
+        entry = f"{name} = {reprlib.repr(value)}"
+        raise ValueError(f"config.json has {entry}; it must be a {what} above 0 and below {limit}")
     return value
 
 
@@ -228,11 +228,11 @@ def refuse_unknown(fields: dict, known) -> None:
     for name, value in fields.items():
         if name in FIXED:
             if value is not None and value != FIXED[name]:
-                told = f"{name} = {reprlib.repr(value)}"
-                raise ValueError(f"config.json has {told}, and only {FIXED[name]} is implemented; {advice}")
+                entry = f"{name} = {reprlib.repr(value)}"
+                raise ValueError(f"config.json has {entry}, and only {FIXED[name]} is implemented; {advice}")
         elif value and name not in known:
-            told = f"{name if name.isprintable() else reprlib.repr(name)} = {reprlib.repr(value)}"
-            raise ValueError(f"config.json has {told}, which is not implemented; {advice}")
+            entry = f"{name if name.isprintable() else reprlib.repr(name)} = {reprlib.repr(value)}"
+            raise ValueError(f"config.json has {entry}, which is not implemented; {advice}")
 
 
 def model_type_of(config: dict) -> str:
@@ -244,8 +244,8 @@ def model_type_of(config: dict) -> str:
         what = f"the architecture {named[0]}" if named else f"no architectures, and model_type = {reprlib.repr(given)}"
         raise ValueError(f"config.json has {what}; implemented are {', '.join(ARCHITECTURES)}")
     if given not in (None, found):
-        told = f"the architecture {named[0]} but model_type = {reprlib.repr(given)}"
-        raise ValueError(f"config.json has {told}; correct one of them")
+        entry = f"the architecture {named[0]} but model_type = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; correct one of them")
     return found
 
 
@@ -255,14 +255,14 @@ def rope_of(field: dict) -> tuple[float, dict | None]:
         raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
     rope = field["rope_scaling"] or field["rope_parameters"] or {}
     if not isinstance(rope, dict):
-        told = reprlib.repr(rope)
-        raise ValueError(f"config.json has {told} as its rope_scaling or rope_parameters; it must be an object")
+        entry = reprlib.repr(rope)
+        raise ValueError(f"config.json has {entry} as its rope_scaling or rope_parameters; it must be an object")
     context = {"original_max_position_embeddings": field["max_position_embeddings"]}
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
     kind = kinds[0]
     if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
-        told = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
-        raise ValueError(f"config.json has the rotary embedding {told}; implemented are {', '.join(ROPE_NUMBERS)}")
+        entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
+        raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(ROPE_NUMBERS)}")
     refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind]))
     rope = {"rope_theta": field["rope_theta"]} | context | rope
     scaling = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
@@ -290,8 +290,10 @@ def window_of(field: dict, model_type: str) -> int | None:
         return None
     if kinds == {"sliding_attention"} and window is not None:
         return positive("sliding_window", window, int)
-    told = ", ".join(f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name)
-    raise ValueError(f"config.json has {told}; implemented is one sliding window for all layers, or none")
+    entry = ", ".join(
+        f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name
+    )
+    raise ValueError(f"config.json has {entry}; implemented is one sliding window for all layers, or none")
 
 
 def config_from_hf(config: dict) -> GPTConfig:
@@ -309,8 +311,8 @@ def config_from_hf(config: dict) -> GPTConfig:
     gpt2 = model_type == "gpt2"
     eps, activation = ("layer_norm_epsilon", "activation_function") if gpt2 else ("rms_norm_eps", "hidden_act")
     if field[activation] not in list(ACTIVATIONS):  # whatever its type
-        told = f"{activation} = {reprlib.repr(field[activation])}"
-        raise ValueError(f"config.json has {told}; implemented are {', '.join(ACTIVATIONS)}")
+        entry = f"{activation} = {reprlib.repr(field[activation])}"
+        raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
     values = {
         "norm_eps": positive(eps, field[eps], float),
         "activation": ACTIVATIONS[field[activation]],
@@ -437,9 +439,11 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
         "left over": [name for full, (_, name) in found.items() if full not in plan and full not in dropped],
         "not made exactly once": [name for name in expected | made if made[name] != 1 or name not in expected],
     }
-    told = [f"{what} {listing(names)}" for what, names in problems.items() if names]
-    if told:
-        raise ValueError(f"the weights in {directory} do not fit config.json, {'; '.join(told)}; download both again")
+    messages = [f"{what} {listing(names)}" for what, names in problems.items() if names]
+    if messages:
+        raise ValueError(
+            f"the weights in {directory} do not fit config.json, {'; '.join(messages)}; download both again"
+        )
 
 
 def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str) -> dict:
@@ -499,8 +503,8 @@ def convert(checkpoint_dir) -> Path:
             )
     write_checkpoint(path, config, state_dict)
     numbers = sum(tensor.numel() for tensor in state_dict.values())
-    counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} parameters made"
-    print(f"{counts} ({numbers:,} numbers)")
+    counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} made"
+    print(f"{counts} ({numbers:,} parameters)")
     return path
 
 

@@ -83,14 +83,14 @@ class Answer:
     stop string that is a special token, which no text shows, stops at its id.
     """
 
-    def __init__(self, prompt_ids, tokenizer, eos_ids, stop, goes_on: bool):
+    def __init__(self, prompt_ids, tokenizer, eos_ids, stop, continues: bool):
         self.prompt_ids, self.token_ids, self.stop_reason = prompt_ids, [], None
         self.stop_ids = {
             id for string in stop if tokenizer and (id := tokenizer.token_id(string)) in tokenizer.special_ids
         }
         self.stream, self.text = (tokenizer.stream(), "") if tokenizer else (None, None)
-        for id in prompt_ids if self.stream and goes_on else ():
-            self.stream.push(id)  # a text that goes on keeps its first space; a chat's answer begins without
+        for id in prompt_ids if self.stream and continues else ():
+            self.stream.push(id)  # a text that continues keeps its first space; a chat's answer begins without
         self.eos_ids, self.stop, self.shown = eos_ids, stop, 0
 
     def push(self, id: int) -> str:
@@ -161,8 +161,7 @@ class Session:
             raise ValueError(f"{name} has {sizes}; give a larger --max_seq_length")
 
     def new_answers(self, rows: list[list[int]]) -> list[Answer]:
-        goes_on = not self.args.chat
-        return [Answer(ids, self.tokenizer, self.eos_ids, self.args.stop, goes_on) for ids in rows]
+        return [Answer(ids, self.tokenizer, self.eos_ids, self.args.stop, not self.args.chat) for ids in rows]
 
 
 # --- The start --------------------------------------------------------------------------------------------------------
@@ -645,7 +644,7 @@ def parse_arguments():
     )
     add("--seed", type=seed_number, default=1234, help="of the first answer; each row and sample takes the next")
     add("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these strings")
-    add("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
+    add("--ignore_eos", action="store_true", help="continue after an end-of-sequence token")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill too")
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")

@@ -6,7 +6,7 @@ Decisions to know:
 
 - `run_command` is the end of every command: exit code 2 and one sentence for what the user can change, 1 for a
   computation that failed, and a traceback for a fault of the program alone.
-- torchrun ends all ranks when one has ended. Rank 0 prints, and tells an error first.
+- torchrun ends all ranks when one has ended. Rank 0 prints, errors first.
 - A file is written beside its name and renamed into place. A FIFO or a device is written to.
 
 Copy me: needs torch.
@@ -94,8 +94,8 @@ def run_command(main, arguments) -> None:
     """Exit with what `main`, given a command's arguments, returns, or after an error with the code of `explain`.
 
     Under torchrun this starts the group of all ranks, checks that their arguments are the same, and gives each its own
-    device. torchrun ends the others when one rank has ended: rank 0 tells an error first, so that it is told once, but
-    waits with one that it may only have because another rank is gone.
+    device. torchrun ends the others when one rank has ended: rank 0 prints an error first, so that it is there once,
+    but waits with one that it may only have because another rank is gone.
     """
     (rank, ranks), finished = rank_and_count(), False
     if hasattr(sys.stdout, "reconfigure"):
@@ -142,21 +142,21 @@ def explain(error: Exception) -> tuple[int, str | None]:
     """
     if isinstance(error, FloatingPointError):
         return 1, str(error)
-    told = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
-        tried = re.search(r"ried to allocate ([\d.]+ \w+)", told)
+    message = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+        tried = re.search(r"ried to allocate ([\d.]+ \w+)", message)
         asked = f" for {tried[1]} more" if tried else ""
         advice = "a smaller --batch_size or --length, fewer slots, --quantize, or a smaller model"
         return 2, f"there is not enough memory on this device{asked}; take {advice}"
-    if "No working C++ compiler" in told or "Failed to find C compiler" in told:
+    if "No working C++ compiler" in message or "Failed to find C compiler" in message:
         return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
-    if "Python.h: No such file" in told:
+    if "Python.h: No such file" in message:
         return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
     inner = getattr(error, "inner_exception", None)  # of the compiler's errors
     if isinstance(inner, OSError):
         return 2, f"--compile could not write or run what it needs: {inner}; mend that or leave out --compile"
     if isinstance(error, (ValueError, OSError)):
-        return 2, told
+        return 2, message
     return 1, None
 
 

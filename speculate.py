@@ -249,7 +249,7 @@ class PromptLookup:
                     found[tuple(row[-n - 1 : -1])] = len(row) - 1
 
     def continuation(self, row: int, k: int) -> list[int]:
-        """k ids, or none. One that reaches the end of the text goes on from its own beginning."""
+        """k ids, or none. One that reaches the end of the text continues from its own beginning."""
         ids, found = self.rows[row], self.found[row]
         for n in range(min(self.longest, len(ids)), 0, -1):
             first = found.get(tuple(ids[-n:]))

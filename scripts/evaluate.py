@@ -192,7 +192,7 @@ class Requests:
             # Of a prompt too long the end is kept, and room for the answer; if that never fits, half a context.
             kept = size - length if length < size else max(size // 2, 1)
             ids = (self.encode(context) or self.start)[-kept:]
-            answer = Answer(ids, self.tokenizer, eos_ids, stop, goes_on=True)
+            answer = Answer(ids, self.tokenizer, eos_ids, stop, continues=True)
             for (id,) in generate(self.model, [ids], length, sampling, eos_ids, seed):
                 answer.push(id)
                 if answer.stop_reason:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -387,8 +388,12 @@ def folders(tmp_path_factory):
     return made
 
 
+def arguments(checkpoint_path, hf) -> Namespace:
+    return Namespace(checkpoint_path=checkpoint_path, hf=hf, device="cpu", no_compile=True)
+
+
 def test_a_checkpoint_agrees_with_the_transformers_model_it_was_made_from(folders, capsys):
-    assert main(folders[0] / "model.pth", folders[0], "cpu", no_compile=True) == 0
+    assert main(arguments(folders[0] / "model.pth", folders[0])) == 0
     out = capsys.readouterr().out
     assert str(folders[0] / "model.pth") in out and "  transformers  " in out
 
@@ -397,7 +402,7 @@ def test_a_checkpoint_agrees_with_the_transformers_model_it_was_made_from(folder
 def test_hf_needs_a_checkpoint_and_a_folder(folders, tmp_path, alone):
     checkpoint_path, hf = (None, folders[0]) if alone else (folders[0] / "model.pth", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="--checkpoint_path" if alone else "nowhere"):
-        main(checkpoint_path, hf, "cpu", no_compile=True)
+        main(arguments(checkpoint_path, hf))
 
 
 def test_other_weights_fail_with_exit_code_1(folders):

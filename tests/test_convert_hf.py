@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -122,7 +123,7 @@ def converted(folder):
 
 def refused(folder, *texts, error=ValueError):
     with pytest.raises(error) as caught:
-        convert_hf.main(folder)
+        convert_hf.main(Namespace(checkpoint_dir=folder))
     for text in texts:
         assert text in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -901,7 +902,7 @@ def test_command_line(copy_of):
     reweigh(folder, masks)
     good = run(folder)
     assert good.returncode == 0 and good.stderr == ""
-    assert "28 tensors mapped, 4 dropped, 36 parameters made" in good.stdout
+    assert "28 tensors mapped, 4 dropped, 36 made" in good.stdout
     assert str(folder / "model.pth") in good.stdout
 
     edit(folder, scale_attn_weights=False)

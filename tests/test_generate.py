@@ -318,9 +318,9 @@ class Words:
 END, ONCE, UPON, A, TIME, HALF, OTHER_HALF, LY = range(8)
 
 
-def answer_to(ids, stop=(), goes_on=False, prompt=(A,)):
+def answer_to(ids, stop=(), continues=False, prompt=(A,)):
     """The answer after these ids, and the pieces of text that it showed on the way."""
-    answer, pieces = Answer(list(prompt), Words(), {END}, stop, goes_on), []
+    answer, pieces = Answer(list(prompt), Words(), {END}, stop, continues), []
     for id in ids:
         if answer.stop_reason is None:
             pieces.append(answer.push(id))
@@ -368,9 +368,9 @@ def test_an_eos_ends_the_answer_and_is_not_in_its_text():
     assert "".join(pieces) == "Once"
 
 
-def test_an_answer_that_goes_on_keeps_the_first_space():
-    assert answer_to([UPON], goes_on=True, prompt=[ONCE])[0].text == " upon"
-    assert answer_to([UPON], goes_on=False, prompt=[ONCE])[0].text == "upon"
+def test_an_answer_that_continues_keeps_the_first_space():
+    assert answer_to([UPON], continues=True, prompt=[ONCE])[0].text == " upon"
+    assert answer_to([UPON], continues=False, prompt=[ONCE])[0].text == "upon"
 
 
 def test_a_character_is_shown_when_it_is_whole():
@@ -379,6 +379,6 @@ def test_a_character_is_shown_when_it_is_whole():
 
 
 def test_an_answer_without_tokenizer_has_ids_and_no_text():
-    answer = Answer([1], None, frozenset(), ["a"], goes_on=True)
+    answer = Answer([1], None, frozenset(), ["a"], continues=True)
     assert [answer.push(3), answer.push(4), answer.finish()] == ["", "", ""]
     assert (answer.text, answer.token_ids, answer.stop_reason) == (None, [3, 4], "length")
