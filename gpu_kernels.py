@@ -1,7 +1,7 @@
 """Triton kernels for a decode step on a GPU, where each was faster than what the compiler makes of plain PyTorch.
 
-One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 167 and 209,
-int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md has the steps. Decisions to know:
+One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 181 and 208,
+int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.md has the commands. Decisions to know:
 
 - `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
   up to 6 do so one by one in int4; for up to 64, int8 weights are converted inside a matrix product; otherwise weights
@@ -20,7 +20,7 @@ int8 206 and 344, int4 in groups of 32 (not run without) 419; benchmarks/log.md 
   one operator: a kernel of the compiler's in between would break the chain. The ranks' sum of tensor parallelism is in
   the norm's kernel for the same reason.
 
-`quantize.py` and `fast_model.py` have the plain twin of each.
+`quantized_linear.py` and `fast_model.py` have the plain twin of each.
 
 Copy me: needs torch and triton.
 

@@ -150,13 +150,22 @@ def test_the_architectures_are_those_that_convert():
 # Python and figures.
 
 
-def test_the_python_example_runs(tiny_checkpoint):
+def test_the_python_example_runs_and_speculates(tiny_checkpoint):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace("checkpoints/SmolLM2-135M-Instruct", str(tiny_checkpoint))
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {})
-    assert printed.getvalue()
-    assert generate.PromptLookup and generate.DraftModel
+    (steps,) = re.findall(r"`steps=(Steps\(.*\))`", README)
+    speculative = f"sampling, drafts = Sampling(temperature=0), PromptLookup()\n{code}".replace(
+        "eos_ids=tokenizer.eos_ids", f"eos_ids=tokenizer.eos_ids, steps={steps}"
+    )
+    texts = []
+    for example in (code, speculative):
+        names = {
+            name: getattr(generate, name) for name in ("Fixed", "PromptLookup", "Sampling", "Speculation", "Steps")
+        }
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(example, names)
+        texts.append(printed.getvalue())
+    assert texts[0] and texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.stem)
