@@ -15,9 +15,9 @@ of every family are checked. Decisions to know:
 - A float32 row within its tolerance d can differ in greedy text only where the best two logits are within 2 d.
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself, but for half of the text's tokens, which it never drafts; the lookup drafts where
-  it finds nothing, too. So some drafts of each are wrong, and to keep those shows.
+  it finds nothing, too. Some drafts of each are wrong, so accepting them shows.
 - The gradients' row is of both twins in training: the loss of the next tokens, and each parameter's gradient through
-  the surgery. Quantized models have none, and those above 2 billion numbers are left out for the memory.
+  the surgery. Quantized models have none, and those above 2 billion parameters are left out for the memory.
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 
@@ -618,4 +618,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled rows")
-    run_command(main, parser.parse_args())
+    run_command(main, parser.parse_args(), splits=True)

@@ -89,7 +89,7 @@ def why_not_finite(*models) -> str:
     if any(tensor.dtype == torch.float16 for _, tensor in tensors):
         too_large = "the logits are not finite, because numbers of this model are too large for float16"
         return f"{too_large}; give --precision bfloat16 or float32"
-    return "the logits are not finite, although the weights are; try --precision float32"
+    return "the logits are not finite, although the weights are; convert the model again, or try --precision float32"
 
 
 # --- One step ---------------------------------------------------------------------------------------------------------
@@ -295,6 +295,8 @@ def generate(
         raise ValueError(f"{cached} tokens cannot be cached of a prompt of {shortest}; the last one has to be computed")
     if speculation and not has_cache(model):
         raise ValueError("speculation needs a model with a cache; the reference has none")
+    if speculation and (speculation.model is not model or speculation.sampling != sampling):
+        raise ValueError("the speculation is of another model or sampling; make one with these")
     if has_cache(model):
         text.cached = cached
         slots = min(T + max_new_tokens - 1, model.config.block_size)

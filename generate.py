@@ -6,7 +6,7 @@ It reads the arguments, makes a `Session`, answers, and reports. Decisions to kn
 
 - Text goes to stdout, the figures of the run to stderr. `--json` has both.
 - All compiling happens at the start. An answer in which something was compiled after all gets no figures.
-- After Ctrl-C or an error `--json` still gets what there is.
+- After Ctrl-C or an error `--json` still gets what there is; under torchrun after an error of all ranks alone.
 - Under torchrun every rank does all of this with its part of the model, and takes rank 0's tokens. Rank 0 prints.
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`,
@@ -106,7 +106,7 @@ class Answer:
 
     def finish(self) -> str:
         """No id follows; returns the rest of the text."""
-        if self.stream and self.stop_reason != "stop":
+        if self.stream and (self.stop_reason != "stop" or self.token_ids[-1] in self.stop_ids):
             self.text += self.stream.finish()
         self.stop_reason = self.stop_reason or "length"
         return self._show()
@@ -137,6 +137,7 @@ class Session:
     stopwatch: Stopwatch
     steps: Steps = Steps()
     slots: int = 0
+    context: int = 0  # tokens that the model, and one that drafts, can have
     draft_bytes: int = 0  # that a step of the draft model reads
     figures: dict = field(default_factory=dict)
     samples: list[Answer] = field(default_factory=list)
@@ -155,7 +156,7 @@ class Session:
 
     def check_room(self, tokens: int, name: str) -> None:
         """Raises ValueError if a prompt of so many tokens is empty, or has no room."""
-        check_length(tokens, self.model.config.block_size, name)
+        check_length(tokens, self.context, name)
         if tokens > self.slots:
             sizes = f"{tokens} tokens, the cache {self.slots} slots"
             raise ValueError(f"{name} has {sizes}; give a larger --max_seq_length")
@@ -190,7 +191,7 @@ CONTRADICTIONS = (
 
 def check_flags(args) -> None:
     """Raises ValueError or OSError for arguments that cannot be, before anything is loaded."""
-    drafts = "drafts" if args.prompt_lookup or args.draft_checkpoint_path else "no drafts"
+    drafts = "drafts" if speculates(args) else "no drafts"
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     given -= {"batch_size"} if args.batch_size == 1 else set()
     given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set())
@@ -204,10 +205,9 @@ def check_flags(args) -> None:
     check_device(args.device)
 
 
-def load_model(args):
+def load_model(args, config, state_dict):
     """The model, or this rank's part of it, on its device. A float32 one that is computed in bfloat16 is said to be."""
     rank, ranks = rank_and_count()
-    config, state_dict = read_checkpoint(args.checkpoint_path)
     if ranks > 1:
         check_agreement({"model": fingerprint(config, state_dict)})
     if args.quantize:
@@ -285,9 +285,10 @@ def is_synthetic(args) -> bool:
 
 def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]]]:
     """A session that is ready to answer, and the first rows."""
-    sampling, bandwidth = Sampling(args.temperature, args.top_k, args.top_p), read_bandwidth(args.device)
-    start = time.perf_counter()
-    model = load_model(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    checkpoint = read_checkpoint(args.checkpoint_path)
+    bandwidth, start = read_bandwidth(args.device), time.perf_counter()
+    model = load_model(args, *checkpoint)
     seconds = time.perf_counter() - start
     vocab_size = model.config.vocab_size
     tokenizer = find_tokenizer(args.checkpoint_path.parent, vocab_size, needed=not is_synthetic(args))
@@ -302,6 +303,7 @@ def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]
     needed = INTERACTIVE_SLOTS if args.interactive else max(map(len, rows)) + args.max_new_tokens - 1 + longest
     session.slots = cache_slots(args.max_seq_length or needed, model.config)
     draft = load_draft(args, tokenizer, vocab_size) if args.draft_checkpoint_path else None
+    session.context = min(m.config.block_size for m in (model, draft) if m)
     if rank_and_count()[1] > 1:  # what decides where a rank ends
         pieces = tokenizer and [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
         same = {"prompt": rows, "tokenizer": pieces, "set of end tokens": sorted(session.eos_ids)}
@@ -340,7 +342,7 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
             step = session.stopwatch.watch("draft", compiled(draft_step))
             drafts = DraftModel(draft, step, new_prefill())
         else:
-            drafts = PromptLookup(args.ngram)
+            drafts = PromptLookup(longest=args.ngram)
         check = session.stopwatch.watch("verify", compiled(verify))
         speculation = Speculation(model, session.sampling, drafts, Fixed(most_drafts(args)), check)
     session.steps = Steps(new_prefill(), compiled(decode_step), speculation)
@@ -380,14 +382,13 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
     if compiles:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()
-    with torch._dynamo.config.patch(recompile_limit=32):  # 8 by default, for all models that one function is given
-        if args.interactive and has_cache(model) and (args.device != "cpu" or args.compile_prefill):
-            warm_prefill(steps.prefill, model, args.compile_prefill)
-        plain = replace(steps, speculation=None)
-        for _ in generate(model, rows, min(session.args.max_new_tokens, 3), session.sampling, steps=plain):
-            pass
-        if speculation:
-            session.steps = replace(steps, speculation=measured(args, session, rows))
+    if args.interactive and has_cache(model) and (args.device != "cpu" or args.compile_prefill):
+        warm_prefill(steps.prefill, model, args.compile_prefill)
+    plain = replace(steps, speculation=None)
+    for _ in generate(model, rows, min(session.args.max_new_tokens, 3), session.sampling, steps=plain):
+        pass
+    if speculation:
+        session.steps = replace(steps, speculation=measured(args, session, rows))
     seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
     if compiles:
         say(f"compiled in {seconds:.1f} s ({kind})")
@@ -513,14 +514,15 @@ def interactive_loop(session: Session) -> None:
     prepare_stdin()
     messages = []
     while (line := read_line()) is not None:
-        if line.strip() == "/reset":
+        if session.args.chat and line.strip() == "/reset":
             messages.clear()
+            say("a new conversation begins")
             continue
         messages.append({"role": "user", "content": line})
         try:
             ids = session.encode(messages)
-            if session.args.chat and len(messages) > 1 and len(ids) > session.slots:
-                sizes = f"{len(ids)} tokens, the cache {session.slots} slots"
+            if session.args.chat and len(messages) > 1 and len(ids) > min(session.slots, session.context):
+                sizes = f"{len(ids)} tokens, the cache {min(session.slots, session.context)} slots"
                 raise ValueError(f"the conversation has {sizes}; /reset begins anew")
             session.check_room(len(ids), "the prompt")
         except ValueError as error:  # the session continues
@@ -542,8 +544,8 @@ def report(run: dict, session: Session) -> None:
     step_bytes, bandwidth = session.figures["bytes_per_step"], session.bandwidth
     if run["compilations"]:
         say(
-            f"not measured: the compiler ran {run['compilations']} times inside this answer, so its figures would be "
-            "false; please report this with the command"
+            f"not measured: {run['compilations']} graphs or kernels were built inside this answer, so its figures "
+            "would be false; please report this with the command"
         )
         return
     milliseconds = run["time_to_first_token_seconds"] * 1e3
@@ -595,12 +597,8 @@ def write_results(args, session: Session, finished: bool) -> None:
             say(f"median:  {statistics.median(rates):.2f} tokens/s, from {min(rates):.2f} to {max(rates):.2f}")
 
 
-def main(args) -> None:
-    check_flags(args)
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else {}
-    if not args.prompt_file:
-        args.prompt = "Hello, my name is" if args.prompt is None else args.prompt
-        prompts = {"the prompt": args.prompt}
+def answer(args, prompts: dict[str, str]) -> None:
+    """Make a session, answer, and write what came of it."""
     session, rows = make_session(args, prompts)
     finished = False
     try:
@@ -617,6 +615,17 @@ def main(args) -> None:
             profiler.export_chrome_trace(str(temporary))
 
 
+def main(args) -> None:
+    check_flags(args)
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else {}
+    if not args.prompt_file:
+        args.prompt = "Hello, my name is" if args.prompt is None else args.prompt
+        prompts = {"the prompt": args.prompt}
+    # 8 by default, of all models and lengths that one function is given
+    with torch._dynamo.config.patch(recompile_limit=32):
+        answer(args, prompts)
+
+
 def draft_count(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
@@ -627,7 +636,7 @@ def parse_arguments():
     add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer in the same folder")
     add("--prompt", help="text, or a whole number for that many random tokens; default: Hello, my name is")
     add("--prompt_file", type=Path, metavar="FILE", help="UTF-8, one prompt a line, all in one batch")
-    add("--interactive", action="store_true", help="read prompts from the terminal, one a line; /reset ends a chat")
+    add("--interactive", action="store_true", help="read prompts from the terminal, one a line; /reset: a new chat")
     add("--chat", action="store_true", help="put the prompt into the model's own chat template")
     add("--num_samples", type=positive, default=1, help="answers one after the other, each with the next seed")
     add("--max_new_tokens", type=positive, default=200, help="tokens")
@@ -650,7 +659,11 @@ def parse_arguments():
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
     add("--kv_cache", choices=("int8",), help="keys and values in 8 bits; default: the precision's")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
-    add("--precision", choices=DTYPES, help="default: the checkpoint's, on a CPU float32")
+    add(
+        "--precision",
+        choices=DTYPES,
+        help="default: the checkpoint's; float32 on a CPU, and bfloat16 instead of float32 on an NVIDIA GPU",
+    )
     add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading, without a second file")
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of --quantize int4")
     add("--draft_checkpoint_path", type=Path, help="a smaller model with the same tokenizer, whose drafts are verified")
@@ -664,4 +677,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    run_command(main, parse_arguments())
+    run_command(main, parse_arguments(), splits=True)

@@ -40,11 +40,14 @@ def int4_linear_cpu(x, weight, scales, group_size: int):
 
 # An operator of its own, because the compiler's rewriting of PyTorch's fails in a nested region (torch 2.13: "group
 # size must be a scalar"). `torch.library.custom_op` takes 50 us a call, as much as the product itself.
-torch.library.define("gpt_twin::int4_linear_cpu", "(Tensor x, Tensor weight, Tensor scales, int group_size) -> Tensor")
-torch.library.impl("gpt_twin::int4_linear_cpu", "cpu", int4_linear_cpu)
-torch.library.register_fake(
-    "gpt_twin::int4_linear_cpu", lambda x, weight, scales, group_size: x.new_empty(x.shape[0], scales.shape[1])
-)
+if not hasattr(torch.ops.gpt_twin, "int4_linear_cpu"):  # a lifted copy may be loaded beside this file
+    torch.library.define(
+        "gpt_twin::int4_linear_cpu", "(Tensor x, Tensor weight, Tensor scales, int group_size) -> Tensor"
+    )
+    torch.library.impl("gpt_twin::int4_linear_cpu", "cpu", int4_linear_cpu)
+    torch.library.register_fake(
+        "gpt_twin::int4_linear_cpu", lambda x, weight, scales, group_size: x.new_empty(x.shape[0], scales.shape[1])
+    )
 
 
 class Int8Linear(nn.Module):

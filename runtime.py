@@ -90,14 +90,14 @@ def check_agreement(settings: dict) -> None:
 # --- A command --------------------------------------------------------------------------------------------------------
 
 
-def run_command(main, arguments) -> None:
+def run_command(main, arguments, splits: bool = False) -> None:
     """Exit with what `main`, given a command's arguments, returns, or after an error with the code of `explain`.
 
-    Under torchrun this starts the group of all ranks, checks that their arguments are the same, and gives each its own
-    device. torchrun ends the others when one rank has ended: rank 0 prints an error first, so that it is there once,
-    but waits with one that it may only have because another rank is gone.
+    With `splits` the command works under torchrun: this starts the group of all ranks, checks that their arguments are
+    the same, and gives each its own device. torchrun ends the others when one rank has ended: rank 0 prints an error
+    first, so that it is there once, but waits with one that it may only have because another rank is gone.
     """
-    (rank, ranks), finished = rank_and_count(), False
+    (rank, ranks), finished = rank_and_count() if splits else (0, 1), False
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal in latin-1 shows ? for what it does not have
     for remark in ("\\s*Online softmax", "TensorFloat32 tensor cores"):  # of the compiler; nobody can act on them
@@ -143,7 +143,9 @@ def explain(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, FloatingPointError):
         return 1, str(error)
     message = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+    inner = getattr(error, "inner_exception", None)  # of the compiler's errors
+    no_memory = "can't allocate memory" in message or "out of memory" in message.lower()
+    if no_memory or isinstance(inner or error, (torch.OutOfMemoryError, MemoryError)):
         tried = re.search(r"ried to allocate ([\d.]+ \w+)", message)
         asked = f" for {tried[1]} more" if tried else ""
         advice = "a smaller --batch_size or --length, fewer slots, --quantize, or a smaller model"
@@ -152,7 +154,6 @@ def explain(error: Exception) -> tuple[int, str | None]:
         return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
     if "Python.h: No such file" in message:
         return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
-    inner = getattr(error, "inner_exception", None)  # of the compiler's errors
     if isinstance(inner, OSError):
         return 2, f"--compile could not write or run what it needs: {inner}; mend that or leave out --compile"
     if isinstance(error, (ValueError, OSError)):
@@ -175,8 +176,8 @@ def positive(text: str) -> int:
 
 def seed_number(text: str) -> int:
     """A seed, so that as many rows and answers as anybody makes can count on from it in 64 bits."""
-    if not text.removeprefix("-").isdecimal() or not -(2**62) <= int(text[:30]) <= 2**62:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**62 to 2**62")
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text[:30]) < 2**64 - 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**63 to 2**64 - 2**32")
     return int(text)
 
 

@@ -105,6 +105,9 @@ class Fixed:
     def __init__(self, k: int):
         self.k = self.longest = k
 
+    def start(self) -> None:
+        pass
+
     def choose(self) -> int:
         return self.k
 
@@ -123,6 +126,10 @@ class Auto:
 
     def __init__(self, costs: dict[int, float]):
         self.costs = costs
+        self.start()
+
+    def start(self) -> None:
+        """A new text begins, of which nothing is known."""
         self.accepted, self.checked = 1.6, 2.0  # drafts; both fade with each round
         self.rest, self.pauses, self.probes = 0, 0, 0
 
@@ -230,7 +237,7 @@ class PromptLookup:
     certain = True  # the drafts come without probabilities
     models = ()
 
-    def __init__(self, longest: int = 3):
+    def __init__(self, *, longest: int = 3):
         self.longest = longest
         self.rows, self.found = [], []  # each row's ids, and where the latest continuation of each n-gram begins
 
@@ -329,6 +336,7 @@ class Speculation:
         room = min(model.max_seq_length, self.drafts.start(text, model.max_seq_length, rows))
         progress = Progress(text)
         self.history = []
+        self.count.start()
         while True:
             new_ids = progress.take(new_ids)
             if any(-1 in ids for ids in new_ids):

@@ -994,4 +994,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    run_command(main, parse_arguments())
+    run_command(main, parse_arguments(), splits=True)

@@ -428,7 +428,7 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
         raise ValueError(f"{path} is damaged or of something else; give another --out_dir") from error
     for name, value in settings.items():
         if name not in was:
-            raise ValueError(f"{path} is of an earlier version, which kept no {name}; give another --out_dir")
+            raise ValueError(f"{path} was written by an earlier version, without {name}; give another --out_dir")
         if was[name] != value:
             message = DIGESTS.get(name, f"{name} = {was[name]}, not {value}")
             raise ValueError(f"{path} is of a run with {message}; give the same, or another --out_dir")
@@ -607,8 +607,11 @@ def evaluate(args, run: Run, step: int) -> None:
     if rank == 0:
         tqdm.write(f"step {step}: validation loss {validation_loss:.4f}")
         if run.prompt is not None:
-            text = sample_text(run.model, run.prompt, run.tokenizer, run.device, run.dtype)
-            tqdm.write(f"  {args.sample!r} -> {text!r}")
+            try:
+                text = repr(sample_text(run.model, run.prompt, run.tokenizer, run.device, run.dtype))
+            except FloatingPointError as error:  # in bfloat16, of weights that are worth saving
+                text = str(error)
+            tqdm.write(f"  {args.sample!r} -> {text}")
 
 
 def take_step(args, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -708,4 +711,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    run_command(main, parse_arguments())
+    run_command(main, parse_arguments(), splits=True)

@@ -99,4 +99,4 @@ def main(args) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device = "cuda" if sys.argv[1] == "norms" else "cpu"
-    run_command(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device))
+    run_command(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device), splits=True)

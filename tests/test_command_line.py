@@ -372,7 +372,7 @@ def test_nothing_is_compiled_for_the_rows_of_a_file_or_the_plain_run_beside_draf
 def test_a_run_in_which_something_was_compiled_says_so_and_gives_no_speed(run, monkeypatch):
     monkeypatch.setattr(generate, "compilations", iter(range(10)).__next__)
     result = run("--prompt", "5")
-    assert "the compiler ran 1 times inside this answer" in result.stderr and "tokens/s" not in result.stderr
+    assert "1 graphs or kernels were built inside this answer" in result.stderr and "tokens/s" not in result.stderr
     assert result.runs[0]["compilations"] == 1 and result.runs[0]["decode_tokens_per_second"] is None
 
 
@@ -504,6 +504,16 @@ def test_ctrl_c_leaves_what_there_is(tiny_checkpoint, tmp_path):
     assert running.returncode == 130 and [file.name for file in tmp_path.iterdir()] == ["run.json"]
     data = json.loads((tmp_path / "run.json").read_text())
     assert data["samples"][0]["stop_reason"] == "length" and len(data["samples"]) - len(data["runs"]) in (0, 1)
+
+
+def test_a_chat_that_the_draft_has_no_room_for_continues_after_reset(run, tiny_checkpoint, tmp_path):
+    config, state_dict = read_checkpoint(tiny_checkpoint / "model.pth")
+    small = Path(shutil.copytree(tiny_checkpoint, tmp_path / "small"))
+    write_checkpoint(small / "model.pth", replace(config, block_size=64), state_dict)
+    chat = ("--interactive", "--chat", "--ignore_eos", "--draft_checkpoint_path", small / "model.pth")
+    result = run(*GREEDY, *chat, "--max_new_tokens", 30, stdin=f"Hello\n{'x' * 40}\n/reset\nHello\n")
+    assert len(result.samples) == 2 and result.samples[0] == result.samples[1]
+    assert "/reset begins anew" in result.stderr
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -909,3 +909,13 @@ def test_command_line(copy_of):
     bad = run(folder)
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and "scale_attn_weights" in bad.stderr
+
+
+def test_variables_of_a_job_with_several_processes_change_nothing(tmp_path):
+    """A machine that starts torchrun may set them for every command."""
+    command = [sys.executable, "convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        command, cwd=Path(convert_hf.__file__).parent, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -265,7 +265,7 @@ def test_logits_are_looked_at_in_the_first_window_and_in_the_last(tiny_checkpoin
     monkeypatch.setattr(evaluate, "log_probabilities", broken)
     path = tiny_checkpoint / "model.pth"
     options = ["--checkpoint_path", path, "--against", path, "--window", 16, "--stride", 16]
-    not_finite(tmp_path, *options, match="although the weights are; try --precision float32", text="abc " * 24)
+    not_finite(tmp_path, *options, match="although the weights are; convert the model again", text="abc " * 24)
     assert len(windows) == last
 
 

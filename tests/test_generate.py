@@ -110,6 +110,9 @@ class Constant:
 
     config = SimpleNamespace(block_size=64, vocab_size=16)
 
+    def parameters(self):
+        yield LOGITS
+
     def __call__(self, ids):
         return LOGITS.expand(*ids.shape, 16)
 

@@ -162,7 +162,7 @@ def test_the_reference_cannot_speculate():
     ],
 )
 def test_the_continuation_of_the_last_tokens_is_found(ids, longest, expected):
-    lookup = PromptLookup(longest)
+    lookup = PromptLookup(longest=longest)
     lookup.start(None, 99, [ids])
     assert lookup.continuation(0, 5) == expected
 
@@ -273,6 +273,22 @@ def test_an_adapting_k_comes_back_when_drafts_are_right_again():
     choices = [k for k, _ in history]
     assert 0 in choices[:30] and choices[-1] == 10
     assert not any(n < k for k, accepted in history[-20:] for n in accepted)  # its cache has the plain steps' tokens
+
+
+def test_an_adapting_k_begins_each_text_anew():
+    model, draft = Scripted(counting(1), block_size=2000), Scripted(counting(2), block_size=2000)
+    count, first, second = Auto(COSTS), [], []
+    text(model, [[3]], 300, DraftModel(draft), count, history=first)
+    text(model, [[3]], 300, DraftModel(draft), count, history=second)
+    assert first == second and 0 in {k for k, _ in first}
+
+
+def test_a_speculation_of_another_model_or_sampling_is_refused():
+    model = Scripted(counting(1))
+    speculation = Speculation(model, Sampling(temperature=1.0), PromptLookup(), Fixed(3))
+    for other, sampling in ((model, GREEDY), (Scripted(counting(1)), speculation.sampling)):
+        with pytest.raises(ValueError, match="of another model or sampling"):
+            next(generate(other, [[3]], 5, sampling, steps=Steps(speculation=speculation)))
 
 
 def test_an_adapting_k_never_tries_what_cannot_pay():
