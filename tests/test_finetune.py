@@ -268,7 +268,7 @@ def test_a_run_with_other_data_or_another_tokenizer_is_not_continued(train, refu
     content = torch.load(training, weights_only=True)
     del content["settings"]["data_digest"]
     torch.save(content, training)
-    refused("--resume", *options, match="earlier version, which kept no data_digest", folder=folder, data=moved)
+    refused("--resume", *options, match="earlier version, without data_digest", folder=folder, data=moved)
 
 
 # Numbers that are not finite.
@@ -667,7 +667,7 @@ from runtime import run_command
 forward = finetune.Loss.forward
 more = float("inf") if os.environ["RANK"] == "1" else 0
 finetune.Loss.forward = lambda self, *rows: forward(self, *rows) + (more if torch.is_grad_enabled() else 0)
-run_command(finetune.main, finetune.parse_arguments())
+run_command(finetune.main, finetune.parse_arguments(), splits=True)
 """
     (tmp_path / "broken.py").write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
