@@ -25,7 +25,7 @@ import torch.nn as nn
 from fast_model import FastGPT, expert_matrices, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
 from quantized_linear import Int4Linear, dequantize_weights, quantize_weights, swap_linears
-from runtime import written_in_place
+from runtime import say, written_in_place
 from tp import shard
 
 FORMAT_VERSION = 1
@@ -272,6 +272,16 @@ def default_dtype(device: str, state_dict: dict) -> torch.dtype:
         return torch.bfloat16 if stored == torch.float32 and halves else stored
     quantization = describe_quantization(state_dict)
     return torch.bfloat16 if quantization and quantization["mode"] == "int4" else torch.float32
+
+
+def choose_dtype(path, state_dict: dict, device: str, precision: str | None) -> torch.dtype:
+    """The precision that was asked for, else the default, which is printed where it is another one on a GPU."""
+    if precision:
+        return DTYPES[precision]
+    dtype = default_dtype(device, state_dict)
+    if device != "cpu" and dtype != state_dict["transformer.wte.weight"].dtype:
+        say(f"{path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
+    return dtype
 
 
 def fingerprint(config, state_dict: dict) -> str:

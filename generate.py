@@ -6,7 +6,7 @@ It reads the arguments, makes a `Session`, answers, and reports. Decisions to kn
 
 - Text goes to stdout, the figures of the run to stderr. `--json` has both.
 - All compiling happens at the start. An answer in which something was compiled after all gets no figures.
-- After Ctrl-C or an error `--json` still gets what there is; under torchrun after an error of all ranks alone.
+- After Ctrl-C or an error `--json` still gets what there is, under torchrun only if all ranks have the error.
 - Under torchrun every rank does all of this with its part of the model, and takes rank 0's tokens. Rank 0 prints.
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`,
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import DTYPES, build_model, default_dtype, fingerprint, quantize_model, read_checkpoint
+from checkpoint import DTYPES, build_model, choose_dtype, default_dtype, fingerprint, quantize_model, read_checkpoint
 from decode import (
     Sampling,
     Steps,
@@ -214,9 +214,7 @@ def load_model(args, config, state_dict):
         config, state_dict = quantize_model(config, state_dict, args.quantize, args.group_size, rank, ranks)
     else:
         state_dict = tp.shard(state_dict, config, rank, ranks)
-    dtype = DTYPES[args.precision] if args.precision else default_dtype(args.device, state_dict)
-    if args.device != "cpu" and not args.precision and dtype != state_dict["transformer.wte.weight"].dtype:
-        say(f"{args.checkpoint_path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
+    dtype = choose_dtype(args.checkpoint_path, state_dict, args.device, args.precision)
     model = build_model(config, state_dict, args.device, dtype, args.reference, rank, ranks)
     synchronize(args.device)
     return model

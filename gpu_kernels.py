@@ -1,7 +1,8 @@
 """Triton kernels for a decode step on a GPU, where each was faster than what the compiler makes of plain PyTorch.
 
 One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 181 and 208,
-int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.md has the commands. Decisions to know:
+int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.md and log.md say from
+which runs. Decisions to know:
 
 - `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
   up to 6 do so one by one in int4; for up to 64, int8 weights are converted inside a matrix product; otherwise weights

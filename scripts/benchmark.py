@@ -854,6 +854,8 @@ def check_flags(args) -> None:
         raise ValueError(f"train takes the weights float32 or bfloat16, not {args.weights[0]}")
     plain = ["float32"] if on_cpu and suite != "ladder" else []
     args.weights = args.weights or [*plain, "bfloat16", "int8", "int4"]
+    if suite == "ladder" and args.weights[0] not in DTYPES:
+        raise ValueError(f"ladder begins with plain weights, not {args.weights[0]}; give bfloat16 first")
     check_device(args.device)
 
 

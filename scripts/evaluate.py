@@ -33,10 +33,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, build_model, default_dtype, read_checkpoint
+from checkpoint import DTYPES, build_model, choose_dtype, read_checkpoint
 from decode import Sampling, cache_slots, generate, why_not_finite
 from generate import Answer
-from runtime import check_device, check_target, default_device, positive, read_text, run_command, say, write_json
+from runtime import check_device, check_target, default_device, positive, read_text, run_command, write_json
 from tokenizer import check_vocabulary, find_tokenizer
 
 ROWS = 128  # 25 MB in float32 for a vocabulary of 49,152; a whole window of 1,024 would be 201 MB, and several copies
@@ -234,10 +234,7 @@ def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], 
 def load(path: Path, device: str, precision: str | None):
     config, state_dict = read_checkpoint(path)
     tokenizer = find_tokenizer(path.parent, config.vocab_size, needed=True)
-    dtype = DTYPES[precision] if precision else default_dtype(device, state_dict)
-    if device != "cpu" and not precision and dtype != state_dict["transformer.wte.weight"].dtype:
-        say(f"{path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
-    return build_model(config, state_dict, device, dtype), tokenizer
+    return build_model(config, state_dict, device, choose_dtype(path, state_dict, device, precision)), tokenizer
 
 
 def load_other(args, model, tokenizer):
