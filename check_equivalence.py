@@ -21,8 +21,8 @@ of every family are checked. Decisions to know:
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`,
-`speculate.py` and `checkpoint.py` beside it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`,
+`decode.py`, `speculate.py` and `checkpoint.py` beside it.
 
 Shapes: B batch, T tokens, D model dim, K kv heads, C head dim, V vocabulary.
 """
@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 
+import cpu_kernels
 import tp
 from checkpoint import (
     build_model,
@@ -412,10 +413,16 @@ class Case:
     ids: torch.Tensor  # [B, T], random prompts and the reference's greedy text
     expected: torch.Tensor  # [B, T, V]
 
+    def exactness(self, state_dict) -> dict:
+        """Tolerance and reason of rows in float32 of these weights."""
+        tolerance, reason = 2e-5, "float32, sums in another order"
+        if describe_quantization(state_dict) and self.device == "cpu" and cpu_kernels.available():
+            tolerance, reason = 1e-3, "float32, rounded to 16 bits for products of integers"
+        return {"tolerance": tolerance * self.expected.abs().max().item(), "reason": reason}
+
     @property
     def exact(self) -> dict:
-        """Tolerance and reason of rows in float32."""
-        return {"tolerance": 2e-5 * self.expected.abs().max().item(), "reason": "float32, sums in another order"}
+        return self.exactness(self.state_dict)
 
     @property
     def long(self):
@@ -426,11 +433,11 @@ class Case:
             return None
         return self.ids.flatten().repeat(LONG // self.ids.numel() + 1)[None, :LONG]
 
-    def fast(self, dtype, config=None, state_dict=None):
+    def fast(self, dtype, config=None, state_dict=None, **more):
         """The FastGPT of this rank, or of another model."""
         rank, ranks = rank_and_count()
         shard = tp.shard(state_dict or self.state_dict, config or self.config, rank, ranks)
-        return build_model(config or self.config, shard, self.device, dtype, rank=rank, ranks=ranks)
+        return build_model(config or self.config, shard, self.device, dtype, rank=rank, ranks=ranks, **more)
 
 
 def make_case(config, state_dict, device, compiled) -> Case:
@@ -510,11 +517,21 @@ def int8_cache_rows(case: Case, fast) -> Iterator[Row]:
         yield row("int8 cache, compiled", case.expected[:1], compiled_steps(fast, case.ids[:1]), 1)
 
 
+def kept_in_16_bits(case: Case, dtype, name: str) -> Row:
+    """Weights that stay in 16 bits beside float32 activations, against the reference in float32 of the same weights."""
+    state_dict = {key: tensor.to(dtype) for key, tensor in case.state_dict.items()}
+    expected = build_model(case.config, state_dict, case.device, torch.float32, reference=True)(case.ids)
+    logits = in_chunks(case.fast(torch.float32, state_dict=state_dict, keep_16_bits=True), case.ids, 1)
+    return compare(f"weights in {name}", expected, logits, case.length, **case.exact)
+
+
 def rows_in_16_bits(case: Case) -> Iterator[Row]:
     stored = case.state_dict["transformer.wte.weight"].dtype
     dtype = torch.bfloat16 if stored == torch.float32 else stored
     name = str(dtype).removeprefix("torch.")
     rounded = build_model(case.config, case.state_dict, case.device, dtype, reference=True)
+    if case.device == "cpu" and cpu_kernels.available() and describe_quantization(case.state_dict) is None:
+        yield kept_in_16_bits(case, dtype, name)
     fast = case.fast(dtype)
     ways = {"at once": at_once, "by token": partial(in_chunks, size=1), "rows alone": rows_alone}
     for kind, way in ways.items():
@@ -536,7 +553,7 @@ def quantized_rows(case: Case) -> Iterator[Row]:
             continue
         logits = in_chunks(fast, case.ids, 1)
         carrying = build_model(config, quantized, case.device, torch.float32, reference=True)(case.ids)
-        yield compare(f"{mode} by token", carrying, logits, case.length, **case.exact)
+        yield compare(f"{mode} by token", carrying, logits, case.length, **case.exactness(quantized))
         options = {"tolerance": 1 + 2**-8, "difference": largest_half_steps(case.state_dict, quantized)}
         reason = "each weight, in half steps of its row or group"
         yield compare(f"{mode} against plain", case.expected, logits, case.length, reason=reason, **options)

@@ -10,8 +10,8 @@ mean nothing. Decisions to know:
 - A file is written beside its name and renamed into place, so that a broken run leaves no broken model.pth.
 - `save` and `load` are for a live model of either twin, in whatever wrappers: the file does not show which.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py` and `runtime.py` beside
-it.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py` and
+`runtime.py` beside it.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+import cpu_kernels
 from fast_model import FastGPT, expert_matrices, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
 from quantized_linear import Int4Linear, dequantize_weights, quantize_weights, swap_linears
@@ -30,6 +31,7 @@ from tp import shard
 
 FORMAT_VERSION = 1
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # of weights; those in int8 or int4 have scales
+HALVES = torch.bfloat16, torch.float16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -240,14 +242,23 @@ def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
 
 
 def build_model(
-    config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False, rank: int = 0, ranks: int = 1
-) -> nn.Module:
+    config: GPTConfig, state_dict: dict, device, dtype, reference: bool = False, rank: int = 0, ranks: int = 1,
+    keep_16_bits: bool = False,
+) -> nn.Module:  # fmt: skip
     """A ready FastGPT, or GPT (`reference`) with dequantized weights, from a state dict in the reference's layout.
 
-    With `ranks`, the FastGPT of a `rank` from its shard of the state dict.
+    With `ranks`, the FastGPT of a `rank` from its shard of the state dict. With `keep_16_bits`, matrices that are in
+    bfloat16 or float16 stay so where a kernel multiplies them with float32: the same numbers in half the bytes.
     """
     tensors = dequantize_weights(state_dict).items() if reference else fuse(state_dict, config)
-    placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in tensors}
+    keep_16_bits = keep_16_bits and not reference and str(device) == "cpu" and dtype == torch.float32
+    kept = HALVES if keep_16_bits and cpu_kernels.available() else ()
+
+    def place(tensor):
+        as_it_is = not tensor.is_floating_point() or (tensor.dim() == 2 and tensor.dtype in kept)
+        return tensor.to(device, None if as_it_is else dtype).contiguous()
+
+    placed = {name: place(tensor) for name, tensor in tensors}
     with torch.device("meta"):
         model = GPT(config) if reference else FastGPT(config, rank, ranks)
         swap_linears(model, placed)
@@ -263,24 +274,25 @@ def build_model(
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
     """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there.
 
-    On a CPU it is float32, which agrees with the reference to the last digits (bfloat16 is faster). With int4 weights
-    it is bfloat16 on a CPU: PyTorch has its fast product for that dtype alone.
+    On a CPU it is float32, with weights that may stay in 16 bits (`build_model`). int4 weights without
+    `cpu_kernels.py` are computed in bfloat16 there: PyTorch has its fast product for that dtype alone.
     """
+    stored = state_dict["transformer.wte.weight"].dtype
     if device != "cpu":
-        stored = state_dict["transformer.wte.weight"].dtype
         halves = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if stored == torch.float32 and halves else stored
-    quantization = describe_quantization(state_dict)
-    return torch.bfloat16 if quantization and quantization["mode"] == "int4" else torch.float32
+    int4 = (describe_quantization(state_dict) or {}).get("mode") == "int4"
+    return torch.bfloat16 if int4 and not cpu_kernels.available() else torch.float32
 
 
 def choose_dtype(path, state_dict: dict, device: str, precision: str | None) -> torch.dtype:
-    """The precision that was asked for, else the default, which is printed where it is another one on a GPU."""
+    """The precision that was asked for, else the default, which is said where it is not the checkpoint's."""
     if precision:
         return DTYPES[precision]
-    dtype = default_dtype(device, state_dict)
-    if device != "cpu" and dtype != state_dict["transformer.wte.weight"].dtype:
-        say(f"{path} is in float32 and is computed in bfloat16 here; --precision float32 keeps it")
+    dtype, stored = default_dtype(device, state_dict), state_dict["transformer.wte.weight"].dtype
+    if dtype != stored:
+        computed, kept = (str(kind).removeprefix("torch.") for kind in (dtype, stored))
+        say(f"{path} is in {kept} and is computed in {computed} here; --precision {kept} keeps it")
     return dtype
 
 

@@ -12,8 +12,8 @@ Decisions to know:
 - Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
-Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`,
-`runtime.py` and `checkpoint.py` beside it.
+Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`,
+`tp.py`, `runtime.py` and `checkpoint.py` beside it.
 """
 
 import argparse

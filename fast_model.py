@@ -16,7 +16,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
-Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed on a GPU `gpu_kernels.py`.
+Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed `gpu_kernels.py` on a GPU,
+`cpu_kernels.py` on a CPU.
 
 Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
 """
@@ -36,6 +37,10 @@ try:
     import gpu_kernels
 except ImportError:  # no Triton, so no GPU of NVIDIA's, or the file was left behind
     gpu_kernels = None
+try:
+    import cpu_kernels
+except ImportError:  # the file was left behind
+    cpu_kernels = None
 
 
 def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
@@ -71,6 +76,11 @@ def on_gpu_kernels(x) -> bool:
     return gpu_kernels is not None and gpu_kernels.runs_on(x.device) and not torch.is_grad_enabled()
 
 
+def on_cpu_kernels(x) -> bool:
+    """The same for `cpu_kernels.py`."""
+    return cpu_kernels is not None and cpu_kernels.runs_on(x)
+
+
 def is_single_token(x) -> bool:
     return x.numel() == x.shape[-1]
 
@@ -93,6 +103,10 @@ def compiles_for_few_tokens(x) -> bool:
 
 
 def linear(x, weight, bias=None):
+    if cpu_kernels is not None and cpu_kernels.takes(rows := x.flatten(0, -2), weight):
+        y = cpu_kernels.linear(rows, weight).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    weight = weight.to(x.dtype)  # see `checkpoint.build_model`, which may keep 16 bits
     if is_single_token(x):
         y = matvec(x.flatten(), weight).view(*x.shape[:-1], -1)
     elif x.dtype == torch.float32 and compiles_for_few_tokens(x):
@@ -180,6 +194,10 @@ class Linear(nn.Linear):
         """What `gpu_kernels.linear` takes after x."""
         return (self.weight,)
 
+    def cpu_weights(self, x):
+        """What `cpu_kernels.linear` takes after x [T, K]; None if it takes no such x."""
+        return (self.weight,) if cpu_kernels is not None and cpu_kernels.takes(x, self.weight) else None
+
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
         return self.weight
@@ -212,6 +230,8 @@ class AddNorm(nn.Module):
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and self.is_rms and on_gpu_kernels(residual):
             return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.peers, self.rank)
+        if self.ranks == 1 and self.is_rms and on_cpu_kernels(residual):
+            return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
         residual = residual + all_reduce(update, self.ranks)
         if self.is_rms:
             return residual, F.rms_norm(residual, self.weight.shape, self.weight, self.eps)
@@ -247,10 +267,15 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv(x).split(self.sizes, dim=-1))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        kernels = None
         if input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64:
+            kernels = gpu_kernels
+        elif input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
+            kernels = cpu_kernels
+        if kernels is not None:
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
-            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window)
+            y = kernels.attention(q, k, v, rope, input_pos, *caches, window)
             return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -280,6 +305,8 @@ class MLP(nn.Module):
         if self.silu_gated and is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), gated=True)
             y = y.view(*x.shape[:-1], -1)
+        elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
+            y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         elif self.gated:
             gate, up = self.gate_up(x).chunk(2, dim=-1)
             y = self.act(gate) * up
@@ -439,13 +466,13 @@ class FastGPT(nn.Module):
         self.int8_cache = False
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, int8: bool | None = None):
-        """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the embedding's dtype.
+        """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the norms' dtype.
 
         With `int8`, keys and values are int8, with a bf16 scale for each head of each token; None takes the kind that
         was there. All ranks of a split model call this together. Raises ValueError if the slots are more than the
         context.
         """
-        config, weight = self.config, self.wte.weight
+        config, weight = self.config, self.norm_f.weight  # in the dtype of activations
         if max_seq_length > config.block_size:
             raise ValueError(f"{max_seq_length} cache slots are more than the context of {config.block_size} tokens")
         self.int8_cache = self.int8_cache if int8 is None else int8
@@ -506,7 +533,7 @@ class FastGPT(nn.Module):
             if window is not None:
                 mask = mask & (slots > positions[:, None, :, None] - window)
 
-        update = self.embed(idx)
+        update = self.embed(idx).to(self.norm_f.weight.dtype)
         residual, rope = torch.zeros_like(update), None
         if self.wpe is not None:
             residual = residual + self.wpe(positions)

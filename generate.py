@@ -9,8 +9,9 @@ It reads the arguments, makes a `Session`, answers, and reports. Decisions to kn
 - After Ctrl-C or an error `--json` still gets what there is, under torchrun only if all ranks have the error.
 - Under torchrun every rank does all of this with its part of the model, and takes rank 0's tokens. Rank 0 prints.
 
-Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`,
-`speculate.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries; for speed on a GPU `gpu_kernels.py`.
+Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`,
+`decode.py`, `speculate.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries; for speed on a GPU
+`gpu_kernels.py`.
 
 Shapes: B batch rows, T prompt tokens.
 """
@@ -215,7 +216,7 @@ def load_model(args, config, state_dict):
     else:
         state_dict = tp.shard(state_dict, config, rank, ranks)
     dtype = choose_dtype(args.checkpoint_path, state_dict, args.device, args.precision)
-    model = build_model(config, state_dict, args.device, dtype, args.reference, rank, ranks)
+    model = build_model(config, state_dict, args.device, dtype, args.reference, rank, ranks, keep_16_bits=True)
     synchronize(args.device)
     return model
 
@@ -229,7 +230,8 @@ def load_draft(args, tokenizer, vocab_size: int):
     elif config.vocab_size != vocab_size:
         sizes = f"{config.vocab_size} tokens, the model {vocab_size}"
         raise ValueError(f"the draft model has {sizes}; without tokenizers to compare, the numbers have to be the same")
-    draft = build_model(config, state_dict, args.device, default_dtype(args.device, state_dict))
+    dtype = default_dtype(args.device, state_dict)
+    draft = build_model(config, state_dict, args.device, dtype, keep_16_bits=True)
     if args.kv_cache:
         draft.setup_caches(1, 1, int8=True)  # of this kind is the one that its first prompt makes, too
     return draft
@@ -582,7 +584,8 @@ def write_results(args, session: Session, finished: bool) -> None:
     figures = session.figures | {"peak_memory_bytes": memory, "ranks": ranks}
     figures |= {"read_bandwidth_bytes_per_second": session.bandwidth}
     if args.json_path and rank == 0 and (session.samples or finished):
-        precision = str(next(session.model.parameters()).dtype).removeprefix("torch.")
+        norm = next(weight for weight in session.model.parameters() if weight.dim() == 1)
+        precision = str(norm.dtype).removeprefix("torch.")  # the activations'; matrices may be in another
         setting = {"device": args.device, "precision": precision, "torch": torch.__version__}
         names = ("prompt_ids", "token_ids", "text", "stop_reason")
         entries = [{name: getattr(answer, name) for name in names} for answer in session.samples]

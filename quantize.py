@@ -9,8 +9,8 @@
 - A layer at a time is on the device, in float32. Its input is what the quantized layers before it make of the text.
 - A mixture of experts is not calibrated: each expert sees a part of the text alone.
 
-Copy me: needs torch and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`,
-`checkpoint.py` and `tokenizer.py` beside it, with its libraries.
+Copy me: needs torch and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`,
+`runtime.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries.
 
 Shapes: N output rows, K input columns.
 """

@@ -15,7 +15,7 @@ Only weights are quantized; activations stay as they are. Decisions to know:
   PyTorch's int4 operator on CPUs, compiled int8 for up to 16 tokens there, and on GPUs the int8 kernel for up to 64 and
   the int4 kernel for up to 6 convert them inside the product.
 
-Copy me: needs torch, and for speed on a GPU `gpu_kernels.py` beside it.
+Copy me: needs torch, and for speed `gpu_kernels.py` (GPUs) and `cpu_kernels.py` beside it.
 
 Shapes: N output rows, K input columns, G columns in a group.
 """
@@ -29,6 +29,10 @@ try:
     import gpu_kernels
 except ImportError:  # Triton is on GPU machines only
     gpu_kernels = None
+try:
+    import cpu_kernels
+except ImportError:  # the file was left behind
+    cpu_kernels = None
 
 GROUP_SIZES = (32, 64, 128, 256)
 
@@ -80,6 +84,10 @@ class Int8Linear(nn.Module):
         """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales) if self.for_gpu_kernels else None
 
+    def cpu_weights(self, x):
+        """What `cpu_kernels.linear` takes after x [T, K]; None if it takes no such x."""
+        return (self.weight, self.scales) if cpu_kernels is not None and cpu_kernels.takes(x, self.weight) else None
+
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
         if self.for_gpu_kernels:
@@ -92,11 +100,14 @@ class Int8Linear(nn.Module):
         return weight * scales[..., None]
 
     def forward(self, x):
+        rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights()).view(*x.shape[:-1], -1)
+            y = gpu_kernels.linear(rows, *self.gpu_weights()).view(*x.shape[:-1], -1)
+        elif self.cpu_weights(rows):
+            y = cpu_kernels.linear(rows, *self.cpu_weights(rows)).view(*x.shape[:-1], -1)
         elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
             # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
-            y = torch.stack([(self.weight * row).sum(-1) for row in x.float().flatten(0, -2)]) * self.scales.float()
+            y = torch.stack([(self.weight * row).sum(-1) for row in rows.float()]) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
@@ -155,6 +166,12 @@ class Int4Linear(nn.Module):
         q = Int4Linear.unpack(weight).unflatten(1, (scales.shape[1], -1)).to(scales.dtype)
         return ((q - 8) * scales[..., None] + zeros[..., None]).flatten(1)
 
+    def cpu_weights(self, x):
+        """What `cpu_kernels.linear` takes after x [T, K]; None if it takes no such x."""
+        as_stored = self.cpu_scales is None and self.scales.dtype == torch.bfloat16
+        taken = as_stored and cpu_kernels is not None and cpu_kernels.takes(x, self.weight)
+        return (self.weight, self.scales, self.zeros) if taken else None
+
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K], if it is not in a CPU kernel's layout."""
         if self.for_gpu_kernels:
@@ -167,11 +184,14 @@ class Int4Linear(nn.Module):
         return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
     def prepare(self, experts: bool = False):
-        """Change to the layout of this device's kernel; PyTorch's for CPUs takes bf16 and a multiple of 16 rows, and
-        no matrix of experts, of which single rows are read."""
+        """Change to the layout of this device's kernel. That of `cpu_kernels.py` reads weights as they are on disk;
+        without it, PyTorch's takes bf16 and a multiple of 16 rows, and no matrix of experts, of which single rows are
+        read."""
         q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
+        elif device.type == "cpu" and cpu_kernels is not None and cpu_kernels.available():
+            self.scales, self.zeros = self.scales.bfloat16(), self.zeros.bfloat16()  # as they are on disk
         elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0 and not experts:
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
@@ -189,10 +209,12 @@ class Int4Linear(nn.Module):
         rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
             y = gpu_kernels.linear(rows, *self.gpu_weights())
+        elif self.cpu_weights(rows):
+            y = cpu_kernels.linear(rows, *self.cpu_weights(rows))
         elif self.cpu_scales is not None:
             y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)
         else:
-            y = F.linear(rows, self.dequantize(self.weight, self.scales, self.zeros))
+            y = F.linear(rows, self.plain_weight(rows.dtype))
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

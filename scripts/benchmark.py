@@ -41,9 +41,9 @@ Decisions to know:
   bfloat16` under autocast. The losses of the first three steps must be those of `model.py`.
 
 Copy me: needs torch, safetensors and tqdm, `scripts/finetune.py` beside it, and in the folder above `model.py`,
-`fast_model.py`, `quantized_linear.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`,
-`tokenizer.py`, `convert_hf_checkpoint.py` and `check_equivalence.py`; for speed on a GPU `gpu_kernels.py`, for a plot
-matplotlib, for `--hf` transformers.
+`fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`,
+`checkpoint.py`, `tokenizer.py`, `convert_hf_checkpoint.py` and `check_equivalence.py`; for speed on a GPU
+`gpu_kernels.py`, for a plot matplotlib, for `--hf` transformers.
 
 Shapes: B batch, T tokens.
 """
@@ -72,7 +72,15 @@ import quantized_linear
 import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
-from checkpoint import DTYPES, build_model, describe_quantization, quantize_model, read_checkpoint, shapes_of
+from checkpoint import (
+    DTYPES,
+    build_model,
+    default_dtype,
+    describe_quantization,
+    quantize_model,
+    read_checkpoint,
+    shapes_of,
+)
 from convert_hf_checkpoint import config_from_hf
 from decode import (
     Sampling,
@@ -202,12 +210,12 @@ class RandomWeights(Mapping):
 
 def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
     """A model with weights of one of WEIGHTS, or the `reference` with the same, dequantized. int8 and int4 compute in
-    bf16; on a CPU int8 in float32, as it is there by default."""
+    bf16, on a CPU in what is the default there."""
     if weights in DTYPES:
         dtype = DTYPES[weights]
     else:
-        dtype = torch.float32 if device == "cpu" and weights == "int8" else torch.bfloat16
         config, state_dict = quantize_model(config, state_dict, weights, group_size)
+        dtype = default_dtype(device, state_dict) if device == "cpu" else torch.bfloat16
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
     rank, ranks = rank_and_count()
     return build_model(config, state_dict, device, dtype, reference, rank, ranks)

@@ -11,7 +11,7 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
 Copy me: needs torch, gguf and tokenizers, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
-`tp.py`, `runtime.py` and `checkpoint.py`.
+`cpu_kernels.py`, `tp.py`, `runtime.py` and `checkpoint.py`.
 """
 
 import argparse

@@ -17,9 +17,9 @@ Decisions to know:
   waits for the GPU.
 - The harness's requests are encoded and cut as its own Hugging Face backend does it, one request at a time.
 
-Copy me: needs torch and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`, `tp.py`,
-`runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`, with its libraries; for
-`--tasks` lm_eval, for speed on a GPU `gpu_kernels.py`.
+Copy me: needs torch and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
+`cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`,
+with its libraries; for `--tasks` lm_eval, for speed on a GPU `gpu_kernels.py`.
 
 Shapes: R rows (positions of one window), V vocabulary.
 """

@@ -12,7 +12,8 @@ Writes config.json, safetensors in files of at most 5 GB, and copies of the toke
 - The folder is written beside its name and renamed into place, so that its presence means that it is complete.
 
 Copy me: needs torch, huggingface_hub, numpy, safetensors and tqdm, and in the folder above `model.py`, `fast_model.py`,
-`quantized_linear.py`, `tp.py`, `runtime.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`.
+`quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and
+`tokenizer.py`.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cpu_kernels
 import generate
 from check_equivalence import random_weights
 from checkpoint import write_checkpoint
@@ -49,6 +50,13 @@ def tiny_checkpoint(tmp_path_factory):
     )
     write_checkpoint(folder / "model.pth", config, random_weights(config))
     return folder
+
+
+@pytest.fixture
+def plain_twins(monkeypatch):
+    """As on a machine without a C++ compiler."""
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    torch.compiler.reset()
 
 
 SCRIPT = Path(generate.__file__)

@@ -143,7 +143,7 @@ def break_line(monkeypatch, file, line, replacement):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_fails(monkeypatch, capsys, name):
+def test_a_broken_model_fails(plain_twins, monkeypatch, capsys, name):
     file, line, replacement, family = BROKEN[name]
     break_line(monkeypatch, file, line, replacement)
     rows = failures(SHORT[family], compiled=False)
@@ -324,7 +324,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_fails_the_rows_of_its_kind(monkeypatch, name):
+def test_a_fault_fails_the_rows_of_its_kind(plain_twins, monkeypatch, name):
     plant, family, expected = FAULTS[name]
     plant(monkeypatch)
     config = (FAMILIES if "position" in name else SHORT)[family]  # some errors begin in a long text

@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_not_loaded(path):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_model_is_saved_as_it_was_or_refused(tmp_path, mode):
+def test_a_quantized_model_is_saved_as_it_was_or_refused(plain_twins, tmp_path, mode):
     config, state_dict = quantize_model(CONFIG, WEIGHTS, mode, 32)
     model = build_model(config, state_dict, "cpu", torch.float32)
     save(model, tmp_path / "model.pth")

@@ -34,7 +34,7 @@ def text(tmp_path):
 
 def command(folder, data, out_dir, *more):
     files = ["--checkpoint_path", folder / "model.pth", "--data", data, "--out_dir", out_dir]
-    return ["-m", "scripts.finetune", *map(str, [*files, *STEPS, *more])]
+    return ["-m", "scripts.finetune", *map(str, [*files, *STEPS, "--precision", "float32", *more])]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ NEEDS_TRITON = {"gpu_kernels"}  # which is only where there are GPUs; the other 
 
 # Each file imports only from the floors below its own; scripts/ is above all of them.
 FLOORS = (
-    {"model", "gpu_kernels", "runtime", "tokenizer"},
+    {"model", "cpu_kernels", "gpu_kernels", "runtime", "tokenizer"},
     {"quantized_linear", "tp"},
     {"fast_model", "decode"},
     {"speculate", "checkpoint"},

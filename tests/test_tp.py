@@ -246,7 +246,7 @@ def test_logits_are_those_of_one_process(of_ranks, alone):
     cases = {name: logits for name, logits in of_ranks[0].items() if isinstance(logits, torch.Tensor)}
     assert len(cases) == 3 * len(CONFIGS if len(of_ranks) == 2 else FOUR_RANKS) + 2
     for name, logits in cases.items():
-        assert (alone[name] - logits).abs().max() < 1e-4, name
+        assert (alone[name] - logits).abs().max() < (1e-3 if "int" in name else 1e-4), name
 
 
 def test_texts_are_those_of_one_process(of_ranks, alone):
