@@ -26,8 +26,8 @@ Decisions to know:
   beside that part of its rows; what is saved is the sum.
 
 Copy me: needs torch, safetensors and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
-`tp.py`, `runtime.py`, `decode.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`, with its libraries;
-for speed on a GPU `gpu_kernels.py`.
+`cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`,
+with its libraries; for speed on a GPU `gpu_kernels.py`.
 
 Shapes: R rows of a step, T tokens of a row, N output rows and K input columns of a projection.
 """
@@ -49,7 +49,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cpu_kernels
 from checkpoint import (
+    DTYPES,
     build_model,
     describe_quantization,
     fingerprint,
@@ -72,6 +74,7 @@ from runtime import (
     rank_and_count,
     read_text,
     run_command,
+    say,
     written_in_place,
 )
 from tokenizer import FILES, find_tokenizer
@@ -304,6 +307,12 @@ class LoRALinear(nn.Module):
             else:
                 deltas.append(x.new_zeros(*x.shape[:-1], rows))
         return self.base(x) + self.scale * torch.cat(deltas, dim=-1)
+
+    def gpu_weights(self):
+        """No kernel takes this layer."""
+
+    def cpu_weights(self, x):
+        """No kernel takes this layer."""
 
     def merged(self) -> torch.Tensor:
         """The weight [N, K] of one linear layer that does the same."""
@@ -554,7 +563,6 @@ def make_run(args) -> Run:
         loss.compile(dynamic=False)
     start = {"start": fingerprint(config, state_dict), "tokenizer_digest": digest_of_tokenizer(folder)}
     more = {"ranks": ranks, "length": length, "lora_targets": args.lora_targets if args.lora_rank else []}
-    precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -567,8 +575,16 @@ def make_run(args) -> Run:
         loss=loss,
         parallel=DistributedDataParallel(loss) if ranks > 1 else loss,
         device=args.device,
-        dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
+        dtype=choose_precision(args.precision, args.device),
     )
+
+
+def choose_precision(precision: str | None, device: str) -> torch.dtype:
+    """The dtype of products: what was asked for, else bfloat16 where the device has instructions for it."""
+    has_bf16 = device.startswith("cuda") or (device == "cpu" and cpu_kernels.has_bf16_instructions())
+    if precision == "bfloat16" and device == "cpu" and not has_bf16:
+        say("this processor has no instructions for bfloat16; --precision float32 is several times as fast")
+    return DTYPES[precision or ("bfloat16" if has_bf16 else "float32")]
 
 
 def prepare_folder(args) -> None:
@@ -703,7 +719,8 @@ def parse_arguments():
     add("--lora_rank", type=int, default=0, help="0: all weights are trained")
     add("--lora_alpha", type=float, default=16.0, help="LoRA adds alpha / rank times its product")
     add("--lora_targets", nargs="+", choices=PROJECTIONS, default=["q_proj", "v_proj"])
-    add("--precision", choices=("float32", "bfloat16"), help="of the products; default: bfloat16 on CUDA, else float32")
+    help = "of the products; default: bfloat16 where the device has instructions for it, else float32"
+    add("--precision", choices=("float32", "bfloat16"), help=help)
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=1234)
     add("--resume", action="store_true", help="continue from what --out_dir has, if there is something")
