@@ -680,7 +680,9 @@ FEW = 16  # tokens
 
 
 def instruction_sets() -> list[str]:
-    """Those of FLAGS that this processor has, the fastest first; `ATEN_CPU_CAPABILITY` hides some, as from PyTorch."""
+    """Those of FLAGS that can be used here, the fastest first; `ATEN_CPU_CAPABILITY` hides some, as from PyTorch."""
+    if sys.platform != "linux":
+        return []
     capability = torch.backends.cpu.get_cpu_capability()
     vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()
     return ["avx512_vnni"] * vnni + ["avx2"] * (capability in ("AVX2", "AVX512"))
@@ -714,8 +716,6 @@ def compile_library(instructions: str) -> Path | None:
 @cache
 def register_kernels() -> bool:
     """Whether the operators have their kernels. The first call compiles these, which takes some seconds once."""
-    if sys.platform != "linux":
-        return False
     for library in filter(None, map(compile_library, instruction_sets())):
         ctypes.CDLL(str(library)).register_operators()
         return True

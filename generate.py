@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import cpu_kernels
 import tp
 from checkpoint import DTYPES, build_model, choose_dtype, default_dtype, fingerprint, quantize_model, read_checkpoint
 from decode import (
@@ -206,6 +207,12 @@ def check_flags(args) -> None:
     check_device(args.device)
 
 
+def make_kernels(device: str) -> None:
+    """Compile the CPU's kernels if that has not been done on this machine, and say so if it cannot be."""
+    if device == "cpu" and cpu_kernels.instruction_sets() and not cpu_kernels.available():
+        say("no C++ compiler makes the kernels for this processor, so plain PyTorch runs; install g++ for more speed")
+
+
 def load_model(args, config, state_dict):
     """The model, or this rank's part of it, on its device. A float32 one that is computed in bfloat16 is said to be."""
     rank, ranks = rank_and_count()
@@ -287,6 +294,7 @@ def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]
     """A session that is ready to answer, and the first rows."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     checkpoint = read_checkpoint(args.checkpoint_path)
+    make_kernels(args.device)
     bandwidth, start = read_bandwidth(args.device), time.perf_counter()
     model = load_model(args, *checkpoint)
     seconds = time.perf_counter() - start
