@@ -44,6 +44,6 @@ elif [ ! -e "$headers/Python.h" ]; then
     printf '\nPython.h is missing (Debian: apt install python3-dev), which --compile needs: skipping the compiled run.\n'
 else
     printf '\nOnce more, compiled. torch.compile writes one layer of the decode step as C++ and has %s build it:\n' "$compiler"
-    printf 'a minute of silence the first time, seconds after that. Then the same text, faster.\n'
+    printf 'half a minute of silence the first time, seconds after that. Then the same text, faster.\n'
     generate --compile
 fi
