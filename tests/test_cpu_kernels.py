@@ -187,8 +187,6 @@ FAULTS = {
     "the own slot not seen": ("first + i > last ||", "first + i >= last ||", "token by token"),
     "all of a chunk seen": ("first + i > last ||", "", "in chunks of 7"),
     "a window one slot too small": ("<= last - window", "<= last - window + 1", "token by token"),
-    "parts that are joined unweighted": ("std::exp(tops[at] - top)", "1.0f", "1040 tokens in 256s"),
-    "the sum that is not rounded": ("total.read(n * D, D, a.get());", "", "bfloat16 by token"),
 }
 
 
