@@ -2,13 +2,13 @@
 
     python convert_hf_checkpoint.py --checkpoint_dir checkpoints/ORG/NAME
 
-Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and GPT-2, and whatever else is published under their architectures.
+Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3 and GPT-2, and whatever else is published under their architectures.
 Decisions to know:
 
 - What the model computes is read from the folder's config.json and from nothing else. A field that is neither used
   here nor known to be harmless is an error that names it, unless it is switched off: null, false, 0 or empty.
-- Weights move by a literal table for each of the two layouts, and the tables must balance: each tensor of the files is
-  mapped or dropped on purpose, each parameter is made once. This is settled before any weight is read.
+- Weights move by literal tables, Llama's and the rows in which a family differs from it. They must balance: each tensor
+  of the files is mapped or dropped on purpose, each parameter is made once. This is settled before any weight is read.
 - Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "Phi3ForCausalLM": ("phi3", {}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
 }
 
@@ -81,6 +82,9 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "phi3": LLAMA_DEFAULTS
+    | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
+    | {"rms_norm_eps": 1e-5, "sliding_window": None},
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -144,6 +148,9 @@ HARMLESS = set(
     """.split()
 )
 
+# More of them, which other types do read: the context without longrope, and code from before transformers had the type.
+IGNORED = {"phi3": {"original_max_position_embeddings", "auto_map"}}
+
 # The weight maps: a module in the files, the modules that its rows become, in this order, and how it is stored.
 # What stands after the module's name, weight or bias, stays. GPT-2's linear weights are [in, out] in the files. Stacked
 # is a tensor [experts, rows, columns], whose name has nothing after it.
@@ -163,6 +170,12 @@ LLAMA_WEIGHTS = (
     ("model.layers.{}.mlp.down_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
     ("model.norm", ["transformer.ln_f"], AS_IS),
     ("lm_head", ["lm_head"], AS_IS),
+)
+# What follows are rows that stand in for those of LLAMA_WEIGHTS that make the same parameters.
+QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
+PHI3_WEIGHTS = (
+    ("model.layers.{}.self_attn.qkv_proj", QKV, AS_IS),
+    ("model.layers.{}.mlp.gate_up_proj", ["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], AS_IS),
 )
 # Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
 MIXTRAL_MLP = (
@@ -187,19 +200,23 @@ STACKED_MLP = (
     ),
     ("model.layers.{}.mlp.experts.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], STACKED),
 )
-GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
 GPT2_WEIGHTS = (
     ("transformer.wte", ["transformer.wte"], AS_IS),
     ("transformer.wpe", ["transformer.wpe"], AS_IS),
     ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], AS_IS),
-    ("transformer.h.{}.attn.c_attn", GPT2_QKV, TRANSPOSED),
+    ("transformer.h.{}.attn.c_attn", QKV, TRANSPOSED),
     ("transformer.h.{}.attn.c_proj", ["transformer.h.{}.attn.o_proj"], TRANSPOSED),
     ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], AS_IS),
     ("transformer.h.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], TRANSPOSED),
     ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], TRANSPOSED),
     ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
-    ("lm_head", ["lm_head"], AS_IS),
 )
+OWN_WEIGHTS = {
+    "mixtral": MIXTRAL_MLP,
+    "qwen3_moe": QWEN3_MOE_MLP,
+    "phi3": PHI3_WEIGHTS,
+    "gpt2": GPT2_WEIGHTS,
+}
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
     "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
@@ -300,7 +317,7 @@ def config_from_hf(config: dict) -> GPTConfig:
     """GPTConfig from the content of a config.json. Raises ValueError, by name, for what is not implemented."""
     model_type = model_type_of(config)
     defaults = DEFAULTS[model_type]
-    refuse_unknown(config, defaults.keys() | HARMLESS)
+    refuse_unknown(config, defaults.keys() | HARMLESS | IGNORED.get(model_type, set()))
     field = defaults | {name: value for name, value in config.items() if name in defaults}
 
     stated = [name for name in SIZES if name in field and (field[name] is not None or name not in DERIVED)]
@@ -407,6 +424,13 @@ def find_tensors(files: list[Path], prefix: str) -> tuple[dict, int]:
     return found, numbers
 
 
+def weight_rows(model_type: str, stacked: bool = False) -> tuple:
+    """The weight map of a model type: its own rows, and Llama's for what these do not make."""
+    own = STACKED_MLP if stacked else OWN_WEIGHTS.get(model_type, ())
+    made = {target for _, targets, _ in own for target in targets}
+    return tuple(row for row in LLAMA_WEIGHTS if made.isdisjoint(row[1])) + own
+
+
 def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     """{tensor in the files: (parameters it becomes, how it is stored)}, the map written out for one model."""
     plan, written_out = {}, []
@@ -471,16 +495,14 @@ def convert(checkpoint_dir) -> Path:
     model_type = model_type_of(hf_config)
     path = directory / "model.pth"
     check_target(path)
-    prefix, rows = ("transformer.", GPT2_WEIGHTS) if model_type == "gpt2" else ("model.", LLAMA_WEIGHTS)
+    prefix = "transformer." if model_type == "gpt2" else "model."
     files = weight_files(directory)
     found, numbers = find_tensors(files, prefix)
     check_size(config, numbers, directory)
-    stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
-    if config.n_expert:
-        rows += STACKED_MLP if stacked else {"mixtral": MIXTRAL_MLP, "qwen3_moe": QWEN3_MOE_MLP}[model_type]
+    stacked = config.n_expert > 0 and any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
     with torch.device("meta"):
         expected = GPT(config).state_dict()  # names and shapes
-    plan = weight_plan(rows, config, expected)
+    plan = weight_plan(weight_rows(model_type, stacked), config, expected)
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)
 

@@ -140,9 +140,7 @@ def export(checkpoint_path, out_dir) -> str:
     model_type = fields["model_type"]
     dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
     fields |= special_ids(path.parent) | {"torch_dtype": dtype}
-    rows = convert.GPT2_WEIGHTS if model_type == "gpt2" else convert.LLAMA_WEIGHTS
-    rows += {"mixtral": convert.MIXTRAL_MLP, "qwen3_moe": convert.QWEN3_MOE_MLP}.get(model_type, ())
-    plan = convert.weight_plan(rows, config, state_dict)
+    plan = convert.weight_plan(convert.weight_rows(model_type), config, state_dict)
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     check_target(temporary)

@@ -41,6 +41,7 @@ ROTARY = {
     "max_position_embeddings": 96,
 }
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
+PAD = {"pad_token_id": 0}  # where the default is not below 101
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
 MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
@@ -58,6 +59,8 @@ MODELS = {
     "qwen3 moe": ("Qwen3Moe", ROTARY | EXPERTS | {"norm_topk_prob": True}),
     "qwen3 moe unnormalized": ("Qwen3Moe", ROTARY | EXPERTS | {"tie_word_embeddings": True}),
     "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
+    "phi3": ("Phi3", ROTARY | PAD | {"num_key_value_heads": None}),
+    "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
@@ -200,6 +203,8 @@ WINDOWS = [
     ("Mistral", {"sliding_window": 7, "layer_types": [FULL] * 2}, "refused"),
     ("Mixtral", {"sliding_window": 7}, 7),
     ("Mixtral", {}, None),
+    ("Phi3", {"sliding_window": 7}, 7),
+    ("Phi3", {}, None),
     ("Qwen3Moe", USE, 7),
     ("Qwen3Moe", USE | {"max_window_layers": 28}, 7),
     ("Qwen3Moe", USE | {"max_window_layers": 1}, 7),
@@ -225,7 +230,7 @@ for qwen in ("Qwen2", "Qwen3"):
 def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     torch.manual_seed(0)
     shape = {"GPT2": GPT2, "Qwen3Moe": ROTARY | EXPERTS, "Mixtral": ROTARY | {"num_local_experts": 3}}
-    model = random_model(family, shape.get(family, ROTARY) | fields)
+    model = random_model(family, shape.get(family, ROTARY | PAD) | fields)
     model.save_pretrained(tmp_path)
     if window == "refused":
         return refused(tmp_path, "layer_types" if "layer_types" in fields else "window")
@@ -488,6 +493,38 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"sliding_window": None, "qkv_bias": True, "o_bias": False},
     ),
+    "phi-3 mini 4k": (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3"},
+            "bos_token_id": 1,
+            "embd_pdrop": 0.0,
+            "eos_token_id": 32000,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "model_type": "phi3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 32064,
+        },
+        {"sliding_window": 2047, "head_dim": 96, "qkv_bias": False},
+    ),
     "gpt2": (
         {
             "activation_function": "gelu_new",
@@ -526,7 +563,7 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2", "Phi3"])
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -587,6 +624,11 @@ REFUSED = [
     (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
+    ("phi3", {"partial_rotary_factor": 0.75}, ["partial_rotary_factor", "0.75"]),
+    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 5}}, ["longrope"]),
+    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
+    ("phi3", {"attention_bias": True}, ["attention_bias"]),
+    ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
     ("qwen3 moe", {"mlp_only_layers": [0]}, ["mlp_only_layers"]),
     ("qwen3 moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
@@ -702,6 +744,7 @@ def without(*keys):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in keys}
 
 
+FUSED = "model.layers.1.mlp.gate_up_proj.weight"
 DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
 UNFIT = [
     (LLAMA, without(DOWN), [f"missing (1): {DOWN}"]),
@@ -714,6 +757,8 @@ UNFIT = [
     (QWEN, without("model.layers.0.self_attn.k_proj.bias"), ["missing (1): model.layers.0.self_attn.k_proj.bias"]),
     (QWEN, lambda t: t | {"model.layers.0.self_attn.o_proj.bias": torch.ones(40)}, ["o_proj.bias"]),
     (QWEN, lambda t: t | {"lm_head.weight": torch.ones(101, 40)}, ["lm_head.weight", "tie_word_embeddings"]),
+    ("phi3", lambda t: t | {FUSED: t[FUSED][1:]}, [FUSED, "[111, 40]", "[112, 40]"]),
+    ("phi3", lambda t: t | {DOWN.replace("down", "up"): t[DOWN].T}, ["left over (1): model.layers.1.mlp.up_proj"]),
     (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
     (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),
