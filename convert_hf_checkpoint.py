@@ -2,7 +2,7 @@
 
     python convert_hf_checkpoint.py --checkpoint_dir checkpoints/ORG/NAME
 
-Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3 and GPT-2, and whatever else is published under their architectures.
+The architectures of the table below, and whatever is published under their names.
 Decisions to know:
 
 - What the model computes is read from the folder's config.json and from nothing else. A field that is neither used
@@ -46,6 +46,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "Phi3ForCausalLM": ("phi3", {}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
+    "OPTForCausalLM": ("opt", {"norm": "layer", "gated": False, "rope_base": None}),
 }
 
 # The fields that are used, with what transformers 5.23 takes for one that config.json does not have.
@@ -96,6 +97,18 @@ DEFAULTS = {
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
+    "opt": {
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "enable_bias": True,
+        "word_embed_proj_dim": None,
+        "tie_word_embeddings": True,
+    },
 }
 
 # GPTConfig's sizes, under their names in config.json.
@@ -114,12 +127,26 @@ SIZES = {
     "intermediate_size": "hidden_dim",
     "moe_intermediate_size": "hidden_dim",  # of one expert
     "n_inner": "hidden_dim",
+    "ffn_dim": "hidden_dim",
     "num_local_experts": "n_expert",
     "num_experts": "n_expert",  # its older name
     "num_experts_per_tok": "n_expert_used",
 }
 DERIVED = ("num_key_value_heads", "head_dim", "n_inner", "num_experts")  # null: worked out from the others
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+# GPTConfig's biases, under their names in config.json; where two make one, the later counts.
+BIASES = {
+    "attention_bias": ("qkv_bias", "o_bias"),
+    "mlp_bias": ("mlp_bias",),
+    "enable_bias": ("qkv_bias", "o_bias", "mlp_bias"),
+}
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 
 # The numbers that a kind of rotary embedding takes besides its base.
 ROPE_NUMBERS = {
@@ -129,6 +156,7 @@ ROPE_NUMBERS = {
 
 # Fields that have one implemented value, and whose being off would change the model.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
+FIXED |= {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True}
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -137,7 +165,8 @@ HARMLESS = set(
     _name_or_path _commit_hash _num_labels _attn_implementation_autoset _flash_attn_2_enabled attn_implementation
     transformers.js_config unsloth_fixed unsloth_version is_llama_config pretraining_tp
     max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
-    initializer_range attention_dropout attn_pdrop embd_pdrop resid_pdrop gradient_checkpointing
+    initializer_range init_std dropout layerdrop activation_dropout
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop gradient_checkpointing
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class
     use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward
     id2label label2id num_labels problem_type finetuning_task task_specific_params
@@ -148,13 +177,18 @@ HARMLESS = set(
     """.split()
 )
 
-# More of them, which other types do read: the context without longrope, and code from before transformers had the type.
-IGNORED = {"phi3": {"original_max_position_embeddings", "auto_map"}}
+# More of them, of one model type. Phi-3's are of longrope, and of code from before transformers had the type.
+IGNORED = {
+    "phi3": {"original_max_position_embeddings", "auto_map"},
+    "opt": {"prefix"},  # of a text
+}
 
 # The weight maps: a module in the files, the modules that its rows become, in this order, and how it is stored.
-# What stands after the module's name, weight or bias, stays. GPT-2's linear weights are [in, out] in the files. Stacked
-# is a tensor [experts, rows, columns], whose name has nothing after it.
-AS_IS, TRANSPOSED, STACKED = "as is", "transposed", "stacked"
+# What stands after the module's name, weight or bias, stays. The ways of storing are few:
+# - transposed: a linear weight is [in, out] in the files.
+# - stacked: one tensor [experts, rows, columns], whose name has nothing after it.
+# - from row 2: a table of positions begins with two rows that no text uses.
+AS_IS, TRANSPOSED, STACKED, FROM_ROW_2 = "as is", "transposed", "stacked", "from row 2"
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -211,11 +245,25 @@ GPT2_WEIGHTS = (
     ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], TRANSPOSED),
     ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
 )
+OPT_WEIGHTS = (
+    ("model.decoder.embed_tokens", ["transformer.wte"], AS_IS),
+    ("model.decoder.embed_positions", ["transformer.wpe"], FROM_ROW_2),
+    ("model.decoder.layers.{}.self_attn_layer_norm", ["transformer.h.{}.ln_1"], AS_IS),
+    ("model.decoder.layers.{}.self_attn.q_proj", ["transformer.h.{}.attn.q_proj"], AS_IS),
+    ("model.decoder.layers.{}.self_attn.k_proj", ["transformer.h.{}.attn.k_proj"], AS_IS),
+    ("model.decoder.layers.{}.self_attn.v_proj", ["transformer.h.{}.attn.v_proj"], AS_IS),
+    ("model.decoder.layers.{}.self_attn.out_proj", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("model.decoder.layers.{}.final_layer_norm", ["transformer.h.{}.ln_2"], AS_IS),
+    ("model.decoder.layers.{}.fc1", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("model.decoder.layers.{}.fc2", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("model.decoder.final_layer_norm", ["transformer.ln_f"], AS_IS),
+)
 OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
+    "opt": OPT_WEIGHTS,
 }
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
@@ -325,26 +373,30 @@ def config_from_hf(config: dict) -> GPTConfig:
     dim, n_head = sizes["dim"], sizes["n_head"]
     sizes = {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
 
-    gpt2 = model_type == "gpt2"
-    eps, activation = ("layer_norm_epsilon", "activation_function") if gpt2 else ("rms_norm_eps", "hidden_act")
+    if field.get("word_embed_proj_dim") not in (None, dim):  # opt-350m, which projects to and from its embedding
+        entry = f"word_embed_proj_dim = {reprlib.repr(field['word_embed_proj_dim'])}"
+        raise ValueError(f"config.json has {entry}, and only hidden_size is implemented; choose a model without it")
+    activation = "hidden_act" if "hidden_act" in field else "activation_function"
     if field[activation] not in list(ACTIVATIONS):  # whatever its type
         entry = f"{activation} = {reprlib.repr(field[activation])}"
         raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
     values = {
-        "norm_eps": positive(eps, field[eps], float),
         "activation": ACTIVATIONS[field[activation]],
-        "qkv_bias": switch("attention_bias", field.get("attention_bias")),
-        "o_bias": switch("attention_bias", field.get("attention_bias")),
-        "mlp_bias": switch("mlp_bias", field.get("mlp_bias")),
         "tie_embeddings": switch("tie_word_embeddings", field["tie_word_embeddings"]),
     }
+    for name in EPSILONS:
+        if name in field:
+            values["norm_eps"] = positive(name, field[name], float)
+    for name, ours in BIASES.items():
+        if name in field:
+            values |= dict.fromkeys(ours, switch(name, field[name]))
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
-    if not gpt2:
+    if "rope_theta" in field:
         values["rope_base"], values["rope_scaling"] = rope_of(field)
         values["sliding_window"] = window_of(field, model_type)
     implied = dict(ARCHITECTURES.values())[model_type]
-    return GPTConfig(**sizes, **values | implied)
+    return GPTConfig(**sizes | values | implied)
 
 
 def read_json(path: Path) -> dict:
@@ -480,6 +532,8 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: s
         tensor, turned = tensor.T, " after its transpose"
     elif stored == STACKED and tensor.ndim == 3:
         tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
+    elif stored == FROM_ROW_2 and tensor.ndim == 2:
+        tensor, turned = tensor[2:], " without its first two rows"
     if list(tensor.shape) != shape:
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
     parts = tensor.split(rows)

@@ -288,7 +288,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh"), "relu": nn.ReLU}
 
 
 class MLP(nn.Module):

@@ -40,11 +40,13 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LEARNED_POSITIONS = ("GPT2LMHeadModel", "OPTForCausalLM")  # of those with relu the last first, OPT being known by it
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
 FIXED = {
     "gpt2": {"scale_attn_weights": True} | GPT2_OFF,
+    "opt": {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }
 
@@ -59,7 +61,9 @@ def config_to_hf(config: GPTConfig) -> dict:
         "rms_norm_eps": config.norm_eps,
         "layer_norm_epsilon": config.norm_eps,
         "attention_bias": config.o_bias,
+        "enable_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,
+        "word_embed_proj_dim": config.dim,
         "tie_word_embeddings": config.tie_embeddings,
         "norm_topk_prob": config.norm_topk_prob,
         # As transformers 4 wrote it, which 5 reads as well.
@@ -70,15 +74,17 @@ def config_to_hf(config: GPTConfig) -> dict:
         "max_window_layers": layers if window is None else 0,
         "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
     }
-    rotary = SPARSE if config.n_expert else DENSE
+    architectures = SPARSE if config.n_expert else DENSE
+    if config.rope_base is None:
+        architectures = LEARNED_POSITIONS[:: -1 if config.activation == "relu" else 1]
     differs = {}
-    for architecture in ("GPT2LMHeadModel",) if config.rope_base is None else rotary:
+    for architecture in architectures:
         model_type = convert.ARCHITECTURES[architecture][0]
         fields = {"architectures": [architecture], "model_type": model_type} | FIXED.get(model_type, {})
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         made = asdict(convert.config_from_hf(fields))
         differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "gpt2"):
+        if config.dim % config.n_head and model_type in ("llama", "gpt2", "opt"):
             differs[architecture].append("dim")  # they refuse one that the heads do not divide
         if not differs[architecture]:
             return fields
@@ -92,6 +98,8 @@ def config_to_hf(config: GPTConfig) -> dict:
 def stored_tensor(state_dict: dict, parameters: list[str], stored: str) -> torch.Tensor:
     """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed."""
     tensor = torch.cat([state_dict[name] for name in parameters])
+    if stored == convert.FROM_ROW_2:
+        return torch.cat([torch.zeros_like(tensor[:1]).expand(2, -1), tensor])
     return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
 
 

@@ -42,6 +42,8 @@ ROTARY = {
 }
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 PAD = {"pad_token_id": 0}  # where the default is not below 101
+OPT = {"vocab_size": 101, "hidden_size": 40, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+OPT |= {"max_position_embeddings": 96}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
 MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
@@ -61,6 +63,8 @@ MODELS = {
     "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
     "phi3": ("Phi3", ROTARY | PAD | {"num_key_value_heads": None}),
     "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
+    "opt": ("OPT", OPT),
+    "opt without biases": ("OPT", OPT | {"enable_bias": False, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
@@ -326,6 +330,7 @@ DISGUISES = {
     "compiled": ("gpt2", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}),
     "distributed": ("llama 3.1", lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}),
     "rotary angles": ("llama 3.1", lambda t: t | ANGLES),
+    "opt without model.": ("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
     "tied head": ("qwen3", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
     "tied head of gpt2": ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"]}),
 }
@@ -525,6 +530,35 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"sliding_window": 2047, "head_dim": 96, "qkv_bias": False},
     ),
+    "opt 6.7b": (
+        {
+            "_name_or_path": "facebook/opt-6.7b",
+            "_remove_final_layer_norm": False,
+            "activation_dropout": 0.0,
+            "activation_function": "relu",
+            "architectures": ["OPTForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 2,
+            "do_layer_norm_before": True,
+            "dropout": 0.1,
+            "eos_token_id": 2,
+            "ffn_dim": 16384,
+            "hidden_size": 4096,
+            "init_std": 0.02,
+            "layerdrop": 0.0,
+            "max_position_embeddings": 2048,
+            "model_type": "opt",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "pad_token_id": 1,
+            "prefix": "</s>",
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "vocab_size": 50272,
+            "word_embed_proj_dim": 4096,
+        },
+        {"activation": "relu", "block_size": 2048, "hidden_dim": 16384, "mlp_bias": True, "tie_embeddings": True},
+    ),
     "gpt2": (
         {
             "activation_function": "gelu_new",
@@ -563,7 +597,7 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2", "Phi3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2", "Phi3", "OPT"])
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -612,7 +646,7 @@ REFUSED = [
     (LLAMA, {"rope_parameters": ["llama3"]}, ["llama3"]),
     (LLAMA, {"partial_rotary_factor": 0.25}, ["partial_rotary_factor"]),
     (LLAMA, {"is_causal": False}, ["is_causal"]),
-    (LLAMA, {"hidden_act": "relu2"}, ["hidden_act", "relu2"]),
+    (LLAMA, {"hidden_act": "mish"}, ["hidden_act", "mish"]),
     (LLAMA, {"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM"]),
     (LLAMA, {"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}, ["PhimoeForCausalLM"]),
     (LLAMA, {"architectures": None, "model_type": "phimoe"}, ["phimoe"]),
@@ -629,6 +663,10 @@ REFUSED = [
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
+    ("opt", {"do_layer_norm_before": False}, ["do_layer_norm_before"]),
+    ("opt", {"word_embed_proj_dim": 32}, ["word_embed_proj_dim", "32"]),
+    ("opt", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
+    ("opt", {"_remove_final_layer_norm": True}, ["_remove_final_layer_norm"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
     ("qwen3 moe", {"mlp_only_layers": [0]}, ["mlp_only_layers"]),
     ("qwen3 moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
@@ -647,7 +685,7 @@ REFUSED = [
     (GPT, {"reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
     (GPT, {"scale_attn_weights": False}, ["scale_attn_weights"]),
     (GPT, {"add_cross_attention": True}, ["add_cross_attention"]),
-    (GPT, {"activation_function": "relu"}, ["activation_function", "relu"]),
+    (GPT, {"activation_function": "mish"}, ["activation_function", "mish"]),
     (GPT, {"n_inner": -1}, ["n_inner"]),
 ]
 
@@ -711,7 +749,7 @@ def test_odd_values_give_a_config_or_one_sentence(model_type):
     for value in ODD:
         for name in {*convert_hf.DEFAULTS[model_type], *convert_hf.FIXED, "architectures", "model_type", "new"}:
             is_answered(window | {name: value})
-        for name in LLAMA3 if model_type != "gpt2" else ():
+        for name in LLAMA3 if "rope_theta" in convert_hf.DEFAULTS[model_type] else ():
             is_answered({"rope_parameters": LLAMA3 | {name: value}})
             is_answered({"rope_scaling": {"type": "llama3"} | LLAMA3 | {name: value}})
 
@@ -744,6 +782,7 @@ def without(*keys):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in keys}
 
 
+WPE = "model.decoder.embed_positions.weight"
 FUSED = "model.layers.1.mlp.gate_up_proj.weight"
 DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
 UNFIT = [
@@ -759,6 +798,7 @@ UNFIT = [
     (QWEN, lambda t: t | {"lm_head.weight": torch.ones(101, 40)}, ["lm_head.weight", "tie_word_embeddings"]),
     ("phi3", lambda t: t | {FUSED: t[FUSED][1:]}, [FUSED, "[111, 40]", "[112, 40]"]),
     ("phi3", lambda t: t | {DOWN.replace("down", "up"): t[DOWN].T}, ["left over (1): model.layers.1.mlp.up_proj"]),
+    ("opt", lambda t: t | {WPE: t[WPE][2:]}, [WPE, "[94, 40] without its first two rows", "[96, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
     (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),

@@ -240,6 +240,7 @@ def test_a_folder_with_something_in_it_is_refused(model_pth, tmp_path):
 
 
 GPT2 = {"norm": "layer", "rope_base": None, "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
+NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": "relu"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
     "one bias": (replace(TINY, o_bias=True), ["Llama", "qkv_bias = False"]),
@@ -247,9 +248,10 @@ NOBODY = {
     "biased mixture": (replace(MOE, qkv_bias=True), ["Mixtral", "qkv_bias = True"]),
     "heads that do not divide": (replace(TINY, dim=42, mlp_bias=True), ["dim = 42"]),
     "grouped heads of GPT-2": (replace(TINY, **GPT2, head_dim=8), ["GPT2", "n_kv_head = 2"]),
+    "epsilon of OPT": (replace(TINY, **GPT2 | NO_BIAS, head_dim=8, n_kv_head=4), ["OPT", "norm_eps = 1e-06"]),
     "heads of GPT-2": (replace(TINY, **GPT2, n_kv_head=4), ["GPT2", "head_dim = 12"]),
     "dim of GPT-2": (replace(TINY, **GPT2, n_kv_head=4, dim=42, head_dim=10), ["GPT2", "dim = 42"]),
-    "experts of GPT-2": (replace(MOE, rope_base=None), ["GPT2", "n_expert = 5"]),
+    "experts of GPT-2": (replace(MOE, rope_base=None), ["OPT", "n_expert = 5"]),
 }
 
 

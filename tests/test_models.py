@@ -150,7 +150,7 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
         ({"head_dim": 15}, "head_dim"),
         ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": 1.0}}, "rope_scaling"),
         ({"norm": "batch"}, "norm"),
-        ({"activation": "relu"}, "activation"),
+        ({"activation": "mish"}, "activation"),
         # A window of 0 makes every logit NaN; a scaling without a field ends in a bare KeyError.
         ({"sliding_window": 0}, "sliding_window"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
