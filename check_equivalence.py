@@ -79,6 +79,18 @@ FAMILIES = {
         n_expert_used=3,
         norm_topk_prob=False,
     ),
+    "starcoder2": GPTConfig(
+        **SMALL,
+        n_kv_head=2,
+        head_dim=16,
+        norm="layer",
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        sliding_window=24,
+    ),
     "gpt-2": GPTConfig(
         **SMALL,
         n_kv_head=6,

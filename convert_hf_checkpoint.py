@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "Phi3ForCausalLM": ("phi3", {}),
+    "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
     "OPTForCausalLM": ("opt", {"norm": "layer", "gated": False, "rope_base": None}),
 }
@@ -69,6 +70,7 @@ LLAMA_DEFAULTS = {
 MISTRAL_SIZES = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+LAYER_NORM_DEFAULTS = {name: value for name, value in LLAMA_DEFAULTS.items() if name != "rms_norm_eps"}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | QWEN_SIZES | {"max_position_embeddings": 32768} | QWEN_WINDOW
 DEFAULTS = {
     "llama": LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
@@ -86,6 +88,11 @@ DEFAULTS = {
     "phi3": LLAMA_DEFAULTS
     | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
     | {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "starcoder2": LAYER_NORM_DEFAULTS
+    | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
+    | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
+    | {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True}
+    | {"sliding_window": None, "use_bias": True},
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -144,9 +151,10 @@ ACTIVATIONS = {
 BIASES = {
     "attention_bias": ("qkv_bias", "o_bias"),
     "mlp_bias": ("mlp_bias",),
+    "use_bias": ("qkv_bias", "o_bias", "mlp_bias"),
     "enable_bias": ("qkv_bias", "o_bias", "mlp_bias"),
 }
-EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
+EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
 
 # The numbers that a kind of rotary embedding takes besides its base.
 ROPE_NUMBERS = {
@@ -156,7 +164,12 @@ ROPE_NUMBERS = {
 
 # Fields that have one implemented value, and whose being off would change the model.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
-FIXED |= {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True}
+FIXED |= {
+    "norm_type": "layer_norm",
+    "mlp_type": "default",
+    "do_layer_norm_before": True,
+    "layer_norm_elementwise_affine": True,
+}
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -166,8 +179,9 @@ HARMLESS = set(
     transformers.js_config unsloth_fixed unsloth_version is_llama_config pretraining_tp
     max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
     initializer_range init_std dropout layerdrop activation_dropout
-    attention_dropout attn_pdrop embd_pdrop resid_pdrop gradient_checkpointing
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout embedding_dropout gradient_checkpointing
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class
+    attention_softmax_in_fp32 scale_attention_softmax_in_fp32
     use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward
     id2label label2id num_labels problem_type finetuning_task task_specific_params
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
@@ -177,9 +191,11 @@ HARMLESS = set(
     """.split()
 )
 
-# More of them, of one model type. Phi-3's are of longrope, and of code from before transformers had the type.
+# More of them, of one model type. Phi-3's are of longrope, and of code from before transformers had the type;
+# Starcoder2's come from its training, and transformers reads hidden_act and norm_epsilon instead.
 IGNORED = {
     "phi3": {"original_max_position_embeddings", "auto_map"},
+    "starcoder2": {"activation_function", "layer_norm_epsilon"},
     "opt": {"prefix"},  # of a text
 }
 
@@ -210,6 +226,10 @@ QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transfor
 PHI3_WEIGHTS = (
     ("model.layers.{}.self_attn.qkv_proj", QKV, AS_IS),
     ("model.layers.{}.mlp.gate_up_proj", ["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], AS_IS),
+)
+STARCODER2_WEIGHTS = (
+    ("model.layers.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("model.layers.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
 )
 # Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
 MIXTRAL_MLP = (
@@ -262,6 +282,7 @@ OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
+    "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
     "opt": OPT_WEIGHTS,
 }

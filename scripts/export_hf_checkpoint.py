@@ -39,7 +39,7 @@ from tokenizer import FILES
 MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
-DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Starcoder2ForCausalLM")
 LEARNED_POSITIONS = ("GPT2LMHeadModel", "OPTForCausalLM")  # of those with relu the last first, OPT being known by it
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
@@ -59,8 +59,10 @@ def config_to_hf(config: GPTConfig) -> dict:
         "hidden_act": activation,
         "activation_function": activation,
         "rms_norm_eps": config.norm_eps,
+        "norm_epsilon": config.norm_eps,
         "layer_norm_epsilon": config.norm_eps,
         "attention_bias": config.o_bias,
+        "use_bias": config.o_bias,
         "enable_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,
         "word_embed_proj_dim": config.dim,

@@ -63,6 +63,8 @@ MODELS = {
     "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
     "phi3": ("Phi3", ROTARY | PAD | {"num_key_value_heads": None}),
     "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
+    "starcoder2 gelu": ("Starcoder2", ROTARY | {"tie_word_embeddings": False, "hidden_act": "gelu"}),
+    "starcoder2 unbiased": ("Starcoder2", ROTARY | {"sliding_window": 7, "use_bias": False}),
     "opt": ("OPT", OPT),
     "opt without biases": ("OPT", OPT | {"enable_bias": False, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", GPT2),
@@ -209,6 +211,8 @@ WINDOWS = [
     ("Mixtral", {}, None),
     ("Phi3", {"sliding_window": 7}, 7),
     ("Phi3", {}, None),
+    ("Starcoder2", {"sliding_window": 7}, 7),
+    ("Starcoder2", {"tie_word_embeddings": False}, None),
     ("Qwen3Moe", USE, 7),
     ("Qwen3Moe", USE | {"max_window_layers": 28}, 7),
     ("Qwen3Moe", USE | {"max_window_layers": 1}, 7),
@@ -530,6 +534,40 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"sliding_window": 2047, "head_dim": 96, "qkv_bias": False},
     ),
+    "starcoder2 7b": (
+        {
+            "activation_function": "gelu",
+            "architectures": ["Starcoder2ForCausalLM"],
+            "attention_dropout": 0.1,
+            "attention_softmax_in_fp32": True,
+            "bos_token_id": 0,
+            "embedding_dropout": 0.1,
+            "eos_token_id": 0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 4608,
+            "initializer_range": 0.018042,
+            "intermediate_size": 18432,
+            "layer_norm_epsilon": 1e-05,
+            "max_position_embeddings": 16384,
+            "mlp_type": "default",
+            "model_type": "starcoder2",
+            "norm_epsilon": 1e-05,
+            "norm_type": "layer_norm",
+            "num_attention_heads": 36,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 4,
+            "residual_dropout": 0.1,
+            "rope_theta": 1000000,
+            "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True,
+            "sliding_window": 4096,
+            "torch_dtype": "bfloat16",
+            "use_bias": True,
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+        {"activation": "gelu_tanh", "sliding_window": 4096, "rope_base": 1e6, "o_bias": True, "gated": False},
+    ),
     "opt 6.7b": (
         {
             "_name_or_path": "facebook/opt-6.7b",
@@ -597,7 +635,9 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2", "Phi3", "OPT"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2", "Phi3", "OPT", "Starcoder2"]
+)
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -663,6 +703,9 @@ REFUSED = [
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
+    ("starcoder2 gelu", {"norm_type": "rms_norm"}, ["norm_type", "rms_norm"]),
+    ("starcoder2 gelu", {"mlp_type": "gated"}, ["mlp_type", "gated"]),
+    ("starcoder2 gelu", {"norm_epsilon": 0}, ["norm_epsilon"]),
     ("opt", {"do_layer_norm_before": False}, ["do_layer_norm_before"]),
     ("opt", {"word_embed_proj_dim": 32}, ["word_embed_proj_dim", "32"]),
     ("opt", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
