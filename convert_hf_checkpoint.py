@@ -36,6 +36,7 @@ from model import GPT, GPTConfig
 from runtime import check_target, run_command
 
 # Architecture: model type, and what it says of GPTConfig without a field of config.json.
+LEARNED_POSITIONS = {"norm": "layer", "gated": False, "rope_base": None}
 GPT2_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", {}),
@@ -46,8 +47,9 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "Phi3ForCausalLM": ("phi3", {}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
-    "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
-    "OPTForCausalLM": ("opt", {"norm": "layer", "gated": False, "rope_base": None}),
+    "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
+    "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
+    "OPTForCausalLM": ("opt", LEARNED_POSITIONS),
 }
 
 # The fields that are used, with what transformers 5.23 takes for one that config.json does not have.
@@ -72,6 +74,17 @@ QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_h
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 LAYER_NORM_DEFAULTS = {name: value for name, value in LLAMA_DEFAULTS.items() if name != "rms_norm_eps"}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | QWEN_SIZES | {"max_position_embeddings": 32768} | QWEN_WINDOW
+GPT2_DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
 DEFAULTS = {
     "llama": LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
     "mistral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096},
@@ -93,17 +106,8 @@ DEFAULTS = {
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
     | {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True}
     | {"sliding_window": None, "use_bias": True},
-    "gpt2": {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-    },
+    "gpt2": GPT2_DEFAULTS,
+    "gpt_bigcode": GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh"},
     "opt": {
         "vocab_size": 50272,
         "hidden_size": 768,
@@ -163,8 +167,12 @@ ROPE_NUMBERS = {
 }
 
 # Fields that have one implemented value, and whose being off would change the model.
-FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
-FIXED |= {
+FIXED = {
+    "is_causal": True,
+    "partial_rotary_factor": 1,
+    "scale_attn_weights": True,
+    "multi_query": True,
+    "decoder_sparse_step": 1,
     "norm_type": "layer_norm",
     "mlp_type": "default",
     "do_layer_norm_before": True,
@@ -191,11 +199,11 @@ HARMLESS = set(
     """.split()
 )
 
-# More of them, of one model type. Phi-3's are of longrope, and of code from before transformers had the type;
-# Starcoder2's come from its training, and transformers reads hidden_act and norm_epsilon instead.
+# More of them, of one model type.
 IGNORED = {
-    "phi3": {"original_max_position_embeddings", "auto_map"},
-    "starcoder2": {"activation_function", "layer_norm_epsilon"},
+    "phi3": {"original_max_position_embeddings", "auto_map"},  # longrope's, and code older than transformers' class
+    "starcoder2": {"activation_function", "layer_norm_epsilon"},  # hidden_act and norm_epsilon are read instead
+    "gpt_bigcode": {"num_key_value_heads", "validate_runner_input", "pad_key_length"},  # multi_query says how many
     "opt": {"prefix"},  # of a text
 }
 
@@ -265,6 +273,7 @@ GPT2_WEIGHTS = (
     ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], TRANSPOSED),
     ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
 )
+GPT_BIGCODE_WEIGHTS = tuple((source, targets, AS_IS) for source, targets, _ in GPT2_WEIGHTS)
 OPT_WEIGHTS = (
     ("model.decoder.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.decoder.embed_positions", ["transformer.wpe"], FROM_ROW_2),
@@ -284,6 +293,7 @@ OWN_WEIGHTS = {
     "phi3": PHI3_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
+    "gpt_bigcode": GPT_BIGCODE_WEIGHTS,
     "opt": OPT_WEIGHTS,
 }
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
@@ -570,7 +580,7 @@ def convert(checkpoint_dir) -> Path:
     model_type = model_type_of(hf_config)
     path = directory / "model.pth"
     check_target(path)
-    prefix = "transformer." if model_type == "gpt2" else "model."
+    prefix = "transformer." if model_type in ("gpt2", "gpt_bigcode") else "model."
     files = weight_files(directory)
     found, numbers = find_tensors(files, prefix)
     check_size(config, numbers, directory)

@@ -40,12 +40,14 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Starcoder2ForCausalLM")
-LEARNED_POSITIONS = ("GPT2LMHeadModel", "OPTForCausalLM")  # of those with relu the last first, OPT being known by it
+# With relu the last first, because OPT is known by it.
+LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
 FIXED = {
     "gpt2": {"scale_attn_weights": True} | GPT2_OFF,
+    "gpt_bigcode": {"scale_attn_weights": True, "multi_query": True, "add_cross_attention": False},
     "opt": {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }
@@ -86,7 +88,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         made = asdict(convert.config_from_hf(fields))
         differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "gpt2", "opt"):
+        if config.dim % config.n_head and model_type in ("llama", "gpt2", "gpt_bigcode", "opt"):
             differs[architecture].append("dim")  # they refuse one that the heads do not divide
         if not differs[architecture]:
             return fields
