@@ -9,7 +9,8 @@ Decisions to know:
   here nor known to be harmless is an error that names it, unless it is switched off: null, false, 0 or empty.
 - Weights move by literal tables, Llama's and the rows in which a family differs from it. They must balance: each tensor
   of the files is mapped or dropped on purpose, each parameter is made once. This is settled before any weight is read.
-- Queries and keys keep Hugging Face's order, in which a head rotates as two halves: nothing is permuted.
+- A head of a query or key rotates as two halves, which is Hugging Face's order; of families that rotate neighbouring
+  pairs, and of no others, the rows are permuted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
 Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`,
@@ -46,6 +47,7 @@ ARCHITECTURES = {
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "Phi3ForCausalLM": ("phi3", {}),
+    "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
@@ -101,6 +103,10 @@ DEFAULTS = {
     "phi3": LLAMA_DEFAULTS
     | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
     | {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "ernie4_5": LLAMA_DEFAULTS
+    | {"vocab_size": 103424, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 131072}
+    | {"num_hidden_layers": 18, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
+    | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False},
     "starcoder2": LAYER_NORM_DEFAULTS
     | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
@@ -202,6 +208,7 @@ HARMLESS = set(
 # More of them, of one model type.
 IGNORED = {
     "phi3": {"original_max_position_embeddings", "auto_map"},  # longrope's, and code older than transformers' class
+    "ernie4_5": {"auto_map"},
     "starcoder2": {"activation_function", "layer_norm_epsilon"},  # hidden_act and norm_epsilon are read instead
     "gpt_bigcode": {"num_key_value_heads", "validate_runner_input", "pad_key_length"},  # multi_query says how many
     "opt": {"prefix"},  # of a text
@@ -212,7 +219,8 @@ IGNORED = {
 # - transposed: a linear weight is [in, out] in the files.
 # - stacked: one tensor [experts, rows, columns], whose name has nothing after it.
 # - from row 2: a table of positions begins with two rows that no text uses.
-AS_IS, TRANSPOSED, STACKED, FROM_ROW_2 = "as is", "transposed", "stacked", "from row 2"
+# - pairs: in a head's rows those that rotate together are neighbours, not C/2 apart.
+AS_IS, TRANSPOSED, STACKED, FROM_ROW_2, PAIRS = "as is", "transposed", "stacked", "from row 2", "pairs"
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -238,6 +246,10 @@ PHI3_WEIGHTS = (
 STARCODER2_WEIGHTS = (
     ("model.layers.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], AS_IS),
     ("model.layers.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+)
+PAIRS_WEIGHTS = (
+    ("model.layers.{}.self_attn.q_proj", ["transformer.h.{}.attn.q_proj"], PAIRS),
+    ("model.layers.{}.self_attn.k_proj", ["transformer.h.{}.attn.k_proj"], PAIRS),
 )
 # Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
 MIXTRAL_MLP = (
@@ -291,6 +303,7 @@ OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
+    "ernie4_5": PAIRS_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
     "gpt_bigcode": GPT_BIGCODE_WEIGHTS,
@@ -553,7 +566,7 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
         )
 
 
-def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str) -> dict:
+def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str, head_dim: int) -> dict:
     """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
     check_dtype(tensor, where)
     rows = [expected[name].shape[0] for name in targets]
@@ -567,6 +580,8 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: s
         tensor, turned = tensor[2:], " without its first two rows"
     if list(tensor.shape) != shape:
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
+    if stored == PAIRS:
+        tensor = tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # [heads, C/2, 2, ...]
     parts = tensor.split(rows)
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
 
@@ -598,7 +613,8 @@ def convert(checkpoint_dir) -> Path:
             for source in (source for source in plan if found[source][0] == file):
                 targets, stored = plan[source]
                 name = found[source][1]
-                state_dict |= split_rows(read(name), targets, stored, expected, f"{name} in {file}")
+                where = f"{name} in {file}"
+                state_dict |= split_rows(read(name), targets, stored, expected, where, config.head_dim)
                 bar.update()
     if config.tie_embeddings and "lm_head.weight" in found:
         file, name = found["lm_head.weight"]

@@ -63,6 +63,8 @@ MODELS = {
     "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
     "phi3": ("Phi3", ROTARY | PAD | {"num_key_value_heads": None}),
     "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
+    "ernie 4.5": ("Ernie4_5", ROTARY | {"head_dim": 6, "use_bias": True, "tie_word_embeddings": False}),
+    "ernie 4.5 tied": ("Ernie4_5", ROTARY | {"head_dim": None}),
     "starcoder2 gelu": ("Starcoder2", ROTARY | {"tie_word_embeddings": False, "hidden_act": "gelu"}),
     "starcoder2 unbiased": ("Starcoder2", ROTARY | {"sliding_window": 7, "use_bias": False}),
     "gpt bigcode": ("GPTBigCode", GPT2),
@@ -536,6 +538,31 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"sliding_window": 2047, "head_dim": 96, "qkv_bias": False},
     ),
+    "ernie 4.5 0.3b": (
+        {
+            "architectures": ["Ernie4_5ForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 131072,
+            "model_type": "ernie4_5",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_bias": False,
+            "use_cache": False,
+            "vocab_size": 103424,
+        },
+        {"rope_base": 500000.0, "head_dim": 128, "mlp_bias": False, "tie_embeddings": True},
+    ),
     "starcoder2 7b": (
         {
             "activation_function": "gelu",
@@ -737,6 +764,8 @@ REFUSED = [
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
+    ("ernie 4.5", {"rope_parameters": YARN}, ["yarn"]),
+    ("ernie 4.5", {"attention_bias": True}, ["attention_bias"]),
     ("starcoder2 gelu", {"norm_type": "rms_norm"}, ["norm_type", "rms_norm"]),
     ("starcoder2 gelu", {"mlp_type": "gated"}, ["mlp_type", "gated"]),
     ("starcoder2 gelu", {"norm_epsilon": 0}, ["norm_epsilon"]),
@@ -862,6 +891,7 @@ def without(*keys):
 
 
 WPE = "model.decoder.embed_positions.weight"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
 FUSED = "model.layers.1.mlp.gate_up_proj.weight"
 DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
 UNFIT = [
@@ -879,6 +909,7 @@ UNFIT = [
     ("phi3", lambda t: t | {DOWN.replace("down", "up"): t[DOWN].T}, ["left over (1): model.layers.1.mlp.up_proj"]),
     ("opt", lambda t: t | {WPE: t[WPE][2:]}, [WPE, "[94, 40] without its first two rows", "[96, 40]"]),
     ("gpt bigcode", lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 60]", "[60, 40]"]),
+    ("ernie 4.5", lambda t: t | {QUERY: t[QUERY][:-1]}, [QUERY, "[23, 40]", "[24, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
     (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),

@@ -80,6 +80,8 @@ EXPORTED_AS = {
     "mistral": "LlamaForCausalLM",  # without a window
     "phi3": "LlamaForCausalLM",
     "phi3 window": "MistralForCausalLM",
+    "ernie 4.5": "LlamaForCausalLM",
+    "ernie 4.5 tied": "LlamaForCausalLM",
 }
 
 
