@@ -48,6 +48,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "Phi3ForCausalLM": ("phi3", {}),
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
+    "SeedOssForCausalLM": ("seed_oss", {}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
@@ -107,6 +108,10 @@ DEFAULTS = {
     | {"vocab_size": 103424, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 131072}
     | {"num_hidden_layers": 18, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
     | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False},
+    "seed_oss": LLAMA_DEFAULTS
+    | {"vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 80}
+    | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
+    | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
     "starcoder2": LAYER_NORM_DEFAULTS
     | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
@@ -160,6 +165,7 @@ ACTIVATIONS = {
 # GPTConfig's biases, under their names in config.json; where two make one, the later counts.
 BIASES = {
     "attention_bias": ("qkv_bias", "o_bias"),
+    "attention_out_bias": ("o_bias",),
     "mlp_bias": ("mlp_bias",),
     "use_bias": ("qkv_bias", "o_bias", "mlp_bias"),
     "enable_bias": ("qkv_bias", "o_bias", "mlp_bias"),

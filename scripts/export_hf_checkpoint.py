@@ -39,7 +39,8 @@ from tokenizer import FILES
 MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
-DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Starcoder2ForCausalLM")
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DENSE += ("SeedOssForCausalLM", "Starcoder2ForCausalLM")
 # With relu the last first, because OPT is known by it.
 LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
@@ -63,7 +64,8 @@ def config_to_hf(config: GPTConfig) -> dict:
         "rms_norm_eps": config.norm_eps,
         "norm_epsilon": config.norm_eps,
         "layer_norm_epsilon": config.norm_eps,
-        "attention_bias": config.o_bias,
+        "attention_bias": config.qkv_bias,
+        "attention_out_bias": config.o_bias,
         "use_bias": config.o_bias,
         "enable_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,

@@ -65,6 +65,11 @@ MODELS = {
     "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
     "ernie 4.5": ("Ernie4_5", ROTARY | {"head_dim": 6, "use_bias": True, "tie_word_embeddings": False}),
     "ernie 4.5 tied": ("Ernie4_5", ROTARY | {"head_dim": None}),
+    "seed oss": ("SeedOss", ROTARY | {"head_dim": 16}),
+    "seed oss biases": (
+        "SeedOss",
+        ROTARY | {"head_dim": 6, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
     "starcoder2 gelu": ("Starcoder2", ROTARY | {"tie_word_embeddings": False, "hidden_act": "gelu"}),
     "starcoder2 unbiased": ("Starcoder2", ROTARY | {"sliding_window": 7, "use_bias": False}),
     "gpt bigcode": ("GPTBigCode", GPT2),
@@ -766,6 +771,8 @@ REFUSED = [
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
     ("ernie 4.5", {"rope_parameters": YARN}, ["yarn"]),
     ("ernie 4.5", {"attention_bias": True}, ["attention_bias"]),
+    ("seed oss", {"attention_out_bias": "yes"}, ["attention_out_bias", "yes"]),
+    ("seed oss", {"sliding_window": 7}, ["sliding_window"]),
     ("starcoder2 gelu", {"norm_type": "rms_norm"}, ["norm_type", "rms_norm"]),
     ("starcoder2 gelu", {"mlp_type": "gated"}, ["mlp_type", "gated"]),
     ("starcoder2 gelu", {"norm_epsilon": 0}, ["norm_epsilon"]),
@@ -892,6 +899,7 @@ def without(*keys):
 
 WPE = "model.decoder.embed_positions.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+OUT_BIAS = "model.layers.1.self_attn.o_proj.bias"
 FUSED = "model.layers.1.mlp.gate_up_proj.weight"
 DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
 UNFIT = [
@@ -910,6 +918,7 @@ UNFIT = [
     ("opt", lambda t: t | {WPE: t[WPE][2:]}, [WPE, "[94, 40] without its first two rows", "[96, 40]"]),
     ("gpt bigcode", lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 60]", "[60, 40]"]),
     ("ernie 4.5", lambda t: t | {QUERY: t[QUERY][:-1]}, [QUERY, "[23, 40]", "[24, 40]"]),
+    ("seed oss", lambda t: t | {OUT_BIAS: torch.ones(40)}, [f"left over (1): {OUT_BIAS}"]),
     (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
     (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),

@@ -80,6 +80,7 @@ EXPORTED_AS = {
     "mistral": "LlamaForCausalLM",  # without a window
     "phi3": "LlamaForCausalLM",
     "phi3 window": "MistralForCausalLM",
+    "seed oss": "Qwen2ForCausalLM",
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
 }
@@ -102,6 +103,8 @@ NEVER_THERE = {
     "llama gelu": (replace(TINY, activation="gelu_tanh", qkv_bias=True, o_bias=True), "Llama"),
     "heads that do not divide": (replace(TINY, dim=42), "Mistral"),
     "qwen2 with a head_dim": (replace(TINY, qkv_bias=True), "Qwen2"),
+    "one bias": (replace(TINY, o_bias=True), "SeedOss"),
+    "heads that do not divide, and a bias": (replace(TINY, dim=42, mlp_bias=True), "SeedOss"),
     "qwen3 window": (replace(TINY, qk_norm=True, sliding_window=7), "Qwen3"),
     "qwen3 moe window": (replace(MOE, qk_norm=True, sliding_window=7, norm_topk_prob=False), "Qwen3Moe"),
     "mixtral window": (replace(MOE, sliding_window=7, tie_embeddings=True), "Mixtral"),
@@ -245,10 +248,8 @@ GPT2 = {"norm": "layer", "rope_base": None, "gated": False, "qkv_bias": True, "o
 NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": "relu"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
-    "one bias": (replace(TINY, o_bias=True), ["Llama", "qkv_bias = False"]),
     "window and biases": (replace(TINY, sliding_window=7, qkv_bias=True, mlp_bias=True), ["mlp_bias = True"]),
     "biased mixture": (replace(MOE, qkv_bias=True), ["Mixtral", "qkv_bias = True"]),
-    "heads that do not divide": (replace(TINY, dim=42, mlp_bias=True), ["dim = 42"]),
     "grouped heads of GPT-2": (replace(TINY, **GPT2, head_dim=8), ["GPT2", "n_kv_head = 2"]),
     "epsilon of OPT": (replace(TINY, **GPT2 | NO_BIAS, head_dim=8, n_kv_head=4), ["OPT", "norm_eps = 1e-06"]),
     "heads of GPT-2": (replace(TINY, **GPT2, n_kv_head=4), ["GPT2", "head_dim = 12"]),
