@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": ("phi3", {}),
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "SeedOssForCausalLM": ("seed_oss", {}),
+    "OlmoForCausalLM": ("olmo", {"norm": "layer", "norm_eps": 1e-5}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
@@ -112,6 +113,7 @@ DEFAULTS = {
     | {"vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 80}
     | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
     | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    "olmo": LAYER_NORM_DEFAULTS | {"vocab_size": 50304, "attention_bias": False},
     "starcoder2": LAYER_NORM_DEFAULTS
     | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
@@ -226,7 +228,9 @@ IGNORED = {
 # - stacked: one tensor [experts, rows, columns], whose name has nothing after it.
 # - from row 2: a table of positions begins with two rows that no text uses.
 # - pairs: in a head's rows those that rotate together are neighbours, not C/2 apart.
+# - nowhere: a norm that has no parameters there has weights of one and biases of zero here.
 AS_IS, TRANSPOSED, STACKED, FROM_ROW_2, PAIRS = "as is", "transposed", "stacked", "from row 2", "pairs"
+NOWHERE = "nowhere"
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -256,6 +260,11 @@ STARCODER2_WEIGHTS = (
 PAIRS_WEIGHTS = (
     ("model.layers.{}.self_attn.q_proj", ["transformer.h.{}.attn.q_proj"], PAIRS),
     ("model.layers.{}.self_attn.k_proj", ["transformer.h.{}.attn.k_proj"], PAIRS),
+)
+OLMO_WEIGHTS = (
+    ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], NOWHERE),
+    ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], NOWHERE),
+    ("transformer.ln_f", ["transformer.ln_f"], NOWHERE),
 )
 # Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
 MIXTRAL_MLP = (
@@ -310,6 +319,7 @@ OWN_WEIGHTS = {
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
     "ernie4_5": PAIRS_WEIGHTS,
+    "olmo": OLMO_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
     "gpt_bigcode": GPT_BIGCODE_WEIGHTS,
@@ -561,7 +571,7 @@ def listing(names: list[str]) -> str:
 def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directory: Path) -> None:
     made = Counter(name for targets, _ in plan.values() for name in targets)
     problems = {
-        "missing": [name for name in plan if name not in found],
+        "missing": [name for name, (_, stored) in plan.items() if name not in found and stored != NOWHERE],
         "left over": [name for full, (_, name) in found.items() if full not in plan and full not in dropped],
         "not made exactly once": [name for name in expected | made if made[name] != 1 or name not in expected],
     }
@@ -613,10 +623,11 @@ def convert(checkpoint_dir) -> Path:
     check_balance(plan, expected, found, dropped, directory)
 
     state_dict = {}
-    with tqdm(total=len(plan), unit=" tensors", disable=None) as bar:  # None: no bar where there is no terminal
+    mapped = [source for source in plan if source in found]
+    with tqdm(total=len(mapped), unit=" tensors", disable=None) as bar:  # None: no bar where there is no terminal
         for file in files:
             _, read = open_weights(file)
-            for source in (source for source in plan if found[source][0] == file):
+            for source in (source for source in mapped if found[source][0] == file):
                 targets, stored = plan[source]
                 name = found[source][1]
                 where = f"{name} in {file}"
@@ -630,9 +641,12 @@ def convert(checkpoint_dir) -> Path:
             raise ValueError(
                 f"{name} in {file} is not the embedding, though config.json ties them; set tie_word_embeddings to false"
             )
+    for name in [name for name in expected if name not in state_dict]:  # stored nowhere
+        shape, dtype = expected[name].shape, state_dict["transformer.wte.weight"].dtype
+        state_dict[name] = torch.full(shape, float(name.endswith(".weight")), dtype=dtype)
     write_checkpoint(path, config, state_dict)
     numbers = sum(tensor.numel() for tensor in state_dict.values())
-    counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} made"
+    counts = f"{len(mapped)} tensors mapped, {len(found) - len(mapped)} dropped, {len(state_dict)} made"
     print(f"{counts} ({numbers:,} parameters)")
     return path
 

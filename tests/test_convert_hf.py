@@ -70,6 +70,8 @@ MODELS = {
         "SeedOss",
         ROTARY | {"head_dim": 6, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
     ),
+    "olmo": ("Olmo", ROTARY | {"attention_bias": True, "rope_parameters": {"rope_theta": 500.0}}),
+    "olmo tied": ("Olmo", ROTARY | {"num_key_value_heads": None, "tie_word_embeddings": True}),
     "starcoder2 gelu": ("Starcoder2", ROTARY | {"tie_word_embeddings": False, "hidden_act": "gelu"}),
     "starcoder2 unbiased": ("Starcoder2", ROTARY | {"sliding_window": 7, "use_bias": False}),
     "gpt bigcode": ("GPTBigCode", GPT2),
@@ -257,6 +259,16 @@ def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     wrong = replace(config, sliding_window=None if window else 7)
     with pytest.raises(AssertionError):  # the text is long enough to see it
         compare(model, wrong, state_dict, steps=24)
+
+
+def test_norms_that_are_stored_nowhere_are_in_the_dtype_of_the_others(copy_of, capsys):
+    folder = copy_of("olmo tied")
+    reweigh(folder, lambda tensors: {key: tensor.bfloat16() for key, tensor in tensors.items()})
+    _, state_dict = converted(folder)
+    assert {tensor.dtype for tensor in state_dict.values()} == {torch.bfloat16}
+    assert all(torch.equal(state_dict[f"transformer.ln_f.{kind}"].unique(), torch.tensor([value]))
+               for kind, value in (("weight", 1.0), ("bias", 0.0)))  # fmt: skip
+    assert "15 tensors mapped, 0 dropped, 25 made" in capsys.readouterr().out
 
 
 # Where the weights come from.
@@ -773,6 +785,7 @@ REFUSED = [
     ("ernie 4.5", {"attention_bias": True}, ["attention_bias"]),
     ("seed oss", {"attention_out_bias": "yes"}, ["attention_out_bias", "yes"]),
     ("seed oss", {"sliding_window": 7}, ["sliding_window"]),
+    ("olmo", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
     ("starcoder2 gelu", {"norm_type": "rms_norm"}, ["norm_type", "rms_norm"]),
     ("starcoder2 gelu", {"mlp_type": "gated"}, ["mlp_type", "gated"]),
     ("starcoder2 gelu", {"norm_epsilon": 0}, ["norm_epsilon"]),
@@ -919,6 +932,7 @@ UNFIT = [
     ("gpt bigcode", lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 60]", "[60, 40]"]),
     ("ernie 4.5", lambda t: t | {QUERY: t[QUERY][:-1]}, [QUERY, "[23, 40]", "[24, 40]"]),
     ("seed oss", lambda t: t | {OUT_BIAS: torch.ones(40)}, [f"left over (1): {OUT_BIAS}"]),
+    ("olmo", lambda t: t | {"model.norm.weight": torch.ones(40)}, ["left over (1): model.norm.weight"]),
     (GPT, lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 120]", "[120, 40]"]),
     (GPT, lambda t: t | {ATTN: t[ATTN][0]}, [ATTN, "[120]"]),
     (GPT, lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, ["wte.weight", "twice"]),
