@@ -79,6 +79,7 @@ FAMILIES = {
         n_expert_used=3,
         norm_topk_prob=False,
     ),
+    "arcee": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, activation="relu2", gated=False),
     "starcoder2": GPTConfig(
         **SMALL,
         n_kv_head=2,

@@ -50,6 +50,7 @@ ARCHITECTURES = {
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "SeedOssForCausalLM": ("seed_oss", {}),
     "OlmoForCausalLM": ("olmo", {"norm": "layer", "norm_eps": 1e-5}),
+    "ArceeForCausalLM": ("arcee", {"gated": False}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
@@ -114,6 +115,9 @@ DEFAULTS = {
     | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
     | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
     "olmo": LAYER_NORM_DEFAULTS | {"vocab_size": 50304, "attention_bias": False},
+    "arcee": LLAMA_DEFAULTS
+    | {"hidden_size": 2560, "intermediate_size": 18432, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    | {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
     "starcoder2": LAYER_NORM_DEFAULTS
     | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
@@ -163,6 +167,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 # GPTConfig's biases, under their names in config.json; where two make one, the later counts.
 BIASES = {

@@ -288,7 +288,18 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh"), "relu": nn.ReLU}
+class SquaredReLU(nn.Module):
+    def forward(self, x):
+        return x * F.relu(x)
+
+
+ACTIVATIONS = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+    "relu": nn.ReLU,
+    "relu2": SquaredReLU,
+}
 
 
 class MLP(nn.Module):

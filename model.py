@@ -43,7 +43,7 @@ class GPTConfig:
     norm: str = "rms"  # or "layer", with a bias
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
-    activation: str = "silu"  # or "gelu", "gelu_tanh", "relu"
+    activation: str = "silu"  # or "gelu", "gelu_tanh", "relu", "relu2" (its square)
     gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
     qkv_bias: bool = False
     o_bias: bool = False
@@ -92,6 +92,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 

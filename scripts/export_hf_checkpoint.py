@@ -40,7 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DENSE += ("SeedOssForCausalLM", "Starcoder2ForCausalLM")
+DENSE += ("ArceeForCausalLM", "SeedOssForCausalLM", "Starcoder2ForCausalLM")
 # With relu the last first, because OPT is known by it.
 LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
@@ -90,7 +90,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         made = asdict(convert.config_from_hf(fields))
         differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "gpt2", "gpt_bigcode", "opt"):
+        if config.dim % config.n_head and model_type in ("llama", "arcee", "gpt2", "gpt_bigcode", "opt"):
             differs[architecture].append("dim")  # they refuse one that the heads do not divide
         if not differs[architecture]:
             return fields
