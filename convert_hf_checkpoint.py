@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "SeedOssForCausalLM": ("seed_oss", {}),
     "OlmoForCausalLM": ("olmo", {"norm": "layer", "norm_eps": 1e-5}),
     "ArceeForCausalLM": ("arcee", {"gated": False}),
+    "HeliumForCausalLM": ("helium", {"o_bias": False}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
     "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
@@ -118,6 +119,10 @@ DEFAULTS = {
     "arcee": LLAMA_DEFAULTS
     | {"hidden_size": 2560, "intermediate_size": 18432, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     | {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
+    "helium": LLAMA_DEFAULTS
+    | {"vocab_size": 48000, "hidden_size": 2560, "intermediate_size": 7040, "max_position_embeddings": 4096}
+    | {"num_hidden_layers": 24, "num_attention_heads": 20, "num_key_value_heads": 20, "head_dim": 128}
+    | {"rms_norm_eps": 1e-8, "rope_theta": 100000.0, "attention_bias": False, "mlp_bias": False},
     "starcoder2": LAYER_NORM_DEFAULTS
     | {"vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 4096}
     | {"num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2}
@@ -324,6 +329,7 @@ OWN_WEIGHTS = {
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
     "ernie4_5": PAIRS_WEIGHTS,
+    "helium": PAIRS_WEIGHTS,
     "olmo": OLMO_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,

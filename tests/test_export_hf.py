@@ -83,6 +83,8 @@ EXPORTED_AS = {
     "phi3": "LlamaForCausalLM",
     "phi3 window": "MistralForCausalLM",
     "seed oss": "Qwen2ForCausalLM",
+    "helium": "SeedOssForCausalLM",
+    "helium tied": "LlamaForCausalLM",
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
 }
