@@ -467,8 +467,9 @@ def make_case(config, state_dict, device, compiled) -> Case:
 
 def transformers_row(case: Case, hf) -> Row:
     theirs, size = transformers_model(hf).to(case.device), case.config.vocab_size
-    if theirs.config.vocab_size != size:
-        raise ValueError(f"{hf} has a vocabulary of {theirs.config.vocab_size}, the checkpoint {size}")
+    found = theirs.config.get_text_config().vocab_size  # of a multimodal model it is not in the config itself
+    if found != size:
+        raise ValueError(f"{hf} has a vocabulary of {found}, the checkpoint {size}")
     return compare("transformers", case.expected, theirs(case.ids).logits, case.length, **case.exact)
 
 

@@ -11,6 +11,7 @@ Decisions to know:
   of the files is mapped or dropped on purpose, each parameter is made once. This is settled before any weight is read.
 - A head of a query or key rotates as two halves, which is Hugging Face's order; of families that rotate neighbouring
   pairs, and of no others, the rows are permuted.
+- Of a multimodal folder the text model is converted; the other towers' tensors are dropped by name, and counted.
 - dtypes are kept. Weight files are mapped one at a time, so that memory holds the result and little more.
 
 Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`,
@@ -57,6 +58,14 @@ ARCHITECTURES = {
     "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
     "OPTForCausalLM": ("opt", LEARNED_POSITIONS),
 }
+
+# Folders of several towers, of which the text model is converted: the architecture, what its text model may be.
+MULTIMODAL = {"Mistral3ForConditionalGeneration": ("mistral",)}
+TOWERS = ("vision_tower.", "multi_modal_projector.")  # the others' tensors
+# Their fields in config.json, beside text_config.
+TOWER_FIELDS = {"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"}
+TOWER_FIELDS |= {"projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"}
+TOWER_FIELDS |= {"boi_token_index", "eoi_token_index", "mm_tokens_per_image"}
 
 # The fields that are used, with what transformers 5.23 takes for one that config.json does not have.
 LLAMA_DEFAULTS = {
@@ -371,6 +380,28 @@ def refuse_unknown(fields: dict, known) -> None:
             raise ValueError(f"config.json has {entry}, which is not implemented; {advice}")
 
 
+def text_half(config: dict) -> dict:
+    """The config of a multimodal folder's text model; of any other folder the config itself.
+
+    Embeddings are tied if the folder's own field says so, which counts more than the text model's.
+    """
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if architecture not in list(MULTIMODAL):  # whatever its type
+        return config
+    refuse_unknown(config, TOWER_FIELDS | HARMLESS)
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"config.json has text_config = {reprlib.repr(text)}; it must be an object")
+    kinds = MULTIMODAL[architecture]
+    if text.get("model_type") not in kinds:
+        entry = f"a text_config of model_type = {reprlib.repr(text.get('model_type'))}"
+        raise ValueError(f"config.json has {entry}; implemented in {architecture} is {', '.join(kinds)}")
+    if config.get("tie_word_embeddings") is not None:
+        text = text | {"tie_word_embeddings": config["tie_word_embeddings"]}
+    return text | {"architectures": None}
+
+
 def model_type_of(config: dict) -> str:
     named, given = config.get("architectures") or [], config.get("model_type")
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -378,7 +409,7 @@ def model_type_of(config: dict) -> str:
     found = ARCHITECTURES.get(named[0], [None])[0] if named else given
     if found not in list(DEFAULTS):  # whatever its type
         what = f"the architecture {named[0]}" if named else f"no architectures, and model_type = {reprlib.repr(given)}"
-        raise ValueError(f"config.json has {what}; implemented are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"config.json has {what}; implemented are {', '.join([*ARCHITECTURES, *MULTIMODAL])}")
     if given not in (None, found):
         entry = f"the architecture {named[0]} but model_type = {reprlib.repr(given)}"
         raise ValueError(f"config.json has {entry}; correct one of them")
@@ -434,6 +465,7 @@ def window_of(field: dict, model_type: str) -> int | None:
 
 def config_from_hf(config: dict) -> GPTConfig:
     """GPTConfig from the content of a config.json. Raises ValueError, by name, for what is not implemented."""
+    config = text_half(config)
     model_type = model_type_of(config)
     defaults = DEFAULTS[model_type]
     refuse_unknown(config, defaults.keys() | HARMLESS | IGNORED.get(model_type, set()))
@@ -530,21 +562,27 @@ def open_weights(file: Path):
     return {name: tensor.numel() for name, tensor in opened.items()}, read
 
 
-def find_tensors(files: list[Path], prefix: str) -> tuple[dict, int]:
-    """({name in the weight map: (file, name in the file)}, how many numbers they are).
+def find_tensors(files: list[Path], prefix: str, multimodal: bool) -> tuple[dict, int, Counter]:
+    """({name in the weight map: (file, name in the file)}, how many numbers they are, how many tensors each other tower
+    of a multimodal folder has).
 
     Files of a base model lack the prefix, and get it here.
     """
-    found, numbers = {}, 0
+    found, numbers, towers = {}, 0, Counter()
     for file in files:
         sizes, _ = open_weights(file)
-        numbers += sum(sizes.values())
         for short, name in strip_prefixes({name: name for name in sizes}).items():
+            if multimodal:  # language_model.model. on the Hub, model.language_model. in transformers 5
+                short = short.removeprefix("model.").removeprefix("language_model.")
+                if short.startswith(TOWERS):
+                    towers[short.partition(".")[0]] += 1
+                    continue
+            numbers += sizes[name]
             full = short if short.startswith((prefix, "lm_head.")) else prefix + short
             if full in found:
                 raise ValueError(f"{found[full][0]} has {found[full][1]} and {file} has {name}, the same tensor twice")
             found[full] = file, name
-    return found, numbers
+    return found, numbers, towers
 
 
 def weight_rows(model_type: str, stacked: bool = False) -> tuple:
@@ -618,13 +656,13 @@ def convert(checkpoint_dir) -> Path:
     if the folder is not whole or the model not one that is implemented."""
     directory = Path(checkpoint_dir)
     hf_config = read_json(directory / "config.json")
-    config = config_from_hf(hf_config)
-    model_type = model_type_of(hf_config)
+    text_config = text_half(hf_config)
+    config, model_type = config_from_hf(text_config), model_type_of(text_config)
     path = directory / "model.pth"
     check_target(path)
     prefix = "transformer." if model_type in ("gpt2", "gpt_bigcode") else "model."
     files = weight_files(directory)
-    found, numbers = find_tensors(files, prefix)
+    found, numbers, towers = find_tensors(files, prefix, multimodal=text_config is not hf_config)
     check_size(config, numbers, directory)
     stacked = config.n_expert > 0 and any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
     with torch.device("meta"):
@@ -657,7 +695,10 @@ def convert(checkpoint_dir) -> Path:
         state_dict[name] = torch.full(shape, float(name.endswith(".weight")), dtype=dtype)
     write_checkpoint(path, config, state_dict)
     numbers = sum(tensor.numel() for tensor in state_dict.values())
-    counts = f"{len(mapped)} tensors mapped, {len(found) - len(mapped)} dropped, {len(state_dict)} made"
+    dropped = f"{len(found) - len(mapped) + towers.total()} dropped"
+    if towers:
+        dropped += f" ({', '.join(f'{count} of {tower}' for tower, count in towers.items())})"
+    counts = f"{len(mapped)} tensors mapped, {dropped}, {len(state_dict)} made"
     print(f"{counts} ({numbers:,} parameters)")
     return path
 

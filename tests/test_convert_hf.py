@@ -45,6 +45,10 @@ PAD = {"pad_token_id": 0}  # where the default is not below 101
 OPT = {"vocab_size": 101, "hidden_size": 40, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPT |= {"max_position_embeddings": 96}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
+VISION = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
+MISTRAL3 = {"vision_config": VISION, "image_token_index": 100, "vision_feature_layer": -1}
+TEXT = ROTARY | {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
 MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
@@ -82,6 +86,11 @@ MODELS = {
     "gpt bigcode untied": ("GPTBigCode", GPT2 | {"n_inner": 24, "tie_word_embeddings": False}),
     "opt": ("OPT", OPT),
     "opt without biases": ("OPT", OPT | {"enable_bias": False, "tie_word_embeddings": False}),
+    "mistral 3.1": ("Mistral3", MISTRAL3 | {"text_config": TEXT, "tie_word_embeddings": False}),
+    "mistral 3 tied": (
+        "Mistral3",
+        MISTRAL3 | {"text_config": TEXT | {"sliding_window": 7}, "tie_word_embeddings": True},
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
@@ -90,7 +99,8 @@ MODELS = {
 def random_model(family, fields):
     """Transformers' model in float32, all its parameters random."""
     config = getattr(transformers, f"{family}Config")(**fields)
-    architecture = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    others = {"GPT2": "GPT2LMHeadModel", "Mistral3": "Mistral3ForConditionalGeneration"}
+    architecture = others.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
@@ -351,6 +361,14 @@ def masks(tensors):
     return tensors | layers | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
 
 
+def in_memory(name):
+    """A multimodal model's tensor as transformers 5 names it, not as it is published."""
+    name = name.removeprefix("language_model.").removeprefix("model.")
+    if name.startswith("lm_head."):
+        return name
+    return f"model.{name}" if name.startswith(convert_hf.TOWERS) else f"model.language_model.{name}"
+
+
 ANGLES = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
 DISGUISES = {
     "gpt2 without transformer.": ("gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in masks(t).items()}),
@@ -360,9 +378,34 @@ DISGUISES = {
     "distributed": ("llama 3.1", lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}),
     "rotary angles": ("llama 3.1", lambda t: t | ANGLES),
     "opt without model.": ("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+    "multimodal in transformers 5": ("mistral 3.1", lambda t: {in_memory(k): v for k, v in t.items()}),
     "tied head": ("qwen3", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
     "tied head of gpt2": ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"]}),
 }
+
+
+def test_the_other_towers_are_dropped_and_counted(copy_of, capsys):
+    folder = copy_of("mistral 3.1")
+    names = load_file(folder / "model.safetensors").keys()
+    assert {name.partition(".")[0] for name in names} == {"language_model", "vision_tower", "multi_modal_projector"}
+    convert_hf.convert(folder)
+    vision, projector = (sum(tower in name for name in names) for tower in ("vision_tower", "multi_modal_projector"))
+    printed = capsys.readouterr().out
+    assert f"21 tensors mapped, {vision + projector} dropped (" in printed and "21 made" in printed
+    assert f"{vision} of vision_tower" in printed and f"{projector} of multi_modal_projector" in printed
+    reweigh(folder, lambda tensors: tensors | {"audio_tower.weight": torch.ones(3)})
+    (folder / "model.pth").unlink()
+    refused(folder, "left over (1): audio_tower.weight")
+
+
+def test_tied_embeddings_are_the_folders_before_the_text_models(saved):
+    fields = json.loads((saved("mistral 3.1")[1] / "config.json").read_text())
+    for outer, inner, expected in ((True, False, True), (False, True, False), (None, True, True), (None, None, False)):
+        text = fields["text_config"] | {"tie_word_embeddings": inner}
+        if inner is None:
+            del text["tie_word_embeddings"]
+        config = convert_hf.config_from_hf(fields | {"tie_word_embeddings": outer, "text_config": text})
+        assert config.tie_embeddings == expected
 
 
 @pytest.mark.parametrize("disguise", DISGUISES)
@@ -584,6 +627,38 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"rope_base": 500000.0, "head_dim": 128, "mlp_bias": False, "tie_embeddings": True},
     ),
+    "mistral small 3.1": (
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "image_token_index": 10,
+            "model_type": "mistral3",
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "text_config": {
+                "attention_dropout": 0.0,
+                "head_dim": 128,
+                "hidden_act": "silu",
+                "hidden_size": 5120,
+                "initializer_range": 0.02,
+                "intermediate_size": 32768,
+                "max_position_embeddings": 131072,
+                "model_type": "mistral",
+                "num_attention_heads": 32,
+                "num_hidden_layers": 40,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 1000000000.0,
+                "sliding_window": None,
+                "use_cache": True,
+                "vocab_size": 131072,
+            },
+            "torch_dtype": "bfloat16",
+            "vision_config": {"head_dim": 64, "hidden_size": 1024, "model_type": "pixtral", "rope_theta": 10000.0},
+            "vision_feature_layer": -1,
+        },
+        {"rope_base": 1e9, "dim": 5120, "head_dim": 128, "tie_embeddings": False, "sliding_window": None},
+    ),
     "starcoder2 7b": (
         {
             "activation_function": "gelu",
@@ -719,7 +794,7 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()}))
+@pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()} - {"Mistral3"}))
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -793,6 +868,11 @@ REFUSED = [
     ("arcee", {"rope_parameters": YARN}, ["yarn"]),
     ("arcee", {"hidden_act": "xielu"}, ["hidden_act", "xielu"]),
     ("helium", {"sliding_window": 7}, ["sliding_window"]),
+    ("mistral 3.1", {"text_config": TEXT | {"model_type": "ministral3"}}, ["ministral3", "mistral"]),
+    ("mistral 3.1", {"text_config": TEXT | {"attention_bias": True}}, ["attention_bias"]),
+    ("mistral 3.1", {"text_config": None}, ["text_config = None"]),
+    ("mistral 3.1", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
+    ("mistral 3.1", {"audio_config": {"hidden_size": 8}}, ["audio_config"]),
     ("starcoder2 gelu", {"norm_type": "rms_norm"}, ["norm_type", "rms_norm"]),
     ("starcoder2 gelu", {"mlp_type": "gated"}, ["mlp_type", "gated"]),
     ("starcoder2 gelu", {"norm_epsilon": 0}, ["norm_epsilon"]),

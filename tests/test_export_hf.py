@@ -85,6 +85,8 @@ EXPORTED_AS = {
     "seed oss": "Qwen2ForCausalLM",
     "helium": "SeedOssForCausalLM",
     "helium tied": "LlamaForCausalLM",
+    "mistral 3.1": "LlamaForCausalLM",
+    "mistral 3 tied": "MistralForCausalLM",
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
 }
