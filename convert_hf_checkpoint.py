@@ -117,14 +117,22 @@ SIZES = {
 DERIVED = ("num_key_value_heads", "head_dim", "n_inner", "num_experts")  # null: worked out from the others
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# The numbers that a kind of rotary embedding takes besides its base.
+# The numbers that a kind of rotary embedding takes besides its base, and those that it can do without.
 ROPE_NUMBERS = {
     "default": (),
+    "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+}
+ROPE_OPTIONS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
 
 # Fields that have one implemented value, and whose being off would change the model.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
+FIXED |= {"truncate": True}  # of YaRN
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -249,24 +257,58 @@ def model_type_of(config: dict) -> str:
     return found
 
 
-def rope_of(field: dict) -> tuple[float, dict | None]:
-    """GPTConfig's rope_base and rope_scaling, from the fields of either transformers 4 or 5."""
+def yarn_of(numbers: dict, rope: dict) -> dict:
+    """GPTConfig's rope_scaling; what is left out is as in transformers."""
+    options = {name: positive(name, rope[name], float) for name in ROPE_OPTIONS["yarn"] if rope.get(name)}
+    mscales = [options.pop("mscale", 0), options.pop("mscale_all_dim", 0)]
+    mscales = mscales if all(mscales) else [1, 0]
+    growths = [1 + 0.1 * mscale * math.log(max(numbers["factor"], 1)) for mscale in mscales]
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": growths[0] / growths[1]}
+    return {"rope_type": "yarn"} | numbers | defaults | options
+
+
+def longrope_of(numbers: dict, rope: dict, context: int) -> dict:
+    """GPTConfig's rope_scaling, without the factors for what is beyond the original context."""
+    short, original = rope.get("short_factor"), numbers["original_max_position_embeddings"]
+    if not isinstance(short, list):
+        raise ValueError(f"config.json has short_factor = {reprlib.repr(short)}; it must be a list of numbers")
+    factor = positive("factor", rope.get("factor") or context / original, float)
+    growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return {
+        "rope_type": "longrope",
+        "short_factor": [float(positive("short_factor", value, float)) for value in short],
+        "attention_factor": positive("attention_factor", rope.get("attention_factor") or growth, float),
+    }
+
+
+def rope_of(field: dict) -> dict:
+    """GPTConfig's rope_base, rope_scaling and block_size, from the fields of either transformers 4 or 5."""
     if field["rope_scaling"] and field["rope_parameters"]:
         raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
     rope = field["rope_scaling"] or field["rope_parameters"] or {}
     if not isinstance(rope, dict):
         entry = reprlib.repr(rope)
         raise ValueError(f"config.json has {entry} as its rope_scaling or rope_parameters; it must be an object")
-    context = {"original_max_position_embeddings": field["max_position_embeddings"]}
+    context = field["max_position_embeddings"]
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
     kind = kinds[0]
     if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
         entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
         raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(ROPE_NUMBERS)}")
-    refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind]))
-    rope = {"rope_theta": field["rope_theta"]} | context | rope
-    scaling = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
-    return float(positive("rope_theta", rope["rope_theta"], float)), scaling or None
+    refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ())))
+    original = rope.get("original_max_position_embeddings", context)
+    rope = {"rope_theta": field["rope_theta"]} | rope | {"original_max_position_embeddings": original}
+    numbers = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
+    scaling = {"rope_type": kind} | numbers if numbers else None
+    if kind == "yarn":
+        scaling = yarn_of(numbers, rope)
+        if original != context:  # which files name, too, that were made for a longer one later
+            context = positive("factor * original_max_position_embeddings", int(scaling["factor"] * original), int)
+            context = max(context, field["max_position_embeddings"])
+    elif kind == "longrope":
+        scaling, context = longrope_of(numbers, rope, context), int(min(context, original))
+    base = float(positive("rope_theta", rope["rope_theta"], float))
+    return {"rope_base": base, "rope_scaling": scaling, "block_size": context}
 
 
 def window_of(field: dict, model_type: str) -> int | None:
@@ -324,10 +366,10 @@ def config_from_hf(config: dict) -> GPTConfig:
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:
-        values["rope_base"], values["rope_scaling"] = rope_of(field)
+        values |= rope_of(field)
         values["sliding_window"] = window_of(field, model_type)
     implied = dict(ARCHITECTURES.values())[model_type]
-    return GPTConfig(**sizes, **values | implied)
+    return GPTConfig(**sizes | values | implied)
 
 
 def read_json(path: Path) -> dict:
@@ -505,6 +547,9 @@ def convert(checkpoint_dir) -> Path:
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     counts = f"{len(plan)} tensors mapped, {len(found) - len(plan)} dropped, {len(state_dict)} made"
     print(f"{counts} ({numbers:,} parameters)")
+    if config.block_size < hf_config.get("max_position_embeddings", 0):
+        given = hf_config["max_position_embeddings"]
+        print(f"the context is {config.block_size:,} tokens, not {given:,}: longer ones need longrope's other factors")
     return path
 
 

@@ -51,17 +51,36 @@ def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
     """
     half = config.head_dim // 2
     inv_freq = 1.0 / config.rope_base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
-    if config.rope_scaling is not None:  # Llama 3.1: stretch the waves that do not fit into the original context
-        scaling = config.rope_scaling
-        context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-        longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]
-        wavelength = 2 * math.pi / inv_freq
-        smooth = (context / wavelength - scaling["low_freq_factor"]) / (context / shortest - context / longest)
-        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-        stretched = torch.where(wavelength > longest, inv_freq / factor, between)
-        inv_freq = torch.where(wavelength < shortest, inv_freq, stretched)
+    if config.rope_scaling is not None:
+        inv_freq = scaled_rope(inv_freq, config.rope_base, **config.rope_scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=1)
+    return table * (config.rope_scaling or {}).get("attention_factor", 1.0)
+
+
+def scaled_rope(inv_freq, base: float, rope_type: str, **scaling):
+    """The frequencies [C/2] of a model whose waves were stretched for a longer context."""
+    if rope_type == "longrope":
+        return inv_freq / torch.tensor(scaling["short_factor"], device=inv_freq.device)
+    factor = scaling["factor"]
+    if rope_type == "linear":
+        return inv_freq / factor
+    context, wavelength = scaling["original_max_position_embeddings"], 2 * math.pi / inv_freq
+    if rope_type == "yarn":
+        half = len(inv_freq)
+
+        def pair_of(turns):  # within the original context, as a fraction
+            return half * math.log(context / (2 * math.pi * turns), base)
+
+        low, high = math.floor(pair_of(scaling["beta_fast"])), math.ceil(pair_of(scaling["beta_slow"]))
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        ramp = (torch.arange(half, device=inv_freq.device) - low) / (0.001 if low == high else high - low)
+        return torch.lerp(inv_freq, inv_freq / factor, ramp.clamp(0, 1))
+    longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]  # llama3
+    smooth = (context / wavelength - scaling["low_freq_factor"]) / (context / shortest - context / longest)
+    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    stretched = torch.where(wavelength > longest, inv_freq / factor, between)
+    return torch.where(wavelength < shortest, inv_freq, stretched)
 
 
 def apply_rope(x, rope):

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 class GPTConfig:
     """Everything that decides what a model computes. Raises ValueError if the fields contradict each other.
 
-    `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or Llama 3.1's four numbers, named as in
-    its `config.json`: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
+    `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or a "rope_type" of ROPE_SCALINGS and its
+    numbers, named as in `config.json`; without a type, as in older checkpoints, it is llama3.
     `sliding_window` is how many positions, its own included, a token attends to; None means all before it.
     With `n_expert` above 0 each feed-forward is that many of `hidden_dim`, of which a token takes `n_expert_used`.
     """
@@ -70,11 +70,9 @@ class GPTConfig:
             raise ValueError(f"rope_base must be above 0 or None, not {self.rope_base!r}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be above 0 or None, not {self.sliding_window!r}")
-        fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if self.rope_scaling is not None and self.rope_scaling.keys() != fields:
-            raise ValueError(f"rope_scaling must have {', '.join(sorted(fields))}, not {self.rope_scaling}")
-        if self.rope_scaling and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
-            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", {"rope_type": "llama3"} | self.rope_scaling)
+            self.check_rope_scaling(**self.rope_scaling)
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
         if not (self.n_expert == self.n_expert_used == 0 or 1 <= self.n_expert_used <= self.n_expert):
@@ -86,7 +84,26 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
+    def check_rope_scaling(self, rope_type, **numbers):
+        if rope_type not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling must be of type {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
+        if numbers.keys() != set(ROPE_SCALINGS[rope_type]):
+            fields = ", ".join(ROPE_SCALINGS[rope_type])
+            raise ValueError(f"rope_scaling must have rope_type, {fields}, not {self.rope_scaling}")
+        if rope_type == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
+        if rope_type == "longrope" and len(numbers["short_factor"]) != self.head_dim // 2:
+            count = len(numbers["short_factor"])
+            raise ValueError(f"rope_scaling needs {self.head_dim // 2} numbers as its short_factor, not {count}")
 
+
+# Kinds of `rope_scaling`. Of longrope the short factors alone are here, which hold up to the original context.
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "attention_factor"),
+}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
@@ -110,23 +127,36 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm(config.dim, config.norm_eps)
 
 
-def rope_frequencies(config: GPTConfig, device) -> torch.Tensor:
-    """Radians per position of each of the C/2 rotated pairs, float32 (Su et al. 2021; Llama 3.1's scaling on top)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_base**exponent
-    if config.rope_scaling is None:
-        return frequencies
-    # Waves longer than the original context are slowed by `factor`, short ones kept, those between interpolated.
-    scaling = config.rope_scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each of the C/2 pairs the radians per position, and what its length grows by, in float32 (Su et al. 2021).
+
+    A scaling slows the waves. Those longer than the original context go at 1/factor, short ones are kept, others are
+    between: by turns in that context with llama3 (Llama 3.1), by the pair's number with yarn (Peng et al. 2023).
+    """
+    C, scaling = config.head_dim, config.rope_scaling or {"rope_type": None}
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, C, 2, device=device, dtype=torch.float32) / C)
+    kept = torch.zeros_like(frequencies)
+    context = scaling.get("original_max_position_embeddings")
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling["rope_type"] == "yarn":
+        turns = torch.tensor([scaling["beta_fast"], scaling["beta_slow"]], dtype=torch.float64)
+        first, last = (C / 2 * (context / (2 * math.pi * turns)).log() / math.log(config.rope_base)).tolist()
+        first, last = max(math.floor(first), 0), min(math.ceil(last), C - 1)  # pairs that make so many turns
+        number = torch.arange(C // 2, device=device)
+        kept = 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
+    elif scaling["rope_type"] == "longrope":
+        frequencies = frequencies / torch.tensor(scaling["short_factor"], device=device)
+    slowed = frequencies / scaling.get("factor", 1.0)
+    growth = torch.full_like(frequencies, scaling.get("attention_factor", 1.0))
+    return kept * frequencies + (1 - kept) * slowed, growth
 
 
-def rotate(x, angles):
-    """Turn each pair (x[i], x[i + C/2]) of x [B, T, heads, C] by its angle, angles [T, C/2]."""
-    cos, sin = angles.cos().type_as(x)[:, None], angles.sin().type_as(x)[:, None]  # [T, 1, C/2]
+def rotate(x, angles, growth):
+    """Turn each pair (x[i], x[i + C/2]) of x [B, T, heads, C] by its angle, and stretch it; angles [T, C/2]."""
+    cos, sin = ((growth * part).type_as(x)[:, None] for part in (angles.cos(), angles.sin()))  # [T, 1, C/2]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -154,8 +184,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         position = torch.arange(T, device=x.device)
         if cfg.rope_base is not None:
-            angles = position[:, None] * rope_frequencies(cfg, x.device)  # [T, C/2]
-            q, k = rotate(q, angles), rotate(k, angles)
+            frequencies, growth = rope_frequencies(cfg, x.device)
+            angles = position[:, None] * frequencies  # [T, C/2]
+            q, k = rotate(q, angles, growth), rotate(k, angles, growth)
 
         # Each kv head serves n_head / n_kv_head query heads in a row.
         k, v = (t.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=2) for t in (k, v))

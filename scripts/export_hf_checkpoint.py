@@ -53,6 +53,10 @@ def config_to_hf(config: GPTConfig) -> dict:
     """The content of a config.json, the inverse of config_from_hf. Raises ValueError if no architecture fits."""
     activation = {ours: theirs for theirs, ours in convert.ACTIVATIONS.items()}[config.activation]
     window, layers = config.sliding_window, config.n_layer
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "longrope":  # the context is the original one, so the long factors are none
+        context = {"original_max_position_embeddings": config.block_size}
+        scaling = scaling | context | {"long_factor": scaling["short_factor"]}
     values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()} | {
         "hidden_act": activation,
         "activation_function": activation,
@@ -64,7 +68,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         "norm_topk_prob": config.norm_topk_prob,
         # As transformers 4 wrote it, which 5 reads as well.
         "rope_theta": config.rope_base,
-        "rope_scaling": config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling,
+        "rope_scaling": scaling,
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "max_window_layers": layers if window is None else 0,

@@ -80,6 +80,9 @@ BROKEN = {
     ),
     "rope the other way round": ("model", "second * cos + first * sin", "second * cos - first * sin", "llama-2"),
     "llama 3 scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "llama-3.1"),
+    "yarn scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "qwen2"),
+    "yarn's factor ignored": ("model", "growth * part", "part", "qwen2"),
+    "yarn between other turns": ("fast_model", '(pair_of(scaling["beta_fast"])', "(pair_of(1.0)", "qwen2"),
     "learned positions from 0": (
         "fast_model",
         "self.wpe(positions)",

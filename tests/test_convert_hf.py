@@ -31,6 +31,12 @@ SCRIPT = Path(convert_hf.__file__)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 60}
+MSCALES = YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 80}
+LONGROPE |= {"short_factor": [1.0, 1.5, 2.0, 2.5, 7.0], "long_factor": [4.0] * 5}
+
 ROTARY = {
     "vocab_size": 101,
     "hidden_size": 40,
@@ -46,6 +52,10 @@ MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
     "llama biased": ("Llama", ROTARY | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama linear": ("Llama", ROTARY | {"rope_parameters": LINEAR}),
+    "llama longrope": ("Llama", ROTARY | {"rope_parameters": LONGROPE, "max_position_embeddings": 160}),
+    "qwen2 yarn": ("Qwen2", ROTARY | {"hidden_size": 64, "rope_parameters": YARN | {"beta_fast": 4.0}}),
+    "qwen3 yarn": ("Qwen3", ROTARY | {"head_dim": 16, "rope_parameters": MSCALES}),
     "mistral": ("Mistral", ROTARY | {"head_dim": 16, "sliding_window": None}),
     "mistral window": ("Mistral", ROTARY | {"sliding_window": 7}),
     "qwen2": ("Qwen2", ROTARY | {"tie_word_embeddings": True, "sliding_window": 9}),
@@ -546,17 +556,39 @@ def test_the_original_context_is_the_context_if_not_given(saved):
     assert convert_hf.config_from_hf(fields).rope_scaling["original_max_position_embeddings"] == 96
 
 
-def test_llama3_scaling_matters_here(saved):
-    """The twins' test of llama 3.1 would pass without the scaling if the angles were the same."""
-    model, folder = saved("llama 3.1")
+KIND = {"rope_type"}
+SCALED = ["llama 3.1", "llama linear", "llama longrope", "qwen2 yarn"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaling_matters_here(saved, name):
+    """The twins' test would pass without the scaling, or one of its numbers, if the angles were the same."""
+    model, folder = saved(name)
     config, state_dict = converted(folder)
-    with pytest.raises(AssertionError):
-        compare(model, replace(config, rope_scaling=None), state_dict)
+    scaling = config.rope_scaling
+    numbers = {field: [3.0] * 5 if field == "short_factor" else 3.5 * scaling[field] for field in scaling.keys() - KIND}
+    for wrong in (None, *(scaling | {field: number} for field, number in numbers.items())):
+        with pytest.raises(AssertionError):
+            compare(model, replace(config, rope_scaling=wrong), state_dict, steps=24)
+
+
+def test_a_context_is_stretched_by_yarn_and_cut_for_longrope(copy_of, capsys):
+    assert convert_hf.config_from_hf({"model_type": "qwen2", "rope_scaling": YARN}).block_size == 32768
+    fields = {"model_type": "qwen2", "max_position_embeddings": 48, "rope_scaling": YARN}
+    assert convert_hf.config_from_hf(fields).block_size == 240
+    folder = copy_of("llama longrope")
+    assert converted(folder)[0].block_size == 80
+    assert "the context is 80 tokens, not 160" in capsys.readouterr().out
+
+
+def test_llama3_scaling_of_an_older_checkpoint_has_no_kind(saved):
+    config = converted(saved("llama 3.1")[1])[0]
+    older = {name: value for name, value in config.rope_scaling.items() if name != "rope_type"}
+    assert replace(config, rope_scaling=older) == config
 
 
 # Refusals. The model that the fields are added to, the fields, and what the sentence must name.
 LLAMA, QWEN, GPT = "llama 3.1", "qwen2", "gpt2"
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
 REFUSED = [
     (LLAMA, {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
     (LLAMA, {"attention_multiplier": 0.5}, ["attention_multiplier"]),
@@ -564,8 +596,12 @@ REFUSED = [
     (LLAMA, {"something_new": "x"}, ["something_new"]),
     (LLAMA, {"sliding_window": 7}, ["sliding_window"]),
     (LLAMA, {"rope_interleaved": True}, ["rope_interleaved"]),
-    (LLAMA, {"rope_parameters": YARN}, ["yarn"]),
-    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+    (LLAMA, {"rope_parameters": YARN | {"truncate": False}}, ["truncate"]),
+    (LLAMA, {"rope_parameters": YARN | {"factor": None}}, ["factor"]),
+    (LLAMA, {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),
+    (LLAMA, {"rope_parameters": LONGROPE | {"short_factor": None}}, ["short_factor"]),
+    (LLAMA, {"rope_parameters": LONGROPE | {"short_factor": [0.0] * 8}}, ["short_factor"]),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "mrope"}}, ["mrope"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"attention_factor": 0.9}}, ["attention_factor"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
@@ -669,9 +705,10 @@ def test_odd_values_give_a_config_or_one_sentence(model_type):
     for value in ODD:
         for name in {*convert_hf.DEFAULTS[model_type], *convert_hf.FIXED, "architectures", "model_type", "new"}:
             is_answered(window | {name: value})
-        for name in LLAMA3 if model_type != "gpt2" else ():
-            is_answered({"rope_parameters": LLAMA3 | {name: value}})
-            is_answered({"rope_scaling": {"type": "llama3"} | LLAMA3 | {name: value}})
+        for scaling in (LLAMA3, YARN, LINEAR, LONGROPE) if model_type != "gpt2" else ():
+            for name in {*scaling, "mscale", "mscale_all_dim", "attention_factor"}:
+                is_answered({"rope_parameters": scaling | {name: value}})
+                is_answered({"rope_scaling": {"type": scaling["rope_type"]} | scaling | {name: value}})
 
 
 JSON_FORMS = [
