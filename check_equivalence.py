@@ -80,6 +80,7 @@ FAMILIES = {
         **SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING
     ),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
+    "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},

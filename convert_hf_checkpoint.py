@@ -44,6 +44,8 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "GlmForCausalLM": ("glm", {"o_bias": False}),
+    "StableLmForCausalLM": ("stablelm", {"norm": "layer"}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
 }
 
@@ -81,6 +83,13 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "glm": LLAMA_DEFAULTS
+    | {"vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2}
+    | {"head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625}
+    | {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "stablelm": {name: value for name, value in LLAMA_DEFAULTS.items() if name not in ("rms_norm_eps", "head_dim")}
+    | {"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32}
+    | {"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": 0.25},
     "gpt2": {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -130,7 +139,10 @@ ROPE_OPTIONS = {
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
 
-# Fields that have one implemented value, and whose being off would change the model.
+# The models that rotate neighbouring numbers of a head; all others rotate two halves.
+PAIRED = ("glm",)
+
+# Fields that have one implemented value, and whose being off would change the model. A family may have more.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
 FIXED |= {"truncate": True}  # of YaRN
 
@@ -195,6 +207,15 @@ STACKED_MLP = (
     ),
     ("model.layers.{}.mlp.experts.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], STACKED),
 )
+# Gate and up in one matrix.
+GLM_WEIGHTS = (
+    *(row for row in LLAMA_WEIGHTS if not row[0].endswith((".gate_proj", ".up_proj"))),
+    (
+        "model.layers.{}.mlp.gate_up_proj",
+        ["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"],
+        AS_IS,
+    ),
+)
 GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
 GPT2_WEIGHTS = (
     ("transformer.wte", ["transformer.wte"], AS_IS),
@@ -208,6 +229,8 @@ GPT2_WEIGHTS = (
     ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
     ("lm_head", ["lm_head"], AS_IS),
 )
+# What the names begin with, and the map, where it is not ("model.", LLAMA_WEIGHTS).
+WEIGHTS = {"gpt2": ("transformer.", GPT2_WEIGHTS), "glm": ("model.", GLM_WEIGHTS)}
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
     "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
@@ -234,7 +257,7 @@ def refuse_unknown(fields: dict, known) -> None:
     """Raises ValueError for a field that would change what the model computes, as far as this file knows."""
     advice = "choose a model without it, or delete the field if the model computes the same without it"
     for name, value in fields.items():
-        if name in FIXED:
+        if name in FIXED and name not in known:
             if value is not None and value != FIXED[name]:
                 entry = f"{name} = {reprlib.repr(value)}"
                 raise ValueError(f"config.json has {entry}, and only {FIXED[name]} is implemented; {advice}")
@@ -281,8 +304,8 @@ def longrope_of(numbers: dict, rope: dict, context: int) -> dict:
     }
 
 
-def rope_of(field: dict) -> dict:
-    """GPTConfig's rope_base, rope_scaling and block_size, from the fields of either transformers 4 or 5."""
+def rope_of(field: dict, head_dim: int) -> dict:
+    """GPTConfig's rope_base, rope_scaling, rotary_dim and block_size, from the fields of either transformers 4 or 5."""
     if field["rope_scaling"] and field["rope_parameters"]:
         raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
     rope = field["rope_scaling"] or field["rope_parameters"] or {}
@@ -295,9 +318,11 @@ def rope_of(field: dict) -> dict:
     if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
         entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
         raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(ROPE_NUMBERS)}")
-    refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ())))
+    partial = {name: field[name] for name in ("partial_rotary_factor",) if name in field}
+    known = ("rope_theta", "rope_type", "type", *partial, *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()))
+    refuse_unknown(rope, known)
     original = rope.get("original_max_position_embeddings", context)
-    rope = {"rope_theta": field["rope_theta"]} | rope | {"original_max_position_embeddings": original}
+    rope = {"rope_theta": field["rope_theta"]} | partial | rope | {"original_max_position_embeddings": original}
     numbers = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
     scaling = {"rope_type": kind} | numbers if numbers else None
     if kind == "yarn":
@@ -308,7 +333,15 @@ def rope_of(field: dict) -> dict:
     elif kind == "longrope":
         scaling, context = longrope_of(numbers, rope, context), int(min(context, original))
     base = float(positive("rope_theta", rope["rope_theta"], float))
-    return {"rope_base": base, "rope_scaling": scaling, "block_size": context}
+    rotary = head_dim
+    if partial:
+        factor = positive("partial_rotary_factor", rope["partial_rotary_factor"], float)
+        rotary = int(head_dim * min(factor, 1))
+        if rotary % 2 or not rotary:
+            entry = f"partial_rotary_factor = {factor}, by which {rotary} of {head_dim} numbers of a head rotate"
+            raise ValueError(f"config.json has {entry}; it must be an even count above 0")
+    of_head = {"rotary_dim": None if rotary == head_dim else rotary}
+    return {"rope_base": base, "rope_scaling": scaling, "block_size": context} | of_head
 
 
 def window_of(field: dict, model_type: str) -> int | None:
@@ -351,14 +384,16 @@ def config_from_hf(config: dict) -> GPTConfig:
     sizes = {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
 
     gpt2 = model_type == "gpt2"
-    eps, activation = ("layer_norm_epsilon", "activation_function") if gpt2 else ("rms_norm_eps", "hidden_act")
+    activation = "activation_function" if gpt2 else "hidden_act"
+    eps = next(name for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if name in field)
     if field[activation] not in list(ACTIVATIONS):  # whatever its type
         entry = f"{activation} = {reprlib.repr(field[activation])}"
         raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
+    qkv_bias = "use_qkv_bias" if "use_qkv_bias" in field else "attention_bias"
     values = {
         "norm_eps": positive(eps, field[eps], float),
         "activation": ACTIVATIONS[field[activation]],
-        "qkv_bias": switch("attention_bias", field.get("attention_bias")),
+        "qkv_bias": switch(qkv_bias, field.get(qkv_bias)),
         "o_bias": switch("attention_bias", field.get("attention_bias")),
         "mlp_bias": switch("mlp_bias", field.get("mlp_bias")),
         "tie_embeddings": switch("tie_word_embeddings", field["tie_word_embeddings"]),
@@ -366,7 +401,7 @@ def config_from_hf(config: dict) -> GPTConfig:
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:
-        values |= rope_of(field)
+        values |= rope_of(field, sizes["head_dim"])
         values["sliding_window"] = window_of(field, model_type)
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes | values | implied)
@@ -470,6 +505,23 @@ def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     return plan
 
 
+def head_order(config: GPTConfig, model_type: str) -> list[int] | None:
+    """The numbers of a head in the files, in the order of GPTConfig's, whose partners are half a head apart; None if
+    that is their own."""
+    C, R = config.head_dim, config.rotary_dim or config.head_dim
+    first, second = (range(0, R, 2), range(1, R, 2)) if model_type in PAIRED else (range(R // 2), range(R // 2, R))
+    middle = (R + C) // 2
+    order = [*first, *range(R, middle), *second, *range(middle, C)]
+    return None if order == sorted(order) else order
+
+
+def reordered(tensor, name: str, order: list[int] | None):
+    """Rows of a parameter, those of each head in another order if they are of queries or keys."""
+    if order is None or not name.rpartition(".")[0].endswith((".q_proj", ".k_proj", ".q_norm", ".k_norm")):
+        return tensor
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
 def listing(names: list[str]) -> str:
     return f"({len(names)}): {', '.join(names[:6])}{' ...' * (len(names) > 6)}"
 
@@ -488,8 +540,8 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
         )
 
 
-def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str) -> dict:
-    """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
+def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: list[int] | None, where: str) -> dict:
+    """{parameter: its part of `tensor`}, each a copy that holds on to no file; `order` is of `head_order`."""
     check_dtype(tensor, where)
     rows = [expected[name].shape[0] for name in targets]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
@@ -500,7 +552,7 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: s
         tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
     if list(tensor.shape) != shape:
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
-    parts = tensor.split(rows)
+    parts = [reordered(part, name, order) for name, part in zip(targets, tensor.split(rows), strict=True)]
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
 
 
@@ -513,7 +565,7 @@ def convert(checkpoint_dir) -> Path:
     model_type = model_type_of(hf_config)
     path = directory / "model.pth"
     check_target(path)
-    prefix, rows = ("transformer.", GPT2_WEIGHTS) if model_type == "gpt2" else ("model.", LLAMA_WEIGHTS)
+    prefix, rows = WEIGHTS.get(model_type, ("model.", LLAMA_WEIGHTS))
     files = weight_files(directory)
     found, numbers = find_tensors(files, prefix)
     check_size(config, numbers, directory)
@@ -526,14 +578,14 @@ def convert(checkpoint_dir) -> Path:
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)
 
-    state_dict = {}
+    state_dict, order = {}, head_order(config, model_type)
     with tqdm(total=len(plan), unit=" tensors", disable=None) as bar:  # None: no bar where there is no terminal
         for file in files:
             _, read = open_weights(file)
             for source in (source for source in plan if found[source][0] == file):
                 targets, stored = plan[source]
                 name = found[source][1]
-                state_dict |= split_rows(read(name), targets, stored, expected, f"{name} in {file}")
+                state_dict |= split_rows(read(name), targets, stored, expected, order, f"{name} in {file}")
                 bar.update()
     if config.tie_embeddings and "lm_head.weight" in found:
         file, name = found["lm_head.weight"]

@@ -49,13 +49,15 @@ def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
     bf16 cannot count past 256; float64 is no better, because the weights were trained with float32's rounded angles:
     at position 1,000 of SmolLM2 the exact ones are 2 to 4 times as far from the reference's logits.
     """
-    half = config.head_dim // 2
+    half = (config.rotary_dim or config.head_dim) // 2
     inv_freq = 1.0 / config.rope_base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
     if config.rope_scaling is not None:
         inv_freq = scaled_rope(inv_freq, config.rope_base, **config.rope_scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
     table = torch.stack([angles.cos(), angles.sin()], dim=1)
-    return table * (config.rope_scaling or {}).get("attention_factor", 1.0)
+    table = table * (config.rope_scaling or {}).get("attention_factor", 1.0)
+    still = torch.tensor([1.0, 0.0], device=device).view(1, 2, 1)  # pairs that no position turns
+    return torch.cat([table, still.expand(length, 2, config.head_dim // 2 - half)], dim=2)
 
 
 def scaled_rope(inv_freq, base: float, rope_type: str, **scaling):

@@ -50,6 +50,7 @@ class GPTConfig:
     mlp_bias: bool = False
     rope_base: float | None = 10000.0
     rope_scaling: dict | None = None
+    rotary_dim: int | None = None  # how many numbers of a head rotate, half of them from its middle on; None: all
     sliding_window: int | None = None
     tie_embeddings: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
@@ -64,10 +65,12 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.rope_base is not None and self.head_dim % 2:
+        if (self.rope_base is not None or self.rotary_dim) and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
         if self.rope_base is not None and not self.rope_base > 0:
             raise ValueError(f"rope_base must be above 0 or None, not {self.rope_base!r}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(f"rotary_dim must be even and at most head_dim {self.head_dim}, not {self.rotary_dim!r}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be above 0 or None, not {self.sliding_window!r}")
         if self.rope_scaling is not None:
@@ -92,9 +95,10 @@ class GPTConfig:
             raise ValueError(f"rope_scaling must have rope_type, {fields}, not {self.rope_scaling}")
         if rope_type == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
             raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
-        if rope_type == "longrope" and len(numbers["short_factor"]) != self.head_dim // 2:
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        if rope_type == "longrope" and len(numbers["short_factor"]) != pairs:
             count = len(numbers["short_factor"])
-            raise ValueError(f"rope_scaling needs {self.head_dim // 2} numbers as its short_factor, not {count}")
+            raise ValueError(f"rope_scaling needs {pairs} numbers as its short_factor, not {count}")
 
 
 # Kinds of `rope_scaling`. Of longrope the short factors alone are here, which hold up to the original context.
@@ -132,9 +136,10 @@ def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Ten
 
     A scaling slows the waves. Those longer than the original context go at 1/factor, short ones are kept, others are
     between: by turns in that context with llama3 (Llama 3.1), by the pair's number with yarn (Peng et al. 2023).
+    The pairs beyond `rotary_dim` R stand still.
     """
-    C, scaling = config.head_dim, config.rope_scaling or {"rope_type": None}
-    frequencies = 1.0 / config.rope_base ** (torch.arange(0, C, 2, device=device, dtype=torch.float32) / C)
+    R, scaling = config.rotary_dim or config.head_dim, config.rope_scaling or {"rope_type": None}
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
     kept = torch.zeros_like(frequencies)
     context = scaling.get("original_max_position_embeddings")
     if scaling["rope_type"] == "llama3":
@@ -143,15 +148,16 @@ def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Ten
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     elif scaling["rope_type"] == "yarn":
         turns = torch.tensor([scaling["beta_fast"], scaling["beta_slow"]], dtype=torch.float64)
-        first, last = (C / 2 * (context / (2 * math.pi * turns)).log() / math.log(config.rope_base)).tolist()
-        first, last = max(math.floor(first), 0), min(math.ceil(last), C - 1)  # pairs that make so many turns
-        number = torch.arange(C // 2, device=device)
+        first, last = (R / 2 * (context / (2 * math.pi * turns)).log() / math.log(config.rope_base)).tolist()
+        first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)  # pairs that make so many turns
+        number = torch.arange(R // 2, device=device)
         kept = 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
     elif scaling["rope_type"] == "longrope":
         frequencies = frequencies / torch.tensor(scaling["short_factor"], device=device)
     slowed = frequencies / scaling.get("factor", 1.0)
     growth = torch.full_like(frequencies, scaling.get("attention_factor", 1.0))
-    return kept * frequencies + (1 - kept) * slowed, growth
+    still = (0, (config.head_dim - R) // 2)
+    return F.pad(kept * frequencies + (1 - kept) * slowed, still), F.pad(growth, still, value=1.0)
 
 
 def rotate(x, angles, growth):

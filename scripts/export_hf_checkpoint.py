@@ -40,6 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DENSE += ("GlmForCausalLM", "StableLmForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
@@ -62,13 +63,16 @@ def config_to_hf(config: GPTConfig) -> dict:
         "activation_function": activation,
         "rms_norm_eps": config.norm_eps,
         "layer_norm_epsilon": config.norm_eps,
-        "attention_bias": config.o_bias,
+        "layer_norm_eps": config.norm_eps,
+        "attention_bias": config.qkv_bias,
+        "use_qkv_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "norm_topk_prob": config.norm_topk_prob,
         # As transformers 4 wrote it, which 5 reads as well.
         "rope_theta": config.rope_base,
         "rope_scaling": scaling,
+        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "max_window_layers": layers if window is None else 0,
@@ -82,7 +86,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         made = asdict(convert.config_from_hf(fields))
         differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "gpt2"):
+        if config.dim % config.n_head and model_type in ("llama", "gpt2", "stablelm"):
             differs[architecture].append("dim")  # they refuse one that the heads do not divide
         if not differs[architecture]:
             return fields
@@ -93,20 +97,25 @@ def config_to_hf(config: GPTConfig) -> dict:
     )
 
 
-def stored_tensor(state_dict: dict, parameters: list[str], stored: str) -> torch.Tensor:
-    """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed."""
-    tensor = torch.cat([state_dict[name] for name in parameters])
+def stored_tensor(state_dict: dict, order: list[int] | None, parameters: list[str], stored: str) -> torch.Tensor:
+    """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed.
+
+    The rows of heads stand in `order`, the one of the files.
+    """
+    tensor = torch.cat([convert.reordered(state_dict[name], name, order) for name in parameters])
     return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
 
 
-def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
+def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int] | None) -> int:
     """Write the tensors of a weight_plan, and an index if they need more than one file; the number of files."""
     meta = {name: tensor.to("meta") for name, tensor in state_dict.items()}
-    sizes = {name: stored_tensor(meta, *made) for name, made in plan.items()}
+    sizes = {name: stored_tensor(meta, order, *made) for name, made in plan.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
         # No name for the tensors: it would keep them while the next file's are made.
-        save_file({name: stored_tensor(state_dict, *plan[name]) for name in names}, folder / file, {"format": "pt"})
+        save_file(
+            {name: stored_tensor(state_dict, order, *plan[name]) for name in names}, folder / file, {"format": "pt"}
+        )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -114,7 +123,8 @@ def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
 
 
 def special_ids(folder: Path) -> dict:
-    """BOS and EOS of the original's JSON files, where these are still there. Raises ValueError if they are no ids.
+    """BOS, EOS and padding of the original's JSON files, where these are still there. Raises ValueError if they are no
+    ids.
 
     They are written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
     """
@@ -122,7 +132,7 @@ def special_ids(folder: Path) -> dict:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             found |= convert.read_json(folder / name)
-    for name in ("bos_token_id", "eos_token_id"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids[name], several = found.get(name), name == "eos_token_id"
         value = ids[name]
         listed = value if several and isinstance(value, list) else [] if value is None else [value]
@@ -144,15 +154,17 @@ def export(checkpoint_path, out_dir) -> str:
     model_type = fields["model_type"]
     dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
     fields |= special_ids(path.parent) | {"torch_dtype": dtype}
-    rows = convert.GPT2_WEIGHTS if model_type == "gpt2" else convert.LLAMA_WEIGHTS
+    _, rows = convert.WEIGHTS.get(model_type, (None, convert.LLAMA_WEIGHTS))
     rows += {"mixtral": convert.MIXTRAL_MLP, "qwen3_moe": convert.QWEN3_MOE_MLP}.get(model_type, ())
     plan = convert.weight_plan(rows, config, state_dict)
 
+    order = convert.head_order(config, model_type)
+    order = order and [order.index(number) for number in range(config.head_dim)]  # and back
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     check_target(temporary)
     temporary.mkdir(parents=True)
     try:
-        count = write_weights(temporary, plan, state_dict)
+        count = write_weights(temporary, plan, state_dict, order)
         (temporary / "config.json").write_text(json.dumps(fields, indent=2))
         copied = [name for name in sorted(TOKENIZER_FILES) if (path.parent / name).is_file()]
         for name in copied:

@@ -80,6 +80,13 @@ BROKEN = {
     ),
     "rope the other way round": ("model", "second * cos + first * sin", "second * cos - first * sin", "llama-2"),
     "llama 3 scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "llama-3.1"),
+    "all of a head rotated": ("fast_model", "half = (config.rotary_dim or", "half = (None or", "glm-4"),
+    "partners a rotary_dim apart": (
+        "model",
+        "F.pad(kept * frequencies + (1 - kept) * slowed, still)",
+        "F.pad(kept * frequencies + (1 - kept) * slowed, still[::-1])",
+        "glm-4",
+    ),
     "yarn scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "qwen2"),
     "yarn's factor ignored": ("model", "growth * part", "part", "qwen2"),
     "yarn between other turns": ("fast_model", '(pair_of(scaling["beta_fast"])', "(pair_of(1.0)", "qwen2"),

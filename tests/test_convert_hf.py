@@ -46,6 +46,7 @@ ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
 }
+GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
 MODELS = {
@@ -63,6 +64,11 @@ MODELS = {
     "qwen3 window": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
+    "glm": ("Glm", ROTARY | {"head_dim": 16, "pad_token_id": None}),
+    "glm rotary 0.8": ("Glm", ROTARY | GLM | {"head_dim": 10, "attention_bias": False}),
+    "glm rotary 1": ("Glm", ROTARY | {"head_dim": 16, "partial_rotary_factor": 1.0, "pad_token_id": None}),
+    "stablelm": ("StableLm", ROTARY | {"hidden_size": 64, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "stablelm biased": ("StableLm", ROTARY | {"partial_rotary_factor": 0.6, "use_qkv_bias": True}),
     "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral window": ("Mixtral", ROTARY | {"num_local_experts": 3, "sliding_window": 7}),
     "qwen3 moe": ("Qwen3Moe", ROTARY | EXPERTS | {"norm_topk_prob": True}),
@@ -536,7 +542,7 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "GPT2"])
+@pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()}))
 def test_absent_fields_are_what_transformers_takes(family):
     full = getattr(transformers, f"{family}Config")().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
@@ -621,6 +627,9 @@ REFUSED = [
     (LLAMA, {"hidden_size": "40"}, ["hidden_size", "'40'"]),
     (LLAMA, {"hidden_size": None}, ["hidden_size"]),
     (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps"]),
+    ("glm", {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["partial_rotary_factor = 0.2", "3 of 16 numbers"]),
+    ("stablelm", {"use_parallel_residual": True}, ["use_parallel_residual"]),
+    ("stablelm", {"qk_layernorm": True}, ["qk_layernorm"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),

@@ -161,6 +161,8 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
             "rope_scaling",
         ),
         ({"rope_base": -1.0}, "rope_base"),
+        ({"rotary_dim": 7}, "rotary_dim"),
+        ({"rotary_dim": 22}, "rotary_dim"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused_by_name(fields, name):
