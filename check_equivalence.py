@@ -81,6 +81,9 @@ FAMILIES = {
     ),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
     "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8),
+    "smollm3": GPTConfig(
+        **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
+    ),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},
@@ -327,9 +330,10 @@ def with_int8_cache(reference, fast, ids, first: int):
 
     def attend_again(module, inputs, exact, own):
         keys = module.k_norm if config.qk_norm else module.k_proj
+        turned = rope if config.rotates(module.layer) else None
         caches = [of_all_ranks(t) for t in (own.k_cache, own.k_scale_cache, own.v_cache, own.v_scale_cache)]
         hooks = [
-            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], rope=rope)),
+            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], rope=turned)),
             module.v_proj.register_forward_hook(partial(store, numbers=caches[2], scales=caches[3], rope=None)),
         ]
         rounded = module.forward(*inputs)

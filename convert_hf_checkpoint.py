@@ -44,6 +44,8 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "MinistralForCausalLM": ("ministral", {}),
+    "SmolLM3ForCausalLM": ("smollm3", {}),
     "GlmForCausalLM": ("glm", {"o_bias": False}),
     "StableLmForCausalLM": ("stablelm", {"norm": "layer"}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
@@ -83,6 +85,13 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "ministral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096, "layer_types": None},
+    "smollm3": LLAMA_DEFAULTS
+    | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2e6}
+    | {"attention_bias": False, "mlp_bias": False, "no_rope_layers": None, "no_rope_layer_interval": 4}
+    | QWEN_WINDOW
+    | {"sliding_window": None},
     "glm": LLAMA_DEFAULTS
     | {"vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2}
     | {"head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625}
@@ -141,6 +150,8 @@ ROPE_OPTIONS = {
 
 # The models that rotate neighbouring numbers of a head; all others rotate two halves.
 PAIRED = ("glm",)
+
+MOST_LAYERS = 10_000
 
 # Fields that have one implemented value, and whose being off would change the model. A family may have more.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
@@ -344,31 +355,57 @@ def rope_of(field: dict, head_dim: int) -> dict:
     return {"rope_base": base, "rope_scaling": scaling, "block_size": context} | of_head
 
 
-def window_of(field: dict, model_type: str) -> int | None:
-    """GPTConfig's sliding_window. Raises ValueError if some layers have a window and others none."""
+def layer_count(field: dict) -> int:
+    """The number of layers of a family in which they differ, and so are listed."""
+    if field["num_hidden_layers"] > MOST_LAYERS:
+        entry = f"num_hidden_layers = {field['num_hidden_layers']}"
+        raise ValueError(f"config.json has {entry}; layers that differ must be {MOST_LAYERS} at most")
+    return field["num_hidden_layers"]
+
+
+def nope_layers_of(field: dict) -> tuple:
+    """GPTConfig's nope_layers: SmolLM3 has a 0 for each, or every so many."""
+    if "no_rope_layers" not in field:
+        return ()
+    layers, given = layer_count(field), field["no_rope_layers"]
+    if given is None:
+        interval = positive("no_rope_layer_interval", field["no_rope_layer_interval"], int)
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(given, list) or len(given) < layers or not all(number in (0, 1) for number in given):
+        entry = f"no_rope_layers = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; it must be a list of 0 and 1 for {layers} layers")
+    return tuple(layer for layer in range(layers) if not given[layer])
+
+
+def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
+    """GPTConfig's sliding_window and full_layers."""
     layers, of_each = field["num_hidden_layers"], field.get("layer_types") or None
     used = switch("use_sliding_window", field.get("use_sliding_window", True))
     window = field.get("sliding_window") if used else None
-    full = layers if window is None else 0  # the first ones have none
+    full = range(layers if window is None else 0)
+    if window is not None:
+        window = positive("sliding_window", window, int)
     if window is not None and model_type in ("qwen2", "qwen3"):  # transformers' Qwen3-MoE has no such field
-        full = field["max_window_layers"]
-        if full != 0:
-            positive("max_window_layers", full, int)
-    kinds = {"full_attention"} if full else set()
-    if full < layers:
-        kinds.add("sliding_attention")
+        first = field["max_window_layers"]
+        full = range(min(first if first == 0 else positive("max_window_layers", first, int), layers))
+    elif window is not None and model_type == "smollm3":
+        full = [layer for layer in range(layer_count(field)) if layer not in nope_layers]
     if of_each is not None:  # it counts more; Qwen3-MoE does not have it either, but its cache looks at it
         fits = isinstance(of_each, list) and len(of_each) == layers
-        given = {kind if isinstance(kind, str) else None for kind in of_each} if fits else None
-        kinds = given if given == kinds or model_type != "qwen3_moe" else None
-    if kinds == {"full_attention"}:
-        return None
-    if kinds == {"sliding_attention"} and window is not None:
-        return positive("sliding_window", window, int)
-    entry = ", ".join(
-        f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name
-    )
-    raise ValueError(f"config.json has {entry}; implemented is one sliding window for all layers, or none")
+        fits = fits and all(kind in ("full_attention", "sliding_attention") for kind in of_each)
+        listed = [layer for layer, kind in enumerate(of_each) if kind == "full_attention"] if fits else []
+        fits = fits and (window is not None or len(listed) == layers)
+        if not fits or (model_type == "qwen3_moe" and listed != list(full)):
+            names = ", ".join(
+                f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name
+            )
+            raise ValueError(f"config.json has {names}, which do not fit; choose a model without layer_types")
+        full = listed
+    if len(full) == layers:
+        return {"sliding_window": None}
+    if len(full) > 0:
+        layer_count(field)
+    return {"sliding_window": window, "full_layers": tuple(full)}
 
 
 def config_from_hf(config: dict) -> GPTConfig:
@@ -402,7 +439,8 @@ def config_from_hf(config: dict) -> GPTConfig:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:
         values |= rope_of(field, sizes["head_dim"])
-        values["sliding_window"] = window_of(field, model_type)
+        values["nope_layers"] = nope_layers_of(field)
+        values |= windows_of(field, model_type, values["nope_layers"])
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes | values | implied)
 

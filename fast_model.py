@@ -262,10 +262,10 @@ class AddNorm(nn.Module):
 class Attention(nn.Module):
     """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.head_dim, self.window, self.rotates = config.head_dim, config.window_of(layer), config.rotates(layer)
         self.queries_per_kv = config.n_head // config.n_kv_head
         self.qkv = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
@@ -449,10 +449,10 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+    def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
         self.norm_1 = AddNorm(config, rank, ranks)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
 
@@ -478,7 +478,7 @@ class FastGPT(nn.Module):
         self.n_kv_head = local.n_kv_head
         self.wte = nn.Embedding(rows, config.dim)
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
-        self.layers = nn.ModuleList(Block(local, rank, ranks) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(local, layer, rank, ranks) for layer in range(config.n_layer))
         self.norm_f = AddNorm(config, rank, ranks)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
@@ -547,12 +547,12 @@ class FastGPT(nn.Module):
             raise ValueError(f"{B} rows are more than the cache's {self.max_batch_size}: call setup_caches again")
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
-        mask = None  # without positions a token sees those before it
+        mask = in_window = None  # without positions a token sees those before it
         if input_pos is not None:
             slots = torch.arange(self.max_seq_length, device=idx.device)
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             if window is not None:
-                mask = mask & (slots > positions[:, None, :, None] - window)
+                in_window = mask & (slots > positions[:, None, :, None] - window)
 
         update = self.embed(idx).to(self.norm_f.weight.dtype)
         residual, rope = torch.zeros_like(update), None
@@ -562,7 +562,9 @@ class FastGPT(nn.Module):
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
             rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
         for layer in self.layers:
-            residual, update = layer(residual, update, rope, mask, input_pos)
+            attn = layer.attn
+            seen = mask if attn.window is None else in_window
+            residual, update = layer(residual, update, rope if attn.rotates else None, seen, input_pos)
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]

@@ -52,6 +52,8 @@ class GPTConfig:
     rope_scaling: dict | None = None
     rotary_dim: int | None = None  # how many numbers of a head rotate, half of them from its middle on; None: all
     sliding_window: int | None = None
+    full_layers: tuple = ()  # the layers, counted from 0, that see everything all the same
+    nope_layers: tuple = ()  # the layers that do not rotate
     tie_embeddings: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
     n_expert_used: int = 0
@@ -86,6 +88,17 @@ class GPTConfig:
             raise ValueError("experts must be gated by silu and have no bias")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+
+        for name in ("full_layers", "nope_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, tuple) or not all(layer in range(self.n_layer) for layer in layers):
+                raise ValueError(f"{name} must be a tuple of layers below {self.n_layer}, not {layers!r}")
+
+    def window_of(self, layer: int) -> int | None:
+        return None if layer in self.full_layers else self.sliding_window
+
+    def rotates(self, layer: int) -> bool:
+        return self.rope_base is not None and layer not in self.nope_layers
 
     def check_rope_scaling(self, rope_type, **numbers):
         if rope_type not in ROPE_SCALINGS:
@@ -168,9 +181,9 @@ def rotate(x, angles, growth):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         q_dim, kv_dim = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
@@ -189,7 +202,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         position = torch.arange(T, device=x.device)
-        if cfg.rope_base is not None:
+        if cfg.rotates(self.layer):
             frequencies, growth = rope_frequencies(cfg, x.device)
             angles = position[:, None] * frequencies  # [T, C/2]
             q, k = rotate(q, angles, growth), rotate(k, angles, growth)
@@ -198,9 +211,9 @@ class Attention(nn.Module):
         k, v = (t.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, C]
         distance = position[:, None] - position  # [T, T], how far back the key is from the query
-        visible = distance >= 0
-        if cfg.sliding_window is not None:
-            visible = visible & (distance < cfg.sliding_window)
+        visible, window = distance >= 0, cfg.window_of(self.layer)
+        if window is not None:
+            visible = visible & (distance < window)
         scores = q @ k.transpose(-2, -1) / math.sqrt(cfg.head_dim)  # [B, H, T, T]
         scores = scores.float().masked_fill(~visible, float("-inf"))
         y = scores.softmax(-1).type_as(v) @ v  # [B, H, T, C]
@@ -248,10 +261,10 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = make_norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
 
@@ -269,7 +282,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.dim),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": make_norm(config),
             }
         )

@@ -40,7 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DENSE += ("GlmForCausalLM", "StableLmForCausalLM")
+DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
@@ -75,8 +75,12 @@ def config_to_hf(config: GPTConfig) -> dict:
         "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "max_window_layers": layers if window is None else 0,
-        "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
+        "max_window_layers": layers if window is None else len(config.full_layers),
+        "layer_types": [
+            "full_attention" if config.window_of(i) is None else "sliding_attention" for i in range(layers)
+        ],
+        "no_rope_layers": [int(i not in config.nope_layers) for i in range(layers)],
+        "no_rope_layer_interval": layers,
     }
     rotary = SPARSE if config.n_expert else DENSE
     differs = {}

@@ -80,6 +80,14 @@ BROKEN = {
     ),
     "rope the other way round": ("model", "second * cos + first * sin", "second * cos - first * sin", "llama-2"),
     "llama 3 scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "llama-3.1"),
+    "a full layer with a window": ("fast_model", "config.window_of(layer)", "config.sliding_window", "smollm3"),
+    "a full layer with a mask of its own": (
+        "fast_model",
+        "mask if attn.window is None",
+        "in_window if True",
+        "smollm3",
+    ),
+    "all layers rotated": ("fast_model", "config.rotates(layer)", "True", "smollm3"),
     "all of a head rotated": ("fast_model", "half = (config.rotary_dim or", "half = (None or", "glm-4"),
     "partners a rotary_dim apart": (
         "model",
@@ -107,8 +115,8 @@ BROKEN = {
     "sliding window ignored": ("fast_model", "window = self.config.sliding_window", "window = None", "mistral"),
     "sliding window off by one": (
         "model",
-        "distance < cfg.sliding_window",
-        "distance <= cfg.sliding_window",
+        "distance < window",
+        "distance <= window",
         "mistral",
     ),
     "kv heads in another order": (

@@ -46,6 +46,8 @@ ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+SMOLLM3 = {"no_rope_layer_interval": 2, "pad_token_id": None, "use_sliding_window": True, "sliding_window": 7}
 GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
@@ -64,6 +66,13 @@ MODELS = {
     "qwen3 window": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
+    "qwen3 windows": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "ministral": ("Ministral", ROTARY | {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    "smollm3 untied": (
+        "SmolLM3",
+        ROTARY | {"no_rope_layers": [0, 1], "pad_token_id": None, "tie_word_embeddings": False},
+    ),
+    "smollm3 windows": ("SmolLM3", ROTARY | SMOLLM3),
     "glm": ("Glm", ROTARY | {"head_dim": 16, "pad_token_id": None}),
     "glm rotary 0.8": ("Glm", ROTARY | GLM | {"head_dim": 10, "attention_bias": False}),
     "glm rotary 1": ("Glm", ROTARY | {"head_dim": 16, "partial_rotary_factor": 1.0, "pad_token_id": None}),
@@ -207,7 +216,6 @@ def test_dtype_is_kept(copy_of, saved, name, dtype):
 
 # Every way that a family's config can name a window, and the layers that have it in transformers.
 USE = {"use_sliding_window": True, "sliding_window": 7}
-FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = [
     ("Llama", {"sliding_window": 7}, "refused"),
     ("GPT2", {"sliding_window": 7}, "refused"),
@@ -228,10 +236,10 @@ for qwen in ("Qwen2", "Qwen3"):
     WINDOWS += [
         (qwen, USE, None),  # from layer 28 on
         (qwen, USE | {"max_window_layers": 0}, 7),
-        (qwen, USE | {"max_window_layers": 1}, "refused"),
+        (qwen, USE | {"max_window_layers": 1}, (7, (0,))),
         (qwen, USE | {"max_window_layers": 2}, None),
         (qwen, USE | {"layer_types": [SLIDING] * 2}, 7),
-        (qwen, USE | {"layer_types": [FULL, SLIDING]}, "refused"),
+        (qwen, USE | {"layer_types": [SLIDING, FULL]}, (7, (1,))),
         (qwen, USE | {"layer_types": [FULL] * 2, "max_window_layers": 0}, None),
         (qwen, {"sliding_window": 7, "max_window_layers": 0}, None),
     ]
@@ -246,7 +254,8 @@ def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     if window == "refused":
         return refused(tmp_path, "layer_types" if "layer_types" in fields else "window")
     config, state_dict = converted(tmp_path)
-    assert config.sliding_window == window
+    window, full = window if isinstance(window, tuple) else (window, ())
+    assert (config.sliding_window, config.full_layers) == (window, full)
     compare(model, config, state_dict, steps=24)
     wrong = replace(config, sliding_window=None if window else 7)
     with pytest.raises(AssertionError):  # the text is long enough to see it
@@ -639,11 +648,10 @@ REFUSED = [
     (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
     (QWEN, {"layer_types": ["linear_attention"] * 2}, ["layer_types", "linear_attention"]),
     (QWEN, {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window"]),
-    (
-        QWEN,
-        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None},
-        ["max_window_layers"],
-    ),
+    ("smollm3 windows", {"no_rope_layers": [1]}, ["no_rope_layers = [1]"]),
+    ("smollm3 windows", {"no_rope_layers": [1, 2]}, ["no_rope_layers = [1, 2]"]),
+    ("smollm3 windows", {"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000"]),
+    ("ministral", {"sliding_window": None}, ["layer_types", "sliding_window = None"]),
     (QWEN, {"layer_types": ["full_attention"] * 3}, ["layer_types"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 10**400}}, ["original_max"]),
     (GPT, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
