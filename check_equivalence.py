@@ -84,6 +84,16 @@ FAMILIES = {
     "smollm3": GPTConfig(
         **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
     ),
+    "granite": GPTConfig(
+        **SMALL,
+        n_kv_head=2,
+        head_dim=16,
+        mlp_bias=True,
+        embed_scale=7.0,
+        attention_scale=0.4,
+        residual_scale=0.3,
+        logit_scale=0.2,
+    ),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},
@@ -373,7 +383,7 @@ def steps_of(reference: GPT) -> list:
     """The reference as functions of the residual stream: its layers, then the logits."""
     parts = reference.transformer
     head = parts.wte.weight if reference.config.tie_embeddings else reference.lm_head.weight
-    return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head)]
+    return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head) * reference.config.logit_scale]
 
 
 def errors_by_layer(reference, rounded, seen: list) -> float:

@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "GraniteForCausalLM": ("granite", {}),
     "MinistralForCausalLM": ("ministral", {}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
     "GlmForCausalLM": ("glm", {"o_bias": False}),
@@ -85,6 +86,9 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "granite": LLAMA_DEFAULTS
+    | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
+    | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
     "ministral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096, "layer_types": None},
     "smollm3": LLAMA_DEFAULTS
     | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -151,6 +155,12 @@ ROPE_OPTIONS = {
 # The models that rotate neighbouring numbers of a head; all others rotate two halves.
 PAIRED = ("glm",)
 
+# GPTConfig's factors, under their names in config.json.
+SCALES = {
+    "embedding_multiplier": "embed_scale",
+    "attention_multiplier": "attention_scale",
+    "residual_multiplier": "residual_scale",
+}
 MOST_LAYERS = 10_000
 
 # Fields that have one implemented value, and whose being off would change the model. A family may have more.
@@ -435,6 +445,10 @@ def config_from_hf(config: dict) -> GPTConfig:
         "mlp_bias": switch("mlp_bias", field.get("mlp_bias")),
         "tie_embeddings": switch("tie_word_embeddings", field["tie_word_embeddings"]),
     }
+    for name in SCALES.keys() & field.keys():
+        values[SCALES[name]] = float(positive(name, field[name], float))
+    if "logits_scaling" in field:
+        values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:

@@ -179,19 +179,21 @@ def through_cache(cache, scales, values, input_pos):
     return cache[:B] if scales is None else (cache[:B].float() * scales[:B, ..., None].float()).to(values.dtype)
 
 
-def attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(C)) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
+def attention(q, k, v, mask, scale: float):
+    """softmax(scale q k^T) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
     if mask is None or not compiles_for_few_tokens(q.transpose(1, 2).flatten(2)):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
     # Few tokens on a CPU: fused loops, which read 16-bit caches as fast as 32-bit ones. SDPA takes 84 us a layer in
     # float32 and 213 in bf16 on two Zen 4 cores for one token, these 35 for two (SmolLM2, 256 slots).
     groups = q.unflatten(1, (k.shape[1], -1))[..., None, :]  # [B, K, H/K, T, 1, C]
-    scores = (groups.float() * k[:, :, None, None].float()).sum(-1) / q.shape[-1] ** 0.5  # [B, K, H/K, T, S]
+    scores = (groups.float() * k[:, :, None, None].float()).sum(-1) * scale  # [B, K, H/K, T, S]
     weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1)
     return (weights[..., None] * v[:, :, None, None].float()).sum(-2).flatten(1, 2).to(v.dtype)
 
 
-def sliding_attention(q, k, v, window: int):
+def sliding_attention(q, k, v, window: int, scale: float):
     """Causal attention in which each token sees `window` ones, itself the last; shapes as for `attention`, T = S.
 
     Blocks of `window` queries see their own block and the one before, so no mask is larger than window x 2 window
@@ -199,13 +201,13 @@ def sliding_attention(q, k, v, window: int):
     """
     B, H, T, C = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # a fused kernel takes a mask or groups
-    first = attention(*(t[:, :, :window] for t in (q, k, v)), None)
+    first = attention(*(t[:, :, :window] for t in (q, k, v)), None, scale)
     padding = -T % window
     q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2) for t in (q, k, v))
     k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=3).flatten(0, 1) for t in (k, v))  # [B (blocks - 1), H, 2 window, C]
     slot = torch.arange(2 * window, device=q.device)
     query = slot[window:, None]
-    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None])
+    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale)
     y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
     return torch.cat([first, y[:, :, : T - window]], dim=2)
 
@@ -266,6 +268,7 @@ class Attention(nn.Module):
         super().__init__()
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.head_dim, self.window, self.rotates = config.head_dim, config.window_of(layer), config.rotates(layer)
+        self.scale = config.attention_scale or config.head_dim**-0.5
         self.queries_per_kv = config.n_head // config.n_kv_head
         self.qkv = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
@@ -296,16 +299,16 @@ class Attention(nn.Module):
         if kernels is not None:
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
-            y = kernels.attention(q, k, v, rope, input_pos, *caches, window)
+            y = kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale)
             return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
         v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
         if input_pos is None and self.window is not None and T > self.window:
-            y = sliding_attention(q.transpose(1, 2), k, v, self.window)
+            y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale)
         else:
-            y = attention(q.transpose(1, 2), k, v, mask)
+            y = attention(q.transpose(1, 2), k, v, mask, self.scale)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -455,14 +458,18 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
+        self.scale = config.residual_scale
 
     @torch.compiler.nested_compile_region
     def forward(self, residual, update, rope, mask, input_pos):
         """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel."""
         residual, x = self.norm_1(residual, update)
-        update = self.attn(x, rope, mask, input_pos)
+        update = self.scaled(self.attn(x, rope, mask, input_pos))
         residual, x = self.norm_2(residual, update)
-        return residual, self.mlp(x)
+        return residual, self.scaled(self.mlp(x))
+
+    def scaled(self, update):
+        return update if self.scale == 1 else update * self.scale
 
 
 class FastGPT(nn.Module):
@@ -555,6 +562,8 @@ class FastGPT(nn.Module):
                 in_window = mask & (slots > positions[:, None, :, None] - window)
 
         update = self.embed(idx).to(self.norm_f.weight.dtype)
+        if self.config.embed_scale != 1:
+            update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
         residual, rope = torch.zeros_like(update), None
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
@@ -570,6 +579,8 @@ class FastGPT(nn.Module):
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
         _, x = self.norm_f(residual, update)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
 
 

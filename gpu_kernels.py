@@ -760,12 +760,12 @@ def _join_splits_kernel(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    window: int,
+    window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
-    `window` slots up to its own. T H / KV is 64 at most.
+    `window` slots up to its own, and `scale` multiplies the scores. T H / KV is 64 at most.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -789,7 +789,7 @@ def attention(
     _attention_kernel[(B * KV, splits)](
         q, k, v, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
         T, S, window, q.stride(1), k.stride(1), v.stride(1),
-        scale=C**-0.5 * 1.4426950408889634,  # for powers of 2 instead of e
+        scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
         NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
     )  # fmt: skip
     _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
@@ -797,5 +797,5 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window):
+def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale):
     return q.new_empty(q.shape)

@@ -54,6 +54,10 @@ class GPTConfig:
     sliding_window: int | None = None
     full_layers: tuple = ()  # the layers, counted from 0, that see everything all the same
     nope_layers: tuple = ()  # the layers that do not rotate
+    embed_scale: float = 1.0  # the embedding is multiplied by it, and it is rounded as the weights are
+    attention_scale: float | None = None  # of the scores; None is 1 / sqrt(head_dim)
+    residual_scale: float = 1.0  # what attention and feed-forward add is multiplied by it
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
     n_expert_used: int = 0
@@ -89,6 +93,9 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
+        for name in ("embed_scale", "attention_scale", "residual_scale", "logit_scale"):
+            if not (getattr(self, name) is None and name == "attention_scale" or getattr(self, name) > 0):
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
         for name in ("full_layers", "nope_layers"):
             layers = getattr(self, name)
             if not isinstance(layers, tuple) or not all(layer in range(self.n_layer) for layer in layers):
@@ -214,7 +221,8 @@ class Attention(nn.Module):
         visible, window = distance >= 0, cfg.window_of(self.layer)
         if window is not None:
             visible = visible & (distance < window)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(cfg.head_dim)  # [B, H, T, T]
+        scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, T]
         scores = scores.float().masked_fill(~visible, float("-inf"))
         y = scores.softmax(-1).type_as(v) @ v  # [B, H, T, C]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -267,10 +275,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
+        self.residual_scale = config.residual_scale
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.residual_scale * self.attn(self.ln_1(x))
+        return x + self.residual_scale * self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -297,13 +306,14 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # [B, T, D]
+        x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         if self.config.rope_base is None:
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
         head = self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
-        logits = F.linear(x, head)
+        logits = F.linear(x, head) * self.config.logit_scale
         if targets is None:
             return logits
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)

@@ -40,6 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DENSE += ("GraniteForCausalLM",)
 DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
@@ -58,6 +59,7 @@ def config_to_hf(config: GPTConfig) -> dict:
     if scaling and scaling["rope_type"] == "longrope":  # the context is the original one, so the long factors are none
         context = {"original_max_position_embeddings": config.block_size}
         scaling = scaling | context | {"long_factor": scaling["short_factor"]}
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()} | {
         "hidden_act": activation,
         "activation_function": activation,
@@ -79,6 +81,10 @@ def config_to_hf(config: GPTConfig) -> dict:
         "layer_types": [
             "full_attention" if config.window_of(i) is None else "sliding_attention" for i in range(layers)
         ],
+        "embedding_multiplier": config.embed_scale,
+        "attention_multiplier": scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": 1 / config.logit_scale,
         "no_rope_layers": [int(i not in config.nope_layers) for i in range(layers)],
         "no_rope_layer_interval": layers,
     }

@@ -48,6 +48,8 @@ ROTARY = {
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 SMOLLM3 = {"no_rope_layer_interval": 2, "pad_token_id": None, "use_sliding_window": True, "sliding_window": 7}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_multiplier": 0.6}
+GRANITE |= {"logits_scaling": 3.0}
 GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
@@ -67,6 +69,8 @@ MODELS = {
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
     "qwen3 windows": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "granite": ("Granite", ROTARY | GRANITE),
+    "granite biased": ("Granite", ROTARY | GRANITE | {"attention_bias": True, "mlp_bias": True}),
     "ministral": ("Ministral", ROTARY | {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL]}),
     "smollm3 untied": (
         "SmolLM3",

@@ -162,6 +162,8 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
         ),
         ({"rope_base": -1.0}, "rope_base"),
         ({"rotary_dim": 7}, "rotary_dim"),
+        ({"embed_scale": 0.0}, "embed_scale"),
+        ({"attention_scale": -1.0}, "attention_scale"),
         ({"full_layers": (2,)}, "full_layers"),
         ({"nope_layers": [1]}, "nope_layers"),
         ({"rotary_dim": 22}, "rotary_dim"),
