@@ -94,6 +94,18 @@ FAMILIES = {
         residual_scale=0.3,
         logit_scale=0.2,
     ),
+    "gemma-3": GPTConfig(
+        **SMALL,
+        n_kv_head=3,
+        head_dim=20,
+        norm_plus_one=True,
+        qk_norm=True,
+        activation="gelu_tanh",
+        embed_scale=8.0,
+        tie_embeddings=True,
+        sliding_window=24,
+        full_layers=(1,),
+    ),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},

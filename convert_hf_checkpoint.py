@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
     "GraniteForCausalLM": ("granite", {}),
     "MinistralForCausalLM": ("ministral", {}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
@@ -86,6 +87,10 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "gemma": LLAMA_DEFAULTS
+    | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
+    | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
+    | {"tie_word_embeddings": True, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh"},
     "granite": LLAMA_DEFAULTS
     | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
     | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
@@ -161,11 +166,12 @@ SCALES = {
     "attention_multiplier": "attention_scale",
     "residual_multiplier": "residual_scale",
 }
+GEMMAS = ("gemma",)  # whose embedding is multiplied by the root of its size
 MOST_LAYERS = 10_000
 
 # Fields that have one implemented value, and whose being off would change the model. A family may have more.
 FIXED = {"is_causal": True, "partial_rotary_factor": 1, "scale_attn_weights": True, "decoder_sparse_step": 1}
-FIXED |= {"truncate": True}  # of YaRN
+FIXED |= {"truncate": True, "hidden_activation": "gelu_pytorch_tanh"}  # of YaRN, and of Gemma's first files
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -433,6 +439,8 @@ def config_from_hf(config: dict) -> GPTConfig:
     gpt2 = model_type == "gpt2"
     activation = "activation_function" if gpt2 else "hidden_act"
     eps = next(name for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if name in field)
+    if model_type == "gemma" and field[activation] == "gelu":  # its first files meant the other one by it
+        field[activation] = "gelu_pytorch_tanh"
     if field[activation] not in list(ACTIVATIONS):  # whatever its type
         entry = f"{activation} = {reprlib.repr(field[activation])}"
         raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
@@ -449,6 +457,8 @@ def config_from_hf(config: dict) -> GPTConfig:
         values[SCALES[name]] = float(positive(name, field[name], float))
     if "logits_scaling" in field:
         values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
+    if model_type in GEMMAS:
+        values["embed_scale"] = float(dim**0.5)
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:

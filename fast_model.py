@@ -233,13 +233,29 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class HeadNorm(nn.RMSNorm):
+    """Of each head of q or k."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.head_dim, eps=config.norm_eps)
+        self.plus_one = config.norm_plus_one
+
+    def forward(self, x):
+        return plus_one_norm(x, self.weight, self.eps) if self.plus_one else super().forward(x)
+
+
+def plus_one_norm(x, weight, eps: float):
+    """The RMS norm of weights that are stored as what is added to 1, rounded once."""
+    return F.rms_norm(x.float(), weight.shape, weight.float() + 1, eps).to(x.dtype)
+
+
 class AddNorm(nn.Module):
     """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
 
     def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
         self.rank, self.ranks, self.is_rms = rank, ranks, config.norm == "rms"
-        self.eps = config.norm_eps
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
         self.weight = nn.Parameter(torch.ones(config.dim))
         self.bias = None if self.is_rms else nn.Parameter(torch.zeros(config.dim))
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
@@ -252,10 +268,12 @@ class AddNorm(nn.Module):
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and self.is_rms and on_gpu_kernels(residual):
-            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.peers, self.rank)
-        if self.ranks == 1 and self.is_rms and on_cpu_kernels(residual):
+            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.plus_one, self.peers, self.rank)
+        if self.ranks == 1 and self.is_rms and not self.plus_one and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
         residual = residual + all_reduce(update, self.ranks)
+        if self.plus_one:
+            return residual, plus_one_norm(residual, self.weight, self.eps)
         if self.is_rms:
             return residual, F.rms_norm(residual, self.weight.shape, self.weight, self.eps)
         return residual, F.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
@@ -274,8 +292,8 @@ class Attention(nn.Module):
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = HeadNorm(config)
+            self.k_norm = HeadNorm(config)
         for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
 

@@ -42,6 +42,7 @@ class GPTConfig:
     hidden_dim: int
     norm: str = "rms"  # or "layer", with a bias
     norm_eps: float = 1e-5
+    norm_plus_one: bool = False  # RMSNorm's weights are stored as what is added to 1 (Gemma)
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
     activation: str = "silu"  # or "gelu", "gelu_tanh"
     gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
@@ -84,6 +85,8 @@ class GPTConfig:
             self.check_rope_scaling(**self.rope_scaling)
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
+        if self.norm_plus_one and self.norm != "rms":
+            raise ValueError(f"norm_plus_one needs norm 'rms', not {self.norm!r}")
         if not (self.n_expert == self.n_expert_used == 0 or 1 <= self.n_expert_used <= self.n_expert):
             raise ValueError(
                 f"n_expert_used {self.n_expert_used} must be from 1 to n_expert {self.n_expert}, or both 0"
@@ -134,21 +137,23 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: GPTConfig):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+        self.weight = nn.Parameter(torch.zeros(size) if self.plus_one else torch.ones(size))
 
     def forward(self, x):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (x32 * (1 + self.weight.float())).type_as(x)
         return x32.type_as(x) * self.weight
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.dim, eps=config.norm_eps)
-    return RMSNorm(config.dim, config.norm_eps)
+    return RMSNorm(config.dim, config)
 
 
 def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,8 +202,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
 
     def forward(self, x):
         B, T, _ = x.shape

@@ -40,7 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DENSE += ("GraniteForCausalLM",)
+DENSE += ("GraniteForCausalLM", "GemmaForCausalLM")
 DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.

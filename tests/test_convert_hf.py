@@ -69,6 +69,8 @@ MODELS = {
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
     "qwen3 windows": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "gemma": ("Gemma", ROTARY | {"head_dim": 16, "tie_word_embeddings": False}),
+    "gemma tied": ("Gemma", ROTARY | {"head_dim": 16, "rope_parameters": {"rope_theta": 300.0}}),
     "granite": ("Granite", ROTARY | GRANITE),
     "granite biased": ("Granite", ROTARY | GRANITE | {"attention_bias": True, "mlp_bias": True}),
     "ministral": ("Ministral", ROTARY | {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL]}),
