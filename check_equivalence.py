@@ -80,7 +80,7 @@ FAMILIES = {
         **SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING
     ),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
-    "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8),
+    "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
     "smollm3": GPTConfig(
         **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
     ),
@@ -105,6 +105,11 @@ FAMILIES = {
         tie_embeddings=True,
         sliding_window=24,
         full_layers=(1,),
+        attention_scale=0.3,
+        post_norm=True,
+        rope_base=1e6,
+        rope_base_window=1e3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
@@ -335,10 +340,13 @@ def with_int8_cache(reference, fast, ids, first: int):
 
     The cache is full of these ids. The tokens before `first` were a prompt, which sees its own exact keys and values.
     """
-    config, rope = reference.config, None
-    if config.rope_base is not None:
-        frequencies, growth = rope_frequencies(config, ids.device)
-        rope = torch.arange(ids.shape[1], device=ids.device)[:, None] * frequencies, growth
+    config = reference.config
+
+    def rope_of(layer):
+        if not config.rotates(layer):
+            return None
+        frequencies, growth = rope_frequencies(config, layer, ids.device)
+        return torch.arange(ids.shape[1], device=ids.device)[:, None] * frequencies, growth
 
     def of_all_ranks(cache):
         """[B, T, K, ...] of this rank's [B, its K, T, ...]."""
@@ -352,10 +360,9 @@ def with_int8_cache(reference, fast, ids, first: int):
 
     def attend_again(module, inputs, exact, own):
         keys = module.k_norm if config.qk_norm else module.k_proj
-        turned = rope if config.rotates(module.layer) else None
         caches = [of_all_ranks(t) for t in (own.k_cache, own.k_scale_cache, own.v_cache, own.v_scale_cache)]
         hooks = [
-            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], rope=turned)),
+            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], rope=rope_of(module.layer))),
             module.v_proj.register_forward_hook(partial(store, numbers=caches[2], scales=caches[3], rope=None)),
         ]
         rounded = module.forward(*inputs)

@@ -45,10 +45,12 @@ ARCHITECTURES = {
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
+    "Gemma3ForCausalLM": ("gemma3_text", {"norm_plus_one": True, "qk_norm": True, "post_norm": True}),
     "GraniteForCausalLM": ("granite", {}),
     "MinistralForCausalLM": ("ministral", {}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
     "GlmForCausalLM": ("glm", {"o_bias": False}),
+    "Glm4ForCausalLM": ("glm4", {"o_bias": False, "post_norm": True}),
     "StableLmForCausalLM": ("stablelm", {"norm": "layer"}),
     "GPT2LMHeadModel": ("gpt2", GPT2_BIASES | {"norm": "layer", "gated": False, "rope_base": None}),
 }
@@ -74,6 +76,12 @@ MISTRAL_SIZES = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_posi
 QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | QWEN_SIZES | {"max_position_embeddings": 32768} | QWEN_WINDOW
+GLM_DEFAULTS = (
+    LLAMA_DEFAULTS
+    | {"vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2}
+    | {"head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625}
+    | {"attention_bias": True, "partial_rotary_factor": 0.5}
+)
 DEFAULTS = {
     "llama": LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
     "mistral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096},
@@ -91,6 +99,12 @@ DEFAULTS = {
     | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
     | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
     | {"tie_word_embeddings": True, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3_text": {name: value for name, value in LLAMA_DEFAULTS.items() if name != "hidden_act"}
+    | {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6}
+    | {"tie_word_embeddings": True, "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"}
+    | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 6}
+    | {"rope_local_base_freq": 10000.0},
     "granite": LLAMA_DEFAULTS
     | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
     | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
@@ -101,10 +115,8 @@ DEFAULTS = {
     | {"attention_bias": False, "mlp_bias": False, "no_rope_layers": None, "no_rope_layer_interval": 4}
     | QWEN_WINDOW
     | {"sliding_window": None},
-    "glm": LLAMA_DEFAULTS
-    | {"vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2}
-    | {"head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625}
-    | {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "glm": GLM_DEFAULTS,
+    "glm4": GLM_DEFAULTS,
     "stablelm": {name: value for name, value in LLAMA_DEFAULTS.items() if name not in ("rms_norm_eps", "head_dim")}
     | {"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32}
     | {"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": 0.25},
@@ -158,7 +170,7 @@ ROPE_OPTIONS = {
 }
 
 # The models that rotate neighbouring numbers of a head; all others rotate two halves.
-PAIRED = ("glm",)
+PAIRED = ("glm", "glm4")
 
 # GPTConfig's factors, under their names in config.json.
 SCALES = {
@@ -166,7 +178,7 @@ SCALES = {
     "attention_multiplier": "attention_scale",
     "residual_multiplier": "residual_scale",
 }
-GEMMAS = ("gemma",)  # whose embedding is multiplied by the root of its size
+GEMMAS = ("gemma", "gemma3_text")  # whose embedding is multiplied by the root of its size
 MOST_LAYERS = 10_000
 
 # Fields that have one implemented value, and whose being off would change the model. A family may have more.
@@ -179,6 +191,7 @@ HARMLESS = set(
     architectures model_type transformers_version torch_dtype dtype
     _name_or_path _commit_hash _num_labels _attn_implementation_autoset _flash_attn_2_enabled attn_implementation
     transformers.js_config unsloth_fixed unsloth_version is_llama_config pretraining_tp
+    cache_implementation _sliding_window_pattern
     max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
     initializer_range attention_dropout attn_pdrop embd_pdrop resid_pdrop gradient_checkpointing
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class
@@ -243,6 +256,17 @@ GLM_WEIGHTS = (
         AS_IS,
     ),
 )
+GLM4_WEIGHTS = (
+    *GLM_WEIGHTS,
+    ("model.layers.{}.post_self_attn_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.post_mlp_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
+)
+GEMMA3_WEIGHTS = (
+    *(row for row in LLAMA_WEIGHTS if not row[0].endswith(".post_attention_layernorm")),
+    ("model.layers.{}.post_attention_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.pre_feedforward_layernorm", ["transformer.h.{}.ln_2"], AS_IS),
+    ("model.layers.{}.post_feedforward_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
+)
 GPT2_QKV = ["transformer.h.{}.attn.q_proj", "transformer.h.{}.attn.k_proj", "transformer.h.{}.attn.v_proj"]
 GPT2_WEIGHTS = (
     ("transformer.wte", ["transformer.wte"], AS_IS),
@@ -257,7 +281,12 @@ GPT2_WEIGHTS = (
     ("lm_head", ["lm_head"], AS_IS),
 )
 # What the names begin with, and the map, where it is not ("model.", LLAMA_WEIGHTS).
-WEIGHTS = {"gpt2": ("transformer.", GPT2_WEIGHTS), "glm": ("model.", GLM_WEIGHTS)}
+WEIGHTS = {
+    "gpt2": ("transformer.", GPT2_WEIGHTS),
+    "glm": ("model.", GLM_WEIGHTS),
+    "glm4": ("model.", GLM4_WEIGHTS),
+    "gemma3_text": ("model.", GEMMA3_WEIGHTS),
+}
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
     "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
@@ -329,6 +358,23 @@ def longrope_of(numbers: dict, rope: dict, context: int) -> dict:
         "short_factor": [float(positive("short_factor", value, float)) for value in short],
         "attention_factor": positive("attention_factor", rope.get("attention_factor") or growth, float),
     }
+
+
+def local_rope_of(field: dict) -> dict:
+    """GPTConfig's rope_base_window, of Gemma 3. Those of both kinds of layers may stand in rope_parameters: then the
+    ones of full layers alone stay in `field`."""
+    if "rope_local_base_freq" not in field:
+        return {}
+    of_each = field["rope_parameters"]
+    local = {"rope_theta": field["rope_local_base_freq"]}
+    if isinstance(of_each, dict) and of_each.keys() <= {"full_attention", "sliding_attention"}:
+        field["rope_parameters"] = of_each.get("full_attention")
+        given = of_each.get("sliding_attention") or {}
+        if not isinstance(given, dict) or given.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json has sliding_attention = {reprlib.repr(given)}; it must be of type default")
+        refuse_unknown(given, ("rope_theta", "rope_type"))
+        local |= given
+    return {"rope_base_window": float(positive("rope_theta", local["rope_theta"], float))}
 
 
 def rope_of(field: dict, head_dim: int) -> dict:
@@ -404,6 +450,9 @@ def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
     if window is not None and model_type in ("qwen2", "qwen3"):  # transformers' Qwen3-MoE has no such field
         first = field["max_window_layers"]
         full = range(min(first if first == 0 else positive("max_window_layers", first, int), layers))
+    elif window is not None and "sliding_window_pattern" in field:
+        every = positive("sliding_window_pattern", field["sliding_window_pattern"], int)
+        full = range(every - 1, layer_count(field), every)
     elif window is not None and model_type == "smollm3":
         full = [layer for layer in range(layer_count(field)) if layer not in nope_layers]
     if of_each is not None:  # it counts more; Qwen3-MoE does not have it either, but its cache looks at it
@@ -437,7 +486,7 @@ def config_from_hf(config: dict) -> GPTConfig:
     sizes = {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
 
     gpt2 = model_type == "gpt2"
-    activation = "activation_function" if gpt2 else "hidden_act"
+    activation = next(n for n in ("activation_function", "hidden_activation", "hidden_act") if n in field)
     eps = next(name for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if name in field)
     if model_type == "gemma" and field[activation] == "gelu":  # its first files meant the other one by it
         field[activation] = "gelu_pytorch_tanh"
@@ -459,12 +508,16 @@ def config_from_hf(config: dict) -> GPTConfig:
         values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
     if model_type in GEMMAS:
         values["embed_scale"] = float(dim**0.5)
+    if "query_pre_attn_scalar" in field:
+        values["attention_scale"] = positive("query_pre_attn_scalar", field["query_pre_attn_scalar"], float) ** -0.5
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if not gpt2:
+        of_windows = local_rope_of(field)
         values |= rope_of(field, sizes["head_dim"])
         values["nope_layers"] = nope_layers_of(field)
         values |= windows_of(field, model_type, values["nope_layers"])
+        values |= of_windows if values["sliding_window"] else {}
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes | values | implied)
 

@@ -43,19 +43,22 @@ except ImportError:  # the file was left behind
     cpu_kernels = None
 
 
-def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
+def rope_table(config: GPTConfig, length: int, device, windowed: bool = False) -> torch.Tensor:
     """cos and sin of every position's angles, [length, 2, C/2], float32 whatever the dtype of the weights.
 
     bf16 cannot count past 256; float64 is no better, because the weights were trained with float32's rounded angles:
     at position 1,000 of SmolLM2 the exact ones are 2 to 4 times as far from the reference's logits.
     """
+    base, scaling = config.rope_base, config.rope_scaling
+    if windowed:  # the layers that have a window
+        base, scaling = config.rope_base_window, None
     half = (config.rotary_dim or config.head_dim) // 2
-    inv_freq = 1.0 / config.rope_base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
-    if config.rope_scaling is not None:
-        inv_freq = scaled_rope(inv_freq, config.rope_base, **config.rope_scaling)
+    inv_freq = 1.0 / base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+    if scaling is not None:
+        inv_freq = scaled_rope(inv_freq, base, **scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
     table = torch.stack([angles.cos(), angles.sin()], dim=1)
-    table = table * (config.rope_scaling or {}).get("attention_factor", 1.0)
+    table = table * (scaling or {}).get("attention_factor", 1.0)
     still = torch.tensor([1.0, 0.0], device=device).view(1, 2, 1)  # pairs that no position turns
     return torch.cat([table, still.expand(length, 2, config.head_dim // 2 - half)], dim=2)
 
@@ -279,6 +282,26 @@ class AddNorm(nn.Module):
         return residual, F.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class PostNorm(nn.Module):
+    """The norm of an update: of the sum of all ranks', which rank 0 keeps, so that the next sum is the same."""
+
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+        super().__init__()
+        self.rank, self.ranks, self.eps, self.plus_one = rank, ranks, config.norm_eps, config.norm_plus_one
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.dim)) if config.norm == "layer" else None
+
+    def forward(self, update):
+        update = all_reduce(update, self.ranks)
+        if self.plus_one:
+            update = plus_one_norm(update, self.weight, self.eps)
+        elif self.bias is None:
+            update = F.rms_norm(update, self.weight.shape, self.weight, self.eps)
+        else:
+            update = F.layer_norm(update, self.weight.shape, self.weight, self.bias, self.eps)
+        return update if self.rank == 0 else torch.zeros_like(update)
+
+
 class Attention(nn.Module):
     """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
 
@@ -476,15 +499,17 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
+        self.post_attn = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
+        self.post_mlp = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
         self.scale = config.residual_scale
 
     @torch.compiler.nested_compile_region
     def forward(self, residual, update, rope, mask, input_pos):
         """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel."""
         residual, x = self.norm_1(residual, update)
-        update = self.scaled(self.attn(x, rope, mask, input_pos))
+        update = self.scaled(self.post_attn(self.attn(x, rope, mask, input_pos)))
         residual, x = self.norm_2(residual, update)
-        return residual, self.scaled(self.mlp(x))
+        return residual, self.scaled(self.post_mlp(self.mlp(x)))
 
     def scaled(self, update):
         return update if self.scale == 1 else update * self.scale
@@ -507,6 +532,7 @@ class FastGPT(nn.Module):
         self.norm_f = AddNorm(config, rank, ranks)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
+        self.register_buffer("rope_window", None, persistent=False)  # of layers with a base of their own
         self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
@@ -525,11 +551,18 @@ class FastGPT(nn.Module):
         shape = (max_batch_size, self.n_kv_head, max_seq_length, config.head_dim)
         for layer in self.layers:
             layer.attn.setup_cache(shape, torch.int8 if self.int8_cache else weight.dtype, weight.device)
-        if config.rope_base is not None:
-            self.rope = rope_table(config, max_seq_length, weight.device)
+        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+        self.make_tables()
         if self.ranks > 1 and self.inbox is None:
             self.connect_ranks()
-        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+
+    def make_tables(self):
+        """Those of the rotary angles, for the slots of the cache."""
+        config, device = self.config, self.wte.weight.device
+        if config.rope_base is not None:
+            self.rope = rope_table(config, self.max_seq_length, device)
+        if config.rope_base_window is not None:
+            self.rope_window = rope_table(config, self.max_seq_length, device, windowed=True)
 
     def connect_ranks(self):
         """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
@@ -544,7 +577,7 @@ class FastGPT(nn.Module):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
         super()._apply(fn, recurse)
         if self.rope is not None:
-            self.rope = rope_table(self.config, self.max_seq_length, self.wte.weight.device)
+            self.make_tables()
         return self
 
     def embed(self, idx):
@@ -582,16 +615,20 @@ class FastGPT(nn.Module):
         update = self.embed(idx).to(self.norm_f.weight.dtype)
         if self.config.embed_scale != 1:
             update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
-        residual, rope = torch.zeros_like(update), None
+        residual, rope, rope_window = torch.zeros_like(update), None, None
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
         else:
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
-            rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
+            rope = rope_window = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
+            if self.config.rope_base_window is not None:
+                table = self.rope_window
+                table = rope_table(self.config, T, idx.device, windowed=True) if table is None else table
+                rope_window = table[positions].unsqueeze(2)
         for layer in self.layers:
             attn = layer.attn
-            seen = mask if attn.window is None else in_window
-            residual, update = layer(residual, update, rope if attn.rotates else None, seen, input_pos)
+            seen, turned = (mask, rope) if attn.window is None else (in_window, rope_window)
+            residual, update = layer(residual, update, turned if attn.rotates else None, seen, input_pos)
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
@@ -636,7 +673,9 @@ SURGERY = (
     (["transformer.h.{}.attn.q_norm"], "layers.{}.attn.q_norm"),
     (["transformer.h.{}.attn.k_norm"], "layers.{}.attn.k_norm"),
     (["transformer.h.{}.attn.o_proj"], "layers.{}.attn.out"),
+    (["transformer.h.{}.post_attn"], "layers.{}.post_attn"),
     (["transformer.h.{}.ln_2"], "layers.{}.norm_2"),
+    (["transformer.h.{}.post_mlp"], "layers.{}.post_mlp"),
     (["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], "layers.{}.mlp.gate_up"),
     (["transformer.h.{}.mlp.down_proj"], "layers.{}.mlp.down"),
     (["transformer.h.{}.mlp.router"], "layers.{}.mlp.router"),

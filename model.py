@@ -42,6 +42,7 @@ class GPTConfig:
     hidden_dim: int
     norm: str = "rms"  # or "layer", with a bias
     norm_eps: float = 1e-5
+    post_norm: bool = False  # a norm of what attention and feed-forward add, beside that of what they read
     norm_plus_one: bool = False  # RMSNorm's weights are stored as what is added to 1 (Gemma)
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
     activation: str = "silu"  # or "gelu", "gelu_tanh"
@@ -51,6 +52,7 @@ class GPTConfig:
     mlp_bias: bool = False
     rope_base: float | None = 10000.0
     rope_scaling: dict | None = None
+    rope_base_window: float | None = None  # the base of layers with a window, which then are not scaled; None: the same
     rotary_dim: int | None = None  # how many numbers of a head rotate, half of them from its middle on; None: all
     sliding_window: int | None = None
     full_layers: tuple = ()  # the layers, counted from 0, that see everything all the same
@@ -99,6 +101,8 @@ class GPTConfig:
         for name in ("embed_scale", "attention_scale", "residual_scale", "logit_scale"):
             if not (getattr(self, name) is None and name == "attention_scale" or getattr(self, name) > 0):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        if self.rope_base_window is not None and (self.sliding_window is None or not self.rope_base_window > 0):
+            raise ValueError(f"rope_base_window must be above 0 beside a window, not {self.rope_base_window!r}")
         for name in ("full_layers", "nope_layers"):
             layers = getattr(self, name)
             if not isinstance(layers, tuple) or not all(layer in range(self.n_layer) for layer in layers):
@@ -156,15 +160,18 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm(config.dim, config)
 
 
-def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_frequencies(config: GPTConfig, layer: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each of the C/2 pairs the radians per position, and what its length grows by, in float32 (Su et al. 2021).
 
     A scaling slows the waves. Those longer than the original context go at 1/factor, short ones are kept, others are
     between: by turns in that context with llama3 (Llama 3.1), by the pair's number with yarn (Peng et al. 2023).
     The pairs beyond `rotary_dim` R stand still.
     """
-    R, scaling = config.rotary_dim or config.head_dim, config.rope_scaling or {"rope_type": None}
-    frequencies = 1.0 / config.rope_base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
+    R, base, scaling = config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling
+    if config.rope_base_window is not None and config.window_of(layer) is not None:
+        base, scaling = config.rope_base_window, None
+    scaling = scaling or {"rope_type": None}
+    frequencies = 1.0 / base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
     kept = torch.zeros_like(frequencies)
     context = scaling.get("original_max_position_embeddings")
     if scaling["rope_type"] == "llama3":
@@ -173,7 +180,7 @@ def rope_frequencies(config: GPTConfig, device) -> tuple[torch.Tensor, torch.Ten
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     elif scaling["rope_type"] == "yarn":
         turns = torch.tensor([scaling["beta_fast"], scaling["beta_slow"]], dtype=torch.float64)
-        first, last = (R / 2 * (context / (2 * math.pi * turns)).log() / math.log(config.rope_base)).tolist()
+        first, last = (R / 2 * (context / (2 * math.pi * turns)).log() / math.log(base)).tolist()
         first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)  # pairs that make so many turns
         number = torch.arange(R // 2, device=device)
         kept = 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
@@ -215,7 +222,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         position = torch.arange(T, device=x.device)
         if cfg.rotates(self.layer):
-            frequencies, growth = rope_frequencies(cfg, x.device)
+            frequencies, growth = rope_frequencies(cfg, self.layer, x.device)
             angles = position[:, None] * frequencies  # [T, C/2]
             q, k = rotate(q, angles, growth), rotate(k, angles, growth)
 
@@ -280,11 +287,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
+        self.post_attn = make_norm(config) if config.post_norm else nn.Identity()
+        self.post_mlp = make_norm(config) if config.post_norm else nn.Identity()
         self.residual_scale = config.residual_scale
 
     def forward(self, x):
-        x = x + self.residual_scale * self.attn(self.ln_1(x))
-        return x + self.residual_scale * self.mlp(self.ln_2(x))
+        x = x + self.residual_scale * self.post_attn(self.attn(self.ln_1(x)))
+        return x + self.residual_scale * self.post_mlp(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):

@@ -40,7 +40,7 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-DENSE += ("GraniteForCausalLM", "GemmaForCausalLM")
+DENSE += ("GraniteForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
 DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
 SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 # Fields with one implemented value.
@@ -85,6 +85,10 @@ def config_to_hf(config: GPTConfig) -> dict:
         "attention_multiplier": scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": 1 / config.logit_scale,
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": max(1, round(scale**-2)),
+        "rope_local_base_freq": config.rope_base_window or config.rope_base,
+        "sliding_window_pattern": layers + 1,
         "no_rope_layers": [int(i not in config.nope_layers) for i in range(layers)],
         "no_rope_layer_interval": layers,
     }

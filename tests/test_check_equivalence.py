@@ -71,7 +71,7 @@ def test_a_context_shorter_than_prompt_and_text_is_checked_too():
 # What was broken on purpose: a line of fast_model.py or model.py, what replaces it, and the family that shows it.
 
 BROKEN = {
-    "rope base": ("fast_model", "config.rope_base **", "(1.01 * config.rope_base) **", "llama-2"),
+    "rope base": ("fast_model", "/ base **", "/ (1.01 * base) **", "llama-2"),
     "rope of neighbouring pairs": (
         "model",
         "first, second = x.chunk(2, dim=-1)",
@@ -79,7 +79,7 @@ BROKEN = {
         "llama-2",
     ),
     "rope the other way round": ("model", "second * cos + first * sin", "second * cos - first * sin", "llama-2"),
-    "llama 3 scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "llama-3.1"),
+    "llama 3 scaling ignored": ("fast_model", "    if scaling is not None:", "    if False:", "llama-3.1"),
     "a full layer with a window": ("fast_model", "config.window_of(layer)", "config.sliding_window", "smollm3"),
     "a full layer with a mask of its own": (
         "fast_model",
@@ -90,9 +90,16 @@ BROKEN = {
     "all layers rotated": ("fast_model", "config.rotates(layer)", "True", "smollm3"),
     "attention_scale ignored": ("fast_model", "config.attention_scale or", "None or", "granite"),
     "embed_scale ignored": ("fast_model", "self.config.embed_scale != 1", "False", "granite"),
-    "residual_scale for attention alone": ("fast_model", "self.scaled(self.mlp(x))", "self.mlp(x)", "granite"),
+    "residual_scale for attention alone": (
+        "fast_model",
+        "self.scaled(self.post_mlp(self.mlp(x)))",
+        "self.post_mlp(self.mlp(x))",
+        "granite",
+    ),
     "logit_scale ignored": ("fast_model", "self.config.logit_scale != 1", "False", "granite"),
     "norms without the one": ("fast_model", "weight.float() + 1", "weight.float()", "gemma-3"),
+    "post_norm left out": ("fast_model", "self.post_mlp(self.mlp(x))", "self.mlp(x)", "glm-4"),
+    "the base of all layers": ("fast_model", "(in_window, rope_window)", "(in_window, rope)", "gemma-3"),
     "all of a head rotated": ("fast_model", "half = (config.rotary_dim or", "half = (None or", "glm-4"),
     "partners a rotary_dim apart": (
         "model",
@@ -100,7 +107,7 @@ BROKEN = {
         "F.pad(kept * frequencies + (1 - kept) * slowed, still[::-1])",
         "glm-4",
     ),
-    "yarn scaling ignored": ("fast_model", "if config.rope_scaling is not None:", "if False:", "qwen2"),
+    "yarn scaling ignored": ("fast_model", "    if scaling is not None:", "    if False:", "qwen2"),
     "yarn's factor ignored": ("model", "growth * part", "part", "qwen2"),
     "yarn between other turns": ("fast_model", '(pair_of(scaling["beta_fast"])', "(pair_of(1.0)", "qwen2"),
     "learned positions from 0": (
@@ -109,7 +116,7 @@ BROKEN = {
         "self.wpe(torch.arange(T, device=idx.device)[None])",
         "gpt-2",
     ),
-    "a norm left out": ("fast_model", "self.scaled(self.mlp(x))", "self.scaled(self.mlp(residual))", "llama-2"),
+    "a norm left out": ("fast_model", "self.post_mlp(self.mlp(x))", "self.post_mlp(self.mlp(residual))", "llama-2"),
     "the last norm left out": ("fast_model", "_, x = self.norm_f(residual, update)", "x = residual + update", "qwen2"),
     "qk norm left out": ("fast_model", "self.qk_norm = config.qk_norm", "self.qk_norm = False", "qwen3"),
     "another norm_eps": (

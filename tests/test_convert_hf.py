@@ -50,6 +50,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 SMOLLM3 = {"no_rope_layer_interval": 2, "pad_token_id": None, "use_sliding_window": True, "sliding_window": 7}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_multiplier": 0.6}
 GRANITE |= {"logits_scaling": 3.0}
+GEMMA3 = {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 9}
+GEMMA3 |= {"tie_word_embeddings": False}
 GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
@@ -71,6 +73,9 @@ MODELS = {
     "qwen3 windows": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "gemma": ("Gemma", ROTARY | {"head_dim": 16, "tie_word_embeddings": False}),
     "gemma tied": ("Gemma", ROTARY | {"head_dim": 16, "rope_parameters": {"rope_theta": 300.0}}),
+    "gemma 3": ("Gemma3", ROTARY | GEMMA3),
+    "gemma 3 linear": ("Gemma3", ROTARY | GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "glm4": ("Glm4", ROTARY | {"head_dim": 16, "pad_token_id": None}),
     "granite": ("Granite", ROTARY | GRANITE),
     "granite biased": ("Granite", ROTARY | GRANITE | {"attention_bias": True, "mlp_bias": True}),
     "ministral": ("Ministral", ROTARY | {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL]}),
@@ -96,7 +101,7 @@ MODELS = {
 
 def random_model(family, fields):
     """Transformers' model in float32, all its parameters random."""
-    config = getattr(transformers, f"{family}Config")(**fields)
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**fields)
     architecture = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()
@@ -559,7 +564,7 @@ def test_published_configs(name):
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()}))
 def test_absent_fields_are_what_transformers_takes(family):
-    full = getattr(transformers, f"{family}Config")().to_dict()
+    full = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
 
 

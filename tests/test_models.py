@@ -100,7 +100,7 @@ def test_a_kv_head_serves_its_query_heads_in_a_row(reference):
 
 def test_rotated_heads_see_distances_only():
     q, k = torch.randn(2, 1, 1, 1, LLAMA.head_dim, generator=torch.Generator().manual_seed(0)).double()
-    frequencies, growth = (t.double() for t in rope_frequencies(replace(LLAMA, rope_scaling=None), "cpu"))
+    frequencies, growth = (t.double() for t in rope_frequencies(replace(LLAMA, rope_scaling=None), 0, "cpu"))
 
     def score(query_at, key_at):
         turned = (rotate(x, at * frequencies[None], growth) for x, at in ((q, query_at), (k, key_at)))
@@ -113,7 +113,7 @@ def test_rotated_heads_see_distances_only():
 def test_llama3_scaling_keeps_short_waves_and_divides_long_ones():
     plain = [LLAMA.rope_base ** (-2 * i / LLAMA.head_dim) for i in range(LLAMA.head_dim // 2)]
     turns = [LLAMA3_SCALING["original_max_position_embeddings"] * w / (2 * math.pi) for w in plain]
-    scaled = rope_frequencies(LLAMA, "cpu")[0].tolist()
+    scaled = rope_frequencies(LLAMA, 0, "cpu")[0].tolist()
     first = rope_table(LLAMA, 2, "cpu")[1]  # of position 1: its angles are the frequencies
     kinds = []
     for i, (old, new, turn) in enumerate(zip(plain, scaled, turns, strict=True)):
