@@ -83,8 +83,8 @@ BROKEN = {
     "a full layer with a window": ("fast_model", "config.window_of(layer)", "config.sliding_window", "smollm3"),
     "a full layer with a mask of its own": (
         "fast_model",
-        "mask if attn.window is None",
-        "in_window if True",
+        "(mask, rope) if attn.window is None",
+        "(in_window, rope) if True",
         "smollm3",
     ),
     "all layers rotated": ("fast_model", "config.rotates(layer)", "True", "smollm3"),

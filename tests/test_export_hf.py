@@ -242,10 +242,6 @@ NOBODY = {
     "one bias": (replace(TINY, o_bias=True), ["Llama", "o_bias = True"]),
     "window and biases": (replace(TINY, sliding_window=7, qkv_bias=True, mlp_bias=True), ["mlp_bias = True"]),
     "biased mixture": (replace(MOE, qkv_bias=True), ["Mixtral", "qkv_bias = True"]),
-    "heads that do not divide": (
-        replace(TINY, dim=42, head_dim=10, norm="layer", qkv_bias=True),
-        ["StableLm", "dim = 42"],
-    ),
     "grouped heads of GPT-2": (replace(TINY, **GPT2, head_dim=8), ["GPT2", "n_kv_head = 2"]),
     "heads of GPT-2": (replace(TINY, **GPT2, n_kv_head=4), ["GPT2", "head_dim = 12"]),
     "dim of GPT-2": (replace(TINY, **GPT2, n_kv_head=4, dim=42, head_dim=10), ["GPT2", "dim = 42"]),
