@@ -58,17 +58,59 @@ LONG = 1040  # tokens of the long prompt
 MOST_ERRORS = 1.6  # of a layer in 16-bit, in those of the reference
 SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
 LLAMA3_SCALING = {
+    "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_SCALING = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.2,
+    "original_max_position_embeddings": 300,
+}
 FAMILIES = {
     "llama-2": GPTConfig(**SMALL, n_kv_head=6, head_dim=16),
     "llama-3.1": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
     "mistral": GPTConfig(**SMALL, n_kv_head=3, head_dim=16, sliding_window=24),
-    "qwen2": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True),
+    "qwen2": GPTConfig(
+        **SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING
+    ),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
+    "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
+    "smollm3": GPTConfig(
+        **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
+    ),
+    "granite": GPTConfig(
+        **SMALL,
+        n_kv_head=2,
+        head_dim=16,
+        mlp_bias=True,
+        embed_scale=7.0,
+        attention_scale=0.4,
+        residual_scale=0.3,
+        logit_scale=0.2,
+    ),
+    "gemma-3": GPTConfig(
+        **SMALL,
+        n_kv_head=3,
+        head_dim=20,
+        norm_plus_one=True,
+        qk_norm=True,
+        activation="gelu_tanh",
+        embed_scale=8.0,
+        tie_embeddings=True,
+        sliding_window=24,
+        full_layers=(1,),
+        attention_scale=0.3,
+        post_norm=True,
+        rope_base=1e6,
+        rope_base_window=1e3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
     "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
     "qwen3-moe": GPTConfig(
         **SMALL | {"hidden_dim": 32},
@@ -311,26 +353,30 @@ def with_int8_cache(reference, fast, ids, first: int):
 
     The cache is full of these ids. The tokens before `first` were a prompt, which sees its own exact keys and values.
     """
-    config, angles = reference.config, None
-    if config.rope_base is not None:
-        angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * rope_frequencies(config, ids.device)
+    config = reference.config
+
+    def rope_of(layer):
+        if not config.rotates(layer):
+            return None
+        frequencies, growth = rope_frequencies(config, layer, ids.device)
+        return torch.arange(ids.shape[1], device=ids.device)[:, None] * frequencies, growth
 
     def of_all_ranks(cache):
         """[B, T, K, ...] of this rank's [B, its K, T, ...]."""
         return tp.all_gather(cache.float().movedim(1, -1), fast.ranks).movedim(-1, 2)
 
-    def store(_, inputs, heads, numbers, scales, angles):
+    def store(_, inputs, heads, numbers, scales, rope):
         x = heads.reshape(numbers.shape)
-        x = x if angles is None else rotate(x, angles)  # keys are stored after the rotation
+        x = x if rope is None else rotate(x, *rope)  # keys are stored after the rotation
         x = as_stored(x, numbers, scales)
-        return (x if angles is None else rotate(x, -angles)).reshape(heads.shape)
+        return (x if rope is None else rotate(x, -rope[0], 1 / rope[1])).reshape(heads.shape)
 
     def attend_again(module, inputs, exact, own):
         keys = module.k_norm if config.qk_norm else module.k_proj
         caches = [of_all_ranks(t) for t in (own.k_cache, own.k_scale_cache, own.v_cache, own.v_scale_cache)]
         hooks = [
-            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], angles=angles)),
-            module.v_proj.register_forward_hook(partial(store, numbers=caches[2], scales=caches[3], angles=None)),
+            keys.register_forward_hook(partial(store, numbers=caches[0], scales=caches[1], rope=rope_of(module.layer))),
+            module.v_proj.register_forward_hook(partial(store, numbers=caches[2], scales=caches[3], rope=None)),
         ]
         rounded = module.forward(*inputs)
         for hook in hooks:
@@ -369,7 +415,7 @@ def steps_of(reference: GPT) -> list:
     """The reference as functions of the residual stream: its layers, then the logits."""
     parts = reference.transformer
     head = parts.wte.weight if reference.config.tie_embeddings else reference.lm_head.weight
-    return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head)]
+    return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head) * reference.config.logit_scale]
 
 
 def errors_by_layer(reference, rounded, seen: list) -> float:

@@ -47,6 +47,14 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
+    "Gemma3ForCausalLM": ("gemma3_text", {"norm_plus_one": True, "qk_norm": True, "post_norm": True}),
+    "GraniteForCausalLM": ("granite", {}),
+    "MinistralForCausalLM": ("ministral", {}),
+    "SmolLM3ForCausalLM": ("smollm3", {}),
+    "GlmForCausalLM": ("glm", {"o_bias": False}),
+    "Glm4ForCausalLM": ("glm4", {"o_bias": False, "post_norm": True}),
+    "StableLmForCausalLM": ("stablelm", {"norm": "layer"}),
     "Phi3ForCausalLM": ("phi3", {}),
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "SeedOssForCausalLM": ("seed_oss", {}),
@@ -100,6 +108,12 @@ GPT2_DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
+GLM_DEFAULTS = (
+    LLAMA_DEFAULTS
+    | {"vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2}
+    | {"head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625}
+    | {"attention_bias": True, "partial_rotary_factor": 0.5}
+)
 DEFAULTS = {
     "llama": LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
     "mistral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096},
@@ -113,6 +127,31 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "gemma": LLAMA_DEFAULTS
+    | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
+    | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
+    | {"tie_word_embeddings": True, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3_text": {name: value for name, value in LLAMA_DEFAULTS.items() if name != "hidden_act"}
+    | {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e6}
+    | {"tie_word_embeddings": True, "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"}
+    | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 6}
+    | {"rope_local_base_freq": 10000.0},
+    "granite": LLAMA_DEFAULTS
+    | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
+    | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
+    "ministral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096, "layer_types": None},
+    "smollm3": LLAMA_DEFAULTS
+    | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2e6}
+    | {"attention_bias": False, "mlp_bias": False, "no_rope_layers": None, "no_rope_layer_interval": 4}
+    | QWEN_WINDOW
+    | {"sliding_window": None},
+    "glm": GLM_DEFAULTS,
+    "glm4": GLM_DEFAULTS,
+    "stablelm": {name: value for name, value in LLAMA_DEFAULTS.items() if name not in ("rms_norm_eps", "head_dim")}
+    | {"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32}
+    | {"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": 0.25},
     "phi3": LLAMA_DEFAULTS
     | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
     | {"rms_norm_eps": 1e-5, "sliding_window": None},
@@ -187,19 +226,39 @@ ACTIVATIONS = {
 BIASES = {
     "attention_bias": ("qkv_bias", "o_bias"),
     "attention_out_bias": ("o_bias",),
+    "use_qkv_bias": ("qkv_bias",),
     "mlp_bias": ("mlp_bias",),
     "use_bias": ("qkv_bias", "o_bias", "mlp_bias"),
     "enable_bias": ("qkv_bias", "o_bias", "mlp_bias"),
 }
-EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps")
 
-# The numbers that a kind of rotary embedding takes besides its base.
+# The numbers that a kind of rotary embedding takes besides its base, and those that it can do without.
 ROPE_NUMBERS = {
     "default": (),
+    "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+}
+ROPE_OPTIONS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
 
-# Fields that have one implemented value, and whose being off would change the model.
+# The models that rotate neighbouring numbers of a head; all others rotate two halves.
+PAIRED = ("glm", "glm4", "ernie4_5", "helium")
+
+# GPTConfig's factors, under their names in config.json.
+SCALES = {
+    "embedding_multiplier": "embed_scale",
+    "attention_multiplier": "attention_scale",
+    "residual_multiplier": "residual_scale",
+}
+GEMMAS = ("gemma", "gemma3_text")  # whose embedding is multiplied by the root of its size
+MOST_LAYERS = 10_000
+
+# Fields that have one implemented value, and whose being off would change the model. A family may have more.
 FIXED = {
     "is_causal": True,
     "partial_rotary_factor": 1,
@@ -210,6 +269,8 @@ FIXED = {
     "mlp_type": "default",
     "do_layer_norm_before": True,
     "layer_norm_elementwise_affine": True,
+    "truncate": True,  # of YaRN
+    "hidden_activation": "gelu_pytorch_tanh",  # of Gemma's first files
 }
 
 # Fields that say nothing about the logits of a forward pass.
@@ -218,6 +279,7 @@ HARMLESS = set(
     architectures model_type transformers_version torch_dtype dtype
     _name_or_path _commit_hash _num_labels _attn_implementation_autoset _flash_attn_2_enabled attn_implementation
     transformers.js_config unsloth_fixed unsloth_version is_llama_config pretraining_tp
+    cache_implementation _sliding_window_pattern
     max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
     initializer_range init_std dropout layerdrop activation_dropout
     attention_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout embedding_dropout gradient_checkpointing
@@ -248,7 +310,7 @@ IGNORED = {
 # - from row 2: a table of positions begins with two rows that no text uses.
 # - pairs: in a head's rows those that rotate together are neighbours, not C/2 apart.
 # - nowhere: a norm that has no parameters there has weights of one and biases of zero here.
-AS_IS, TRANSPOSED, STACKED, FROM_ROW_2, PAIRS = "as is", "transposed", "stacked", "from row 2", "pairs"
+AS_IS, TRANSPOSED, STACKED, FROM_ROW_2 = "as is", "transposed", "stacked", "from row 2"
 NOWHERE = "nowhere"
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
@@ -275,10 +337,6 @@ PHI3_WEIGHTS = (
 STARCODER2_WEIGHTS = (
     ("model.layers.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], AS_IS),
     ("model.layers.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
-)
-PAIRS_WEIGHTS = (
-    ("model.layers.{}.self_attn.q_proj", ["transformer.h.{}.attn.q_proj"], PAIRS),
-    ("model.layers.{}.self_attn.k_proj", ["transformer.h.{}.attn.k_proj"], PAIRS),
 )
 OLMO_WEIGHTS = (
     ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], NOWHERE),
@@ -307,6 +365,24 @@ STACKED_MLP = (
         STACKED,
     ),
     ("model.layers.{}.mlp.experts.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], STACKED),
+)
+# Gate and up in one matrix.
+GLM_WEIGHTS = (
+    (
+        "model.layers.{}.mlp.gate_up_proj",
+        ["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"],
+        AS_IS,
+    ),
+)
+GLM4_WEIGHTS = (
+    *GLM_WEIGHTS,
+    ("model.layers.{}.post_self_attn_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.post_mlp_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
+)
+GEMMA3_WEIGHTS = (
+    ("model.layers.{}.post_attention_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.pre_feedforward_layernorm", ["transformer.h.{}.ln_2"], AS_IS),
+    ("model.layers.{}.post_feedforward_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
 )
 GPT2_WEIGHTS = (
     ("transformer.wte", ["transformer.wte"], AS_IS),
@@ -337,13 +413,14 @@ OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
     "phi3": PHI3_WEIGHTS,
-    "ernie4_5": PAIRS_WEIGHTS,
-    "helium": PAIRS_WEIGHTS,
     "olmo": OLMO_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
     "gpt2": GPT2_WEIGHTS,
     "gpt_bigcode": GPT_BIGCODE_WEIGHTS,
     "opt": OPT_WEIGHTS,
+    "glm": GLM_WEIGHTS,
+    "glm4": GLM4_WEIGHTS,
+    "gemma3_text": GEMMA3_WEIGHTS,
 }
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
@@ -371,7 +448,7 @@ def refuse_unknown(fields: dict, known) -> None:
     """Raises ValueError for a field that would change what the model computes, as far as this file knows."""
     advice = "choose a model without it, or delete the field if the model computes the same without it"
     for name, value in fields.items():
-        if name in FIXED:
+        if name in FIXED and name not in known:
             if value is not None and value != FIXED[name]:
                 entry = f"{name} = {reprlib.repr(value)}"
                 raise ValueError(f"config.json has {entry}, and only {FIXED[name]} is implemented; {advice}")
@@ -416,51 +493,141 @@ def model_type_of(config: dict) -> str:
     return found
 
 
-def rope_of(field: dict) -> tuple[float, dict | None]:
-    """GPTConfig's rope_base and rope_scaling, from the fields of either transformers 4 or 5."""
+def yarn_of(numbers: dict, rope: dict) -> dict:
+    """GPTConfig's rope_scaling; what is left out is as in transformers."""
+    options = {name: positive(name, rope[name], float) for name in ROPE_OPTIONS["yarn"] if rope.get(name)}
+    mscales = [options.pop("mscale", 0), options.pop("mscale_all_dim", 0)]
+    mscales = mscales if all(mscales) else [1, 0]
+    growths = [1 + 0.1 * mscale * math.log(max(numbers["factor"], 1)) for mscale in mscales]
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": growths[0] / growths[1]}
+    return {"rope_type": "yarn"} | numbers | defaults | options
+
+
+def longrope_of(numbers: dict, rope: dict, context: int) -> dict:
+    """GPTConfig's rope_scaling, without the factors for what is beyond the original context."""
+    short, original = rope.get("short_factor"), numbers["original_max_position_embeddings"]
+    if not isinstance(short, list):
+        raise ValueError(f"config.json has short_factor = {reprlib.repr(short)}; it must be a list of numbers")
+    factor = positive("factor", rope.get("factor") or context / original, float)
+    growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return {
+        "rope_type": "longrope",
+        "short_factor": [float(positive("short_factor", value, float)) for value in short],
+        "attention_factor": positive("attention_factor", rope.get("attention_factor") or growth, float),
+    }
+
+
+def local_rope_of(field: dict) -> dict:
+    """GPTConfig's rope_base_window, of Gemma 3. Those of both kinds of layers may stand in rope_parameters: then the
+    ones of full layers alone stay in `field`."""
+    if "rope_local_base_freq" not in field:
+        return {}
+    of_each = field["rope_parameters"]
+    local = {"rope_theta": field["rope_local_base_freq"]}
+    if isinstance(of_each, dict) and of_each.keys() <= {"full_attention", "sliding_attention"}:
+        field["rope_parameters"] = of_each.get("full_attention")
+        given = of_each.get("sliding_attention") or {}
+        if not isinstance(given, dict) or given.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json has sliding_attention = {reprlib.repr(given)}; it must be of type default")
+        refuse_unknown(given, ("rope_theta", "rope_type"))
+        local |= given
+    return {"rope_base_window": float(positive("rope_theta", local["rope_theta"], float))}
+
+
+def rope_of(field: dict, head_dim: int) -> dict:
+    """GPTConfig's rope_base, rope_scaling, rotary_dim and block_size, from the fields of either transformers 4 or 5."""
     if field["rope_scaling"] and field["rope_parameters"]:
         raise ValueError("config.json has rope_scaling and rope_parameters; delete the one that does not hold")
     rope = field["rope_scaling"] or field["rope_parameters"] or {}
     if not isinstance(rope, dict):
         entry = reprlib.repr(rope)
         raise ValueError(f"config.json has {entry} as its rope_scaling or rope_parameters; it must be an object")
-    context = {"original_max_position_embeddings": field["max_position_embeddings"]}
+    context = field["max_position_embeddings"]
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
     kind = kinds[0]
     if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
         entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
         raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(ROPE_NUMBERS)}")
-    refuse_unknown(rope, ("rope_theta", "rope_type", "type", *ROPE_NUMBERS[kind]))
-    rope = {"rope_theta": field["rope_theta"]} | context | rope
-    scaling = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
-    return float(positive("rope_theta", rope["rope_theta"], float)), scaling or None
+    partial = {name: field[name] for name in ("partial_rotary_factor",) if name in field}
+    known = ("rope_theta", "rope_type", "type", *partial, *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()))
+    refuse_unknown(rope, known)
+    original = rope.get("original_max_position_embeddings", context)
+    rope = {"rope_theta": field["rope_theta"]} | partial | rope | {"original_max_position_embeddings": original}
+    numbers = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
+    scaling = {"rope_type": kind} | numbers if numbers else None
+    if kind == "yarn":
+        scaling = yarn_of(numbers, rope)
+        if original != context:  # which files name, too, that were made for a longer one later
+            context = positive("factor * original_max_position_embeddings", int(scaling["factor"] * original), int)
+            context = max(context, field["max_position_embeddings"])
+    elif kind == "longrope":
+        scaling, context = longrope_of(numbers, rope, context), int(min(context, original))
+    base = float(positive("rope_theta", rope["rope_theta"], float))
+    rotary = head_dim
+    if partial:
+        factor = positive("partial_rotary_factor", rope["partial_rotary_factor"], float)
+        rotary = int(head_dim * min(factor, 1))
+        if rotary % 2 or not rotary:
+            entry = f"partial_rotary_factor = {factor}, by which {rotary} of {head_dim} numbers of a head rotate"
+            raise ValueError(f"config.json has {entry}; it must be an even count above 0")
+    of_head = {"rotary_dim": None if rotary == head_dim else rotary}
+    return {"rope_base": base, "rope_scaling": scaling, "block_size": context} | of_head
 
 
-def window_of(field: dict, model_type: str) -> int | None:
-    """GPTConfig's sliding_window. Raises ValueError if some layers have a window and others none."""
+def layer_count(field: dict) -> int:
+    """The number of layers of a family in which they differ, and so are listed."""
+    if field["num_hidden_layers"] > MOST_LAYERS:
+        entry = f"num_hidden_layers = {field['num_hidden_layers']}"
+        raise ValueError(f"config.json has {entry}; layers that differ must be {MOST_LAYERS} at most")
+    return field["num_hidden_layers"]
+
+
+def nope_layers_of(field: dict) -> tuple:
+    """GPTConfig's nope_layers: SmolLM3 has a 0 for each, or every so many."""
+    if "no_rope_layers" not in field:
+        return ()
+    layers, given = layer_count(field), field["no_rope_layers"]
+    if given is None:
+        interval = positive("no_rope_layer_interval", field["no_rope_layer_interval"], int)
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(given, list) or len(given) < layers or not all(number in (0, 1) for number in given):
+        entry = f"no_rope_layers = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; it must be a list of 0 and 1 for {layers} layers")
+    return tuple(layer for layer in range(layers) if not given[layer])
+
+
+def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
+    """GPTConfig's sliding_window and full_layers."""
     layers, of_each = field["num_hidden_layers"], field.get("layer_types") or None
     used = switch("use_sliding_window", field.get("use_sliding_window", True))
     window = field.get("sliding_window") if used else None
-    full = layers if window is None else 0  # the first ones have none
+    full = range(layers if window is None else 0)
+    if window is not None:
+        window = positive("sliding_window", window, int)
     if window is not None and model_type in ("qwen2", "qwen3"):  # transformers' Qwen3-MoE has no such field
-        full = field["max_window_layers"]
-        if full != 0:
-            positive("max_window_layers", full, int)
-    kinds = {"full_attention"} if full else set()
-    if full < layers:
-        kinds.add("sliding_attention")
+        first = field["max_window_layers"]
+        full = range(min(first if first == 0 else positive("max_window_layers", first, int), layers))
+    elif window is not None and "sliding_window_pattern" in field:
+        every = positive("sliding_window_pattern", field["sliding_window_pattern"], int)
+        full = range(every - 1, layer_count(field), every)
+    elif window is not None and model_type == "smollm3":
+        full = [layer for layer in range(layer_count(field)) if layer not in nope_layers]
     if of_each is not None:  # it counts more; Qwen3-MoE does not have it either, but its cache looks at it
         fits = isinstance(of_each, list) and len(of_each) == layers
-        given = {kind if isinstance(kind, str) else None for kind in of_each} if fits else None
-        kinds = given if given == kinds or model_type != "qwen3_moe" else None
-    if kinds == {"full_attention"}:
-        return None
-    if kinds == {"sliding_attention"} and window is not None:
-        return positive("sliding_window", window, int)
-    entry = ", ".join(
-        f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name
-    )
-    raise ValueError(f"config.json has {entry}; implemented is one sliding window for all layers, or none")
+        fits = fits and all(kind in ("full_attention", "sliding_attention") for kind in of_each)
+        listed = [layer for layer, kind in enumerate(of_each) if kind == "full_attention"] if fits else []
+        fits = fits and (window is not None or len(listed) == layers)
+        if not fits or (model_type == "qwen3_moe" and listed != list(full)):
+            names = ", ".join(
+                f"{name} = {reprlib.repr(field[name])}" for name in field if "window" in name or "layer_t" in name
+            )
+            raise ValueError(f"config.json has {names}, which do not fit; choose a model without layer_types")
+        full = listed
+    if len(full) == layers:
+        return {"sliding_window": None}
+    if len(full) > 0:
+        layer_count(field)
+    return {"sliding_window": window, "full_layers": tuple(full)}
 
 
 def config_from_hf(config: dict) -> GPTConfig:
@@ -479,7 +646,9 @@ def config_from_hf(config: dict) -> GPTConfig:
     if field.get("word_embed_proj_dim") not in (None, dim):  # opt-350m, which projects to and from its embedding
         entry = f"word_embed_proj_dim = {reprlib.repr(field['word_embed_proj_dim'])}"
         raise ValueError(f"config.json has {entry}, and only hidden_size is implemented; choose a model without it")
-    activation = "hidden_act" if "hidden_act" in field else "activation_function"
+    activation = next(n for n in ("activation_function", "hidden_activation", "hidden_act") if n in field)
+    if model_type == "gemma" and field[activation] == "gelu":  # its first files meant the other one by it
+        field[activation] = "gelu_pytorch_tanh"
     if field[activation] not in list(ACTIVATIONS):  # whatever its type
         entry = f"{activation} = {reprlib.repr(field[activation])}"
         raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
@@ -493,11 +662,22 @@ def config_from_hf(config: dict) -> GPTConfig:
     for name, ours in BIASES.items():
         if name in field:
             values |= dict.fromkeys(ours, switch(name, field[name]))
+    for name in SCALES.keys() & field.keys():
+        values[SCALES[name]] = float(positive(name, field[name], float))
+    if "logits_scaling" in field:
+        values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
+    if model_type in GEMMAS:
+        values["embed_scale"] = float(dim**0.5)
+    if "query_pre_attn_scalar" in field:
+        values["attention_scale"] = positive("query_pre_attn_scalar", field["query_pre_attn_scalar"], float) ** -0.5
     if "norm_topk_prob" in field:
         values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
     if "rope_theta" in field:
-        values["rope_base"], values["rope_scaling"] = rope_of(field)
-        values["sliding_window"] = window_of(field, model_type)
+        of_windows = local_rope_of(field)
+        values |= rope_of(field, sizes["head_dim"])
+        values["nope_layers"] = nope_layers_of(field)
+        values |= windows_of(field, model_type, values["nope_layers"])
+        values |= of_windows if values["sliding_window"] else {}
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes | values | implied)
 
@@ -613,6 +793,23 @@ def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     return plan
 
 
+def head_order(config: GPTConfig, model_type: str) -> list[int] | None:
+    """The numbers of a head in the files, in the order of GPTConfig's, whose partners are half a head apart; None if
+    that is their own."""
+    C, R = config.head_dim, config.rotary_dim or config.head_dim
+    first, second = (range(0, R, 2), range(1, R, 2)) if model_type in PAIRED else (range(R // 2), range(R // 2, R))
+    middle = (R + C) // 2
+    order = [*first, *range(R, middle), *second, *range(middle, C)]
+    return None if order == sorted(order) else order
+
+
+def reordered(tensor, name: str, order: list[int] | None):
+    """Rows of a parameter, those of each head in another order if they are of queries or keys."""
+    if order is None or not name.rpartition(".")[0].endswith((".q_proj", ".k_proj", ".q_norm", ".k_norm")):
+        return tensor
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
 def listing(names: list[str]) -> str:
     return f"({len(names)}): {', '.join(names[:6])}{' ...' * (len(names) > 6)}"
 
@@ -631,8 +828,8 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
         )
 
 
-def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: str, head_dim: int) -> dict:
-    """{parameter: its part of `tensor`}, each a copy that holds on to no file."""
+def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: list[int] | None, where: str) -> dict:
+    """{parameter: its part of `tensor`}, each a copy that holds on to no file; `order` is of `head_order`."""
     check_dtype(tensor, where)
     rows = [expected[name].shape[0] for name in targets]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
@@ -645,9 +842,7 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, where: s
         tensor, turned = tensor[2:], " without its first two rows"
     if list(tensor.shape) != shape:
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
-    if stored == PAIRS:
-        tensor = tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # [heads, C/2, 2, ...]
-    parts = tensor.split(rows)
+    parts = [reordered(part, name, order) for name, part in zip(targets, tensor.split(rows), strict=True)]
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
 
 
@@ -671,7 +866,7 @@ def convert(checkpoint_dir) -> Path:
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)
 
-    state_dict = {}
+    state_dict, order = {}, head_order(config, model_type)
     mapped = [source for source in plan if source in found]
     with tqdm(total=len(mapped), unit=" tensors", disable=None) as bar:  # None: no bar where there is no terminal
         for file in files:
@@ -679,8 +874,7 @@ def convert(checkpoint_dir) -> Path:
             for source in (source for source in mapped if found[source][0] == file):
                 targets, stored = plan[source]
                 name = found[source][1]
-                where = f"{name} in {file}"
-                state_dict |= split_rows(read(name), targets, stored, expected, where, config.head_dim)
+                state_dict |= split_rows(read(name), targets, stored, expected, order, f"{name} in {file}")
                 bar.update()
     if config.tie_embeddings and "lm_head.weight" in found:
         file, name = found["lm_head.weight"]
@@ -700,6 +894,9 @@ def convert(checkpoint_dir) -> Path:
         dropped += f" ({', '.join(f'{count} of {tower}' for tower, count in towers.items())})"
     counts = f"{len(mapped)} tensors mapped, {dropped}, {len(state_dict)} made"
     print(f"{counts} ({numbers:,} parameters)")
+    if config.block_size < text_config.get("max_position_embeddings", 0):
+        given = text_config["max_position_embeddings"]
+        print(f"the context is {config.block_size:,} tokens, not {given:,}: longer ones need longrope's other factors")
     return path
 
 

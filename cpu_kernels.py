@@ -453,6 +453,7 @@ struct Attention {
   int64_t B, T, H, KV, C, S, window, padded;
   Numbers q, k, v, y;
   const int64_t *q_strides, *k_strides, *v_strides;  // those of [B, T, heads, C]; a head's numbers are neighbours
+  float scale;  // of the scores
   const float* rope;  // cos and sin [B T, 2, C/2], null for no rotation
   const int64_t* position;  // [B, T]
   Cache keys, values;
@@ -519,7 +520,7 @@ struct Attention {
           Floats products = {};
           for (int64_t c = 0; c < padded; c += L)
             products += load<Floats>(query + m * padded + c) * load<Floats>(numbers[i] + c);
-          scores[i] = sum(products) / std::sqrt((float)C);
+          scores[i] = sum(products) * scale;
           most = scores[i] > most ? scores[i] : most;
         }
         float higher = std::max(top[m], most), fade = std::exp(top[m] - higher);
@@ -649,7 +650,7 @@ static void attention(StableIValue* stack, uint64_t, uint64_t) {
   bool scaled = keys.dtype == aoti_torch_dtype_int8();
   Attention job = {};
   job.B = q.sizes[0], job.T = q.sizes[1], job.H = q.sizes[2], job.C = q.sizes[3], job.KV = k.sizes[2];
-  job.S = keys.sizes[2], job.window = (int64_t)stack[9];
+  job.S = keys.sizes[2], job.window = (int64_t)stack[9], job.scale = load<double>(&stack[10]);
   job.q = q.numbers(), job.k = k.numbers(), job.v = v.numbers();
   job.q_strides = q.strides, job.k_strides = k.strides, job.v_strides = v.strides;
   job.rope = rope.dtype == aoti_torch_dtype_float32() ? (const float*)rope.data : nullptr;
@@ -778,10 +779,11 @@ def attention_takes(q, k_cache) -> bool:
     return few and k_cache.dtype in (q.dtype, torch.int8) and runs_on(q)
 
 
-def attention(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window: int):
+def attention(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window: int, scale: float):
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T] and `rope`
     [B or 1, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches [B, KV, S, C]; if those are int8,
-    their bf16 scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last `window` slots up to its own.
+    their bf16 scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last `window` slots up to its own;
+    `scale` multiplies the scores.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used.
@@ -790,7 +792,9 @@ def attention(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, wi
     q, k, v = (t if t.stride()[2:] == (C, 1) else t.contiguous() for t in (q, k, v))
     rope = input_pos if rope is None else rope.expand(B, -1, -1, -1, -1).contiguous()
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
-    return torch.ops.gpt_twin.cpu_attention(q, k, v, rope, input_pos.contiguous(), k_cache, v_cache, *scales, window)
+    return torch.ops.gpt_twin.cpu_attention(
+        q, k, v, rope, input_pos.contiguous(), k_cache, v_cache, *scales, window, scale
+    )
 
 
 OPERATORS = {
@@ -801,7 +805,7 @@ OPERATORS = {
         lambda x, update, weight, eps: (torch.empty_like(x), torch.empty_like(x))
     ),
     "cpu_attention(Tensor q, Tensor k, Tensor v, Tensor rope, Tensor input_pos, Tensor k_cache, Tensor v_cache, "
-    "Tensor k_scales, Tensor v_scales, int window) -> Tensor": lambda q, *others: q.new_empty(q.shape),
+    "Tensor k_scales, Tensor v_scales, int window, float scale) -> Tensor": lambda q, *others: q.new_empty(q.shape),
 }
 for schema, fake in OPERATORS.items():
     name = schema.split("(")[0]

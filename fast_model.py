@@ -43,25 +43,49 @@ except ImportError:  # the file was left behind
     cpu_kernels = None
 
 
-def rope_table(config: GPTConfig, length: int, device) -> torch.Tensor:
+def rope_table(config: GPTConfig, length: int, device, windowed: bool = False) -> torch.Tensor:
     """cos and sin of every position's angles, [length, 2, C/2], float32 whatever the dtype of the weights.
 
     bf16 cannot count past 256; float64 is no better, because the weights were trained with float32's rounded angles:
     at position 1,000 of SmolLM2 the exact ones are 2 to 4 times as far from the reference's logits.
     """
-    half = config.head_dim // 2
-    inv_freq = 1.0 / config.rope_base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
-    if config.rope_scaling is not None:  # Llama 3.1: stretch the waves that do not fit into the original context
-        scaling = config.rope_scaling
-        context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-        longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]
-        wavelength = 2 * math.pi / inv_freq
-        smooth = (context / wavelength - scaling["low_freq_factor"]) / (context / shortest - context / longest)
-        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-        stretched = torch.where(wavelength > longest, inv_freq / factor, between)
-        inv_freq = torch.where(wavelength < shortest, inv_freq, stretched)
+    base, scaling = config.rope_base, config.rope_scaling
+    if windowed:  # the layers that have a window
+        base, scaling = config.rope_base_window, None
+    half = (config.rotary_dim or config.head_dim) // 2
+    inv_freq = 1.0 / base ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+    if scaling is not None:
+        inv_freq = scaled_rope(inv_freq, base, **scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=1)
+    table = table * (scaling or {}).get("attention_factor", 1.0)
+    still = torch.tensor([1.0, 0.0], device=device).view(1, 2, 1)  # pairs that no position turns
+    return torch.cat([table, still.expand(length, 2, config.head_dim // 2 - half)], dim=2)
+
+
+def scaled_rope(inv_freq, base: float, rope_type: str, **scaling):
+    """The frequencies [C/2] of a model whose waves were stretched for a longer context."""
+    if rope_type == "longrope":
+        return inv_freq / torch.tensor(scaling["short_factor"], device=inv_freq.device)
+    factor = scaling["factor"]
+    if rope_type == "linear":
+        return inv_freq / factor
+    context, wavelength = scaling["original_max_position_embeddings"], 2 * math.pi / inv_freq
+    if rope_type == "yarn":
+        half = len(inv_freq)
+
+        def pair_of(turns):  # within the original context, as a fraction
+            return half * math.log(context / (2 * math.pi * turns), base)
+
+        low, high = math.floor(pair_of(scaling["beta_fast"])), math.ceil(pair_of(scaling["beta_slow"]))
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        ramp = (torch.arange(half, device=inv_freq.device) - low) / (0.001 if low == high else high - low)
+        return torch.lerp(inv_freq, inv_freq / factor, ramp.clamp(0, 1))
+    longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]  # llama3
+    smooth = (context / wavelength - scaling["low_freq_factor"]) / (context / shortest - context / longest)
+    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    stretched = torch.where(wavelength > longest, inv_freq / factor, between)
+    return torch.where(wavelength < shortest, inv_freq, stretched)
 
 
 def apply_rope(x, rope):
@@ -158,19 +182,21 @@ def through_cache(cache, scales, values, input_pos):
     return cache[:B] if scales is None else (cache[:B].float() * scales[:B, ..., None].float()).to(values.dtype)
 
 
-def attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(C)) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
+def attention(q, k, v, mask, scale: float):
+    """softmax(scale q k^T) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
     if mask is None or not compiles_for_few_tokens(q.transpose(1, 2).flatten(2)):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
     # Few tokens on a CPU: fused loops, which read 16-bit caches as fast as 32-bit ones. SDPA takes 84 us a layer in
     # float32 and 213 in bf16 on two Zen 4 cores for one token, these 35 for two (SmolLM2, 256 slots).
     groups = q.unflatten(1, (k.shape[1], -1))[..., None, :]  # [B, K, H/K, T, 1, C]
-    scores = (groups.float() * k[:, :, None, None].float()).sum(-1) / q.shape[-1] ** 0.5  # [B, K, H/K, T, S]
+    scores = (groups.float() * k[:, :, None, None].float()).sum(-1) * scale  # [B, K, H/K, T, S]
     weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1)
     return (weights[..., None] * v[:, :, None, None].float()).sum(-2).flatten(1, 2).to(v.dtype)
 
 
-def sliding_attention(q, k, v, window: int):
+def sliding_attention(q, k, v, window: int, scale: float):
     """Causal attention in which each token sees `window` ones, itself the last; shapes as for `attention`, T = S.
 
     Blocks of `window` queries see their own block and the one before, so no mask is larger than window x 2 window
@@ -178,13 +204,13 @@ def sliding_attention(q, k, v, window: int):
     """
     B, H, T, C = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # a fused kernel takes a mask or groups
-    first = attention(*(t[:, :, :window] for t in (q, k, v)), None)
+    first = attention(*(t[:, :, :window] for t in (q, k, v)), None, scale)
     padding = -T % window
     q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2) for t in (q, k, v))
     k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=3).flatten(0, 1) for t in (k, v))  # [B (blocks - 1), H, 2 window, C]
     slot = torch.arange(2 * window, device=q.device)
     query = slot[window:, None]
-    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None])
+    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale)
     y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
     return torch.cat([first, y[:, :, : T - window]], dim=2)
 
@@ -210,13 +236,29 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class HeadNorm(nn.RMSNorm):
+    """Of each head of q or k."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.head_dim, eps=config.norm_eps)
+        self.plus_one = config.norm_plus_one
+
+    def forward(self, x):
+        return plus_one_norm(x, self.weight, self.eps) if self.plus_one else super().forward(x)
+
+
+def plus_one_norm(x, weight, eps: float):
+    """The RMS norm of weights that are stored as what is added to 1, rounded once."""
+    return F.rms_norm(x.float(), weight.shape, weight.float() + 1, eps).to(x.dtype)
+
+
 class AddNorm(nn.Module):
     """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
 
     def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
         self.rank, self.ranks, self.is_rms = rank, ranks, config.norm == "rms"
-        self.eps = config.norm_eps
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
         self.weight = nn.Parameter(torch.ones(config.dim))
         self.bias = None if self.is_rms else nn.Parameter(torch.zeros(config.dim))
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
@@ -229,29 +271,52 @@ class AddNorm(nn.Module):
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and self.is_rms and on_gpu_kernels(residual):
-            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.peers, self.rank)
-        if self.ranks == 1 and self.is_rms and on_cpu_kernels(residual):
+            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.plus_one, self.peers, self.rank)
+        if self.ranks == 1 and self.is_rms and not self.plus_one and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
         residual = residual + all_reduce(update, self.ranks)
+        if self.plus_one:
+            return residual, plus_one_norm(residual, self.weight, self.eps)
         if self.is_rms:
             return residual, F.rms_norm(residual, self.weight.shape, self.weight, self.eps)
         return residual, F.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class PostNorm(nn.Module):
+    """The norm of an update: of the sum of all ranks', which rank 0 keeps, so that the next sum is the same."""
+
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+        super().__init__()
+        self.rank, self.ranks, self.eps, self.plus_one = rank, ranks, config.norm_eps, config.norm_plus_one
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.dim)) if config.norm == "layer" else None
+
+    def forward(self, update):
+        update = all_reduce(update, self.ranks)
+        if self.plus_one:
+            update = plus_one_norm(update, self.weight, self.eps)
+        elif self.bias is None:
+            update = F.rms_norm(update, self.weight.shape, self.weight, self.eps)
+        else:
+            update = F.layer_norm(update, self.weight.shape, self.weight, self.bias, self.eps)
+        return update if self.rank == 0 else torch.zeros_like(update)
+
+
 class Attention(nn.Module):
     """The heads of one rank: `config` is that of `tp.shard_config`, as in MLP."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.head_dim, self.window, self.rotates = config.head_dim, config.window_of(layer), config.rotates(layer)
+        self.scale = config.attention_scale or config.head_dim**-0.5
         self.queries_per_kv = config.n_head // config.n_kv_head
         self.qkv = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = HeadNorm(config)
+            self.k_norm = HeadNorm(config)
         for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
 
@@ -275,16 +340,16 @@ class Attention(nn.Module):
         if kernels is not None:
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
-            y = kernels.attention(q, k, v, rope, input_pos, *caches, window)
+            y = kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale)
             return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
         v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
         if input_pos is None and self.window is not None and T > self.window:
-            y = sliding_attention(q.transpose(1, 2), k, v, self.window)
+            y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale)
         else:
-            y = attention(q.transpose(1, 2), k, v, mask)
+            y = attention(q.transpose(1, 2), k, v, mask, self.scale)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -439,20 +504,26 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+    def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
         self.norm_1 = AddNorm(config, rank, ranks)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
+        self.post_attn = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
+        self.post_mlp = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
+        self.scale = config.residual_scale
 
     @torch.compiler.nested_compile_region
     def forward(self, residual, update, rope, mask, input_pos):
         """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel."""
         residual, x = self.norm_1(residual, update)
-        update = self.attn(x, rope, mask, input_pos)
+        update = self.scaled(self.post_attn(self.attn(x, rope, mask, input_pos)))
         residual, x = self.norm_2(residual, update)
-        return residual, self.mlp(x)
+        return residual, self.scaled(self.post_mlp(self.mlp(x)))
+
+    def scaled(self, update):
+        return update if self.scale == 1 else update * self.scale
 
 
 class FastGPT(nn.Module):
@@ -468,10 +539,11 @@ class FastGPT(nn.Module):
         self.n_kv_head = local.n_kv_head
         self.wte = nn.Embedding(rows, config.dim)
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
-        self.layers = nn.ModuleList(Block(local, rank, ranks) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(local, layer, rank, ranks) for layer in range(config.n_layer))
         self.norm_f = AddNorm(config, rank, ranks)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
+        self.register_buffer("rope_window", None, persistent=False)  # of layers with a base of their own
         self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
@@ -490,11 +562,18 @@ class FastGPT(nn.Module):
         shape = (max_batch_size, self.n_kv_head, max_seq_length, config.head_dim)
         for layer in self.layers:
             layer.attn.setup_cache(shape, torch.int8 if self.int8_cache else weight.dtype, weight.device)
-        if config.rope_base is not None:
-            self.rope = rope_table(config, max_seq_length, weight.device)
+        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+        self.make_tables()
         if self.ranks > 1 and self.inbox is None:
             self.connect_ranks()
-        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+
+    def make_tables(self):
+        """Those of the rotary angles, for the slots of the cache."""
+        config, device = self.config, self.wte.weight.device
+        if config.rope_base is not None:
+            self.rope = rope_table(config, self.max_seq_length, device)
+        if config.rope_base_window is not None:
+            self.rope_window = rope_table(config, self.max_seq_length, device, windowed=True)
 
     def connect_ranks(self):
         """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
@@ -509,7 +588,7 @@ class FastGPT(nn.Module):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
         super()._apply(fn, recurse)
         if self.rope is not None:
-            self.rope = rope_table(self.config, self.max_seq_length, self.wte.weight.device)
+            self.make_tables()
         return self
 
     def embed(self, idx):
@@ -537,27 +616,37 @@ class FastGPT(nn.Module):
             raise ValueError(f"{B} rows are more than the cache's {self.max_batch_size}: call setup_caches again")
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
-        mask = None  # without positions a token sees those before it
+        mask = in_window = None  # without positions a token sees those before it
         if input_pos is not None:
             slots = torch.arange(self.max_seq_length, device=idx.device)
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             if window is not None:
-                mask = mask & (slots > positions[:, None, :, None] - window)
+                in_window = mask & (slots > positions[:, None, :, None] - window)
 
         update = self.embed(idx).to(self.norm_f.weight.dtype)
-        residual, rope = torch.zeros_like(update), None
+        if self.config.embed_scale != 1:
+            update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
+        residual, rope, rope_window = torch.zeros_like(update), None, None
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
         else:
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
-            rope = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
+            rope = rope_window = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]
+            if self.config.rope_base_window is not None:
+                table = self.rope_window
+                table = rope_table(self.config, T, idx.device, windowed=True) if table is None else table
+                rope_window = table[positions].unsqueeze(2)
         for layer in self.layers:
-            residual, update = layer(residual, update, rope, mask, input_pos)
+            attn = layer.attn
+            seen, turned = (mask, rope) if attn.window is None else (in_window, rope_window)
+            residual, update = layer(residual, update, turned if attn.rotates else None, seen, input_pos)
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
         _, x = self.norm_f(residual, update)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
 
 
@@ -595,7 +684,9 @@ SURGERY = (
     (["transformer.h.{}.attn.q_norm"], "layers.{}.attn.q_norm"),
     (["transformer.h.{}.attn.k_norm"], "layers.{}.attn.k_norm"),
     (["transformer.h.{}.attn.o_proj"], "layers.{}.attn.out"),
+    (["transformer.h.{}.post_attn"], "layers.{}.post_attn"),
     (["transformer.h.{}.ln_2"], "layers.{}.norm_2"),
+    (["transformer.h.{}.post_mlp"], "layers.{}.post_mlp"),
     (["transformer.h.{}.mlp.gate_proj", "transformer.h.{}.mlp.up_proj"], "layers.{}.mlp.gate_up"),
     (["transformer.h.{}.mlp.down_proj"], "layers.{}.mlp.down"),
     (["transformer.h.{}.mlp.router"], "layers.{}.mlp.router"),

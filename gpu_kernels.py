@@ -556,11 +556,13 @@ def _sum_over_ranks(
 def _add_norm_kernel(
     x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, peers_ptr, eps,
     RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, mine = at < D, tl.program_id(0) * D + at
     weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        weight += 1.0
     _wait_for_inputs(PDL)
     update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
     if RANKS > 1:
@@ -583,10 +585,11 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
-    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, peers: torch.Tensor | None = None,
-    rank: int = 0,
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [..., D] + update and its RMS norm; with `peers`, x + the sum of all ranks' updates, up to MOST_ROWS rows of D.
+    With `plus_one` the weights are what is added to 1.
 
     `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
     calls; who comes first waits. The compiler is told that this changes nothing: each sum needs the one before it, so
@@ -598,14 +601,14 @@ def add_norm(
     assert ranks == 1 or x.numel() <= MOST_ROWS * D, "the inboxes have no room for so many rows"
     _add_norm_kernel[(x.numel() // D,)](
         x, update, weight, total, y, peers, eps,
-        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), num_warps=8,
+        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), PLUS_ONE=plus_one, num_warps=8,
         **launch_options(x.device),
     )  # fmt: skip
     return total, y
 
 
 @add_norm.register_fake
-def _(x, update, weight, eps, peers=None, rank=0):
+def _(x, update, weight, eps, plus_one=False, peers=None, rank=0):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
         x, memory_format=torch.contiguous_format
     )
@@ -760,12 +763,12 @@ def _join_splits_kernel(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    window: int,
+    window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
-    `window` slots up to its own. T H / KV is 64 at most.
+    `window` slots up to its own, and `scale` multiplies the scores. T H / KV is 64 at most.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -789,7 +792,7 @@ def attention(
     _attention_kernel[(B * KV, splits)](
         q, k, v, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
         T, S, window, q.stride(1), k.stride(1), v.stride(1),
-        scale=C**-0.5 * 1.4426950408889634,  # for powers of 2 instead of e
+        scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
         NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
     )  # fmt: skip
     _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
@@ -797,5 +800,5 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window):
+def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale):
     return q.new_empty(q.shape)

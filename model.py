@@ -26,8 +26,8 @@ import torch.nn.functional as F
 class GPTConfig:
     """Everything that decides what a model computes. Raises ValueError if the fields contradict each other.
 
-    `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or Llama 3.1's four numbers, named as in
-    its `config.json`: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
+    `rope_base` None means learned positions (GPT-2). `rope_scaling` is None or a "rope_type" of ROPE_SCALINGS and its
+    numbers, named as in `config.json`; without a type, as in older checkpoints, it is llama3.
     `sliding_window` is how many positions, its own included, a token attends to; None means all before it.
     With `n_expert` above 0 each feed-forward is that many of `hidden_dim`, of which a token takes `n_expert_used`.
     """
@@ -42,6 +42,8 @@ class GPTConfig:
     hidden_dim: int
     norm: str = "rms"  # or "layer", with a bias
     norm_eps: float = 1e-5
+    post_norm: bool = False  # a norm of what attention and feed-forward add, beside that of what they read
+    norm_plus_one: bool = False  # RMSNorm's weights are stored as what is added to 1 (Gemma)
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
     activation: str = "silu"  # or "gelu", "gelu_tanh", "relu", "relu2" (its square)
     gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
@@ -50,7 +52,15 @@ class GPTConfig:
     mlp_bias: bool = False
     rope_base: float | None = 10000.0
     rope_scaling: dict | None = None
+    rope_base_window: float | None = None  # the base of layers with a window, which then are not scaled; None: the same
+    rotary_dim: int | None = None  # how many numbers of a head rotate, half of them from its middle on; None: all
     sliding_window: int | None = None
+    full_layers: tuple = ()  # the layers, counted from 0, that see everything all the same
+    nope_layers: tuple = ()  # the layers that do not rotate
+    embed_scale: float = 1.0  # the embedding is multiplied by it, and it is rounded as the weights are
+    attention_scale: float | None = None  # of the scores; None is 1 / sqrt(head_dim)
+    residual_scale: float = 1.0  # what attention and feed-forward add is multiplied by it
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
     n_expert_used: int = 0
@@ -64,19 +74,21 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.rope_base is not None and self.head_dim % 2:
+        if (self.rope_base is not None or self.rotary_dim) and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
         if self.rope_base is not None and not self.rope_base > 0:
             raise ValueError(f"rope_base must be above 0 or None, not {self.rope_base!r}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(f"rotary_dim must be even and at most head_dim {self.head_dim}, not {self.rotary_dim!r}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be above 0 or None, not {self.sliding_window!r}")
-        fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if self.rope_scaling is not None and self.rope_scaling.keys() != fields:
-            raise ValueError(f"rope_scaling must have {', '.join(sorted(fields))}, not {self.rope_scaling}")
-        if self.rope_scaling and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
-            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", {"rope_type": "llama3"} | self.rope_scaling)
+            self.check_rope_scaling(**self.rope_scaling)
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
+        if self.norm_plus_one and self.norm != "rms":
+            raise ValueError(f"norm_plus_one needs norm 'rms', not {self.norm!r}")
         if not (self.n_expert == self.n_expert_used == 0 or 1 <= self.n_expert_used <= self.n_expert):
             raise ValueError(
                 f"n_expert_used {self.n_expert_used} must be from 1 to n_expert {self.n_expert}, or both 0"
@@ -86,7 +98,43 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
+        for name in ("embed_scale", "attention_scale", "residual_scale", "logit_scale"):
+            if not (getattr(self, name) is None and name == "attention_scale" or getattr(self, name) > 0):
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        if self.rope_base_window is not None and (self.sliding_window is None or not self.rope_base_window > 0):
+            raise ValueError(f"rope_base_window must be above 0 beside a window, not {self.rope_base_window!r}")
+        for name in ("full_layers", "nope_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, tuple) or not all(layer in range(self.n_layer) for layer in layers):
+                raise ValueError(f"{name} must be a tuple of layers below {self.n_layer}, not {layers!r}")
 
+    def window_of(self, layer: int) -> int | None:
+        return None if layer in self.full_layers else self.sliding_window
+
+    def rotates(self, layer: int) -> bool:
+        return self.rope_base is not None and layer not in self.nope_layers
+
+    def check_rope_scaling(self, rope_type, **numbers):
+        if rope_type not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling must be of type {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
+        if numbers.keys() != set(ROPE_SCALINGS[rope_type]):
+            fields = ", ".join(ROPE_SCALINGS[rope_type])
+            raise ValueError(f"rope_scaling must have rope_type, {fields}, not {self.rope_scaling}")
+        if rope_type == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        if rope_type == "longrope" and len(numbers["short_factor"]) != pairs:
+            count = len(numbers["short_factor"])
+            raise ValueError(f"rope_scaling needs {pairs} numbers as its short_factor, not {count}")
+
+
+# Kinds of `rope_scaling`. Of longrope the short factors alone are here, which hold up to the original context.
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "attention_factor"),
+}
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -99,56 +147,76 @@ ACTIVATIONS = {
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: GPTConfig):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+        self.weight = nn.Parameter(torch.zeros(size) if self.plus_one else torch.ones(size))
 
     def forward(self, x):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (x32 * (1 + self.weight.float())).type_as(x)
         return x32.type_as(x) * self.weight
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.dim, eps=config.norm_eps)
-    return RMSNorm(config.dim, config.norm_eps)
+    return RMSNorm(config.dim, config)
 
 
-def rope_frequencies(config: GPTConfig, device) -> torch.Tensor:
-    """Radians per position of each of the C/2 rotated pairs, float32 (Su et al. 2021; Llama 3.1's scaling on top)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_base**exponent
-    if config.rope_scaling is None:
-        return frequencies
-    # Waves longer than the original context are slowed by `factor`, short ones kept, those between interpolated.
-    scaling = config.rope_scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+def rope_frequencies(config: GPTConfig, layer: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each of the C/2 pairs the radians per position, and what its length grows by, in float32 (Su et al. 2021).
+
+    A scaling slows the waves. Those longer than the original context go at 1/factor, short ones are kept, others are
+    between: by turns in that context with llama3 (Llama 3.1), by the pair's number with yarn (Peng et al. 2023).
+    The pairs beyond `rotary_dim` R stand still.
+    """
+    R, base, scaling = config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling
+    if config.rope_base_window is not None and config.window_of(layer) is not None:
+        base, scaling = config.rope_base_window, None
+    scaling = scaling or {"rope_type": None}
+    frequencies = 1.0 / base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
+    kept = torch.zeros_like(frequencies)
+    context = scaling.get("original_max_position_embeddings")
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling["rope_type"] == "yarn":
+        turns = torch.tensor([scaling["beta_fast"], scaling["beta_slow"]], dtype=torch.float64)
+        first, last = (R / 2 * (context / (2 * math.pi * turns)).log() / math.log(base)).tolist()
+        first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)  # pairs that make so many turns
+        number = torch.arange(R // 2, device=device)
+        kept = 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
+    elif scaling["rope_type"] == "longrope":
+        frequencies = frequencies / torch.tensor(scaling["short_factor"], device=device)
+    slowed = frequencies / scaling.get("factor", 1.0)
+    growth = torch.full_like(frequencies, scaling.get("attention_factor", 1.0))
+    still = (0, (config.head_dim - R) // 2)
+    return F.pad(kept * frequencies + (1 - kept) * slowed, still), F.pad(growth, still, value=1.0)
 
 
-def rotate(x, angles):
-    """Turn each pair (x[i], x[i + C/2]) of x [B, T, heads, C] by its angle, angles [T, C/2]."""
-    cos, sin = angles.cos().type_as(x)[:, None], angles.sin().type_as(x)[:, None]  # [T, 1, C/2]
+def rotate(x, angles, growth):
+    """Turn each pair (x[i], x[i + C/2]) of x [B, T, heads, C] by its angle, and stretch it; angles [T, C/2]."""
+    cos, sin = ((growth * part).type_as(x)[:, None] for part in (angles.cos(), angles.sin()))  # [T, 1, C/2]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         q_dim, kv_dim = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
 
     def forward(self, x):
         B, T, _ = x.shape
@@ -159,18 +227,20 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         position = torch.arange(T, device=x.device)
-        if cfg.rope_base is not None:
-            angles = position[:, None] * rope_frequencies(cfg, x.device)  # [T, C/2]
-            q, k = rotate(q, angles), rotate(k, angles)
+        if cfg.rotates(self.layer):
+            frequencies, growth = rope_frequencies(cfg, self.layer, x.device)
+            angles = position[:, None] * frequencies  # [T, C/2]
+            q, k = rotate(q, angles, growth), rotate(k, angles, growth)
 
         # Each kv head serves n_head / n_kv_head query heads in a row.
         k, v = (t.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=2) for t in (k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, C]
         distance = position[:, None] - position  # [T, T], how far back the key is from the query
-        visible = distance >= 0
-        if cfg.sliding_window is not None:
-            visible = visible & (distance < cfg.sliding_window)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(cfg.head_dim)  # [B, H, T, T]
+        visible, window = distance >= 0, cfg.window_of(self.layer)
+        if window is not None:
+            visible = visible & (distance < window)
+        scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, T]
         scores = scores.float().masked_fill(~visible, float("-inf"))
         y = scores.softmax(-1).type_as(v) @ v  # [B, H, T, C]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -217,16 +287,19 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = make_norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
+        self.post_attn = make_norm(config) if config.post_norm else nn.Identity()
+        self.post_mlp = make_norm(config) if config.post_norm else nn.Identity()
+        self.residual_scale = config.residual_scale
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.residual_scale * self.post_attn(self.attn(self.ln_1(x)))
+        return x + self.residual_scale * self.post_mlp(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -238,7 +311,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.dim),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": make_norm(config),
             }
         )
@@ -253,13 +326,14 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # [B, T, D]
+        x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         if self.config.rope_base is None:
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
         head = self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
-        logits = F.linear(x, head)
+        logits = F.linear(x, head) * self.config.logit_scale
         if targets is None:
             return logits
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)

@@ -40,6 +40,8 @@ MAX_FILE_SIZE = "5GB"
 TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DENSE += ("GraniteForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
+DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
 DENSE += ("ArceeForCausalLM", "SeedOssForCausalLM", "Starcoder2ForCausalLM")
 # With relu the last first, because OPT is known by it.
 LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
@@ -58,27 +60,47 @@ def config_to_hf(config: GPTConfig) -> dict:
     """The content of a config.json, the inverse of config_from_hf. Raises ValueError if no architecture fits."""
     activation = {ours: theirs for theirs, ours in convert.ACTIVATIONS.items()}[config.activation]
     window, layers = config.sliding_window, config.n_layer
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "longrope":  # the context is the original one, so the long factors are none
+        context = {"original_max_position_embeddings": config.block_size}
+        scaling = scaling | context | {"long_factor": scaling["short_factor"]}
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()} | {
         "hidden_act": activation,
         "activation_function": activation,
         "rms_norm_eps": config.norm_eps,
         "norm_epsilon": config.norm_eps,
         "layer_norm_epsilon": config.norm_eps,
-        "attention_bias": config.qkv_bias,
         "attention_out_bias": config.o_bias,
         "use_bias": config.o_bias,
         "enable_bias": config.o_bias,
+        "layer_norm_eps": config.norm_eps,
+        "attention_bias": config.qkv_bias,
+        "use_qkv_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "word_embed_proj_dim": config.dim,
         "tie_word_embeddings": config.tie_embeddings,
         "norm_topk_prob": config.norm_topk_prob,
         # As transformers 4 wrote it, which 5 reads as well.
         "rope_theta": config.rope_base,
-        "rope_scaling": config.rope_scaling and {"rope_type": "llama3"} | config.rope_scaling,
+        "rope_scaling": scaling,
+        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "max_window_layers": layers if window is None else 0,
-        "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
+        "max_window_layers": layers if window is None else len(config.full_layers),
+        "layer_types": [
+            "full_attention" if config.window_of(i) is None else "sliding_attention" for i in range(layers)
+        ],
+        "embedding_multiplier": config.embed_scale,
+        "attention_multiplier": scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": 1 / config.logit_scale,
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": max(1, round(scale**-2)),
+        "rope_local_base_freq": config.rope_base_window or config.rope_base,
+        "sliding_window_pattern": layers + 1,
+        "no_rope_layers": [int(i not in config.nope_layers) for i in range(layers)],
+        "no_rope_layer_interval": layers,
     }
     architectures = SPARSE if config.n_expert else DENSE
     if config.rope_base is None:
@@ -90,7 +112,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         made = asdict(convert.config_from_hf(fields))
         differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "arcee", "gpt2", "gpt_bigcode", "opt"):
+        if config.dim % config.n_head and model_type in ("llama", "arcee", "gpt2", "gpt_bigcode", "opt", "stablelm"):
             differs[architecture].append("dim")  # they refuse one that the heads do not divide
         if not differs[architecture]:
             return fields
@@ -101,22 +123,27 @@ def config_to_hf(config: GPTConfig) -> dict:
     )
 
 
-def stored_tensor(state_dict: dict, parameters: list[str], stored: str) -> torch.Tensor:
-    """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed."""
-    tensor = torch.cat([state_dict[name] for name in parameters])
+def stored_tensor(state_dict: dict, order: list[int] | None, parameters: list[str], stored: str) -> torch.Tensor:
+    """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed.
+
+    The rows of heads stand in `order`, the one of the files.
+    """
+    tensor = torch.cat([convert.reordered(state_dict[name], name, order) for name in parameters])
     if stored == convert.FROM_ROW_2:
         return torch.cat([torch.zeros_like(tensor[:1]).expand(2, -1), tensor])
     return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
 
 
-def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
+def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int] | None) -> int:
     """Write the tensors of a weight_plan, and an index if they need more than one file; the number of files."""
     meta = {name: tensor.to("meta") for name, tensor in state_dict.items()}
-    sizes = {name: stored_tensor(meta, *made) for name, made in plan.items()}
+    sizes = {name: stored_tensor(meta, order, *made) for name, made in plan.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
         # No name for the tensors: it would keep them while the next file's are made.
-        save_file({name: stored_tensor(state_dict, *plan[name]) for name in names}, folder / file, {"format": "pt"})
+        save_file(
+            {name: stored_tensor(state_dict, order, *plan[name]) for name in names}, folder / file, {"format": "pt"}
+        )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -124,7 +151,8 @@ def write_weights(folder: Path, plan: dict, state_dict: dict) -> int:
 
 
 def special_ids(folder: Path) -> dict:
-    """BOS and EOS of the original's JSON files, where these are still there. Raises ValueError if they are no ids.
+    """BOS, EOS and padding of the original's JSON files, where these are still there. Raises ValueError if they are no
+    ids.
 
     They are written even if null: transformers' default would end an answer at Llama's or GPT-2's token.
     """
@@ -132,7 +160,7 @@ def special_ids(folder: Path) -> dict:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             found |= convert.read_json(folder / name)
-    for name in ("bos_token_id", "eos_token_id"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids[name], several = found.get(name), name == "eos_token_id"
         value = ids[name]
         listed = value if several and isinstance(value, list) else [] if value is None else [value]
@@ -156,11 +184,13 @@ def export(checkpoint_path, out_dir) -> str:
     fields |= special_ids(path.parent) | {"torch_dtype": dtype}
     plan = convert.weight_plan(convert.weight_rows(model_type), config, state_dict)
 
+    order = convert.head_order(config, model_type)
+    order = order and [order.index(number) for number in range(config.head_dim)]  # and back
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     check_target(temporary)
     temporary.mkdir(parents=True)
     try:
-        count = write_weights(temporary, plan, state_dict)
+        count = write_weights(temporary, plan, state_dict, order)
         (temporary / "config.json").write_text(json.dumps(fields, indent=2))
         copied = [name for name in sorted(TOKENIZER_FILES) if (path.parent / name).is_file()]
         for name in copied:

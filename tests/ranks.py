@@ -76,7 +76,7 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
     random = torch.Generator().manual_seed(0)
     for rows in (1, 16, 3, 1, 16) * 20:
         x, weights, *updates = torch.randn(2 + ranks, rows, size, generator=random).to(device)
-        total, y = gpu_kernels.add_norm(x, updates[rank], weights[0], 1e-5, peers, rank)
+        total, y = gpu_kernels.add_norm(x, updates[rank], weights[0], 1e-5, False, peers, rank)
         expected = x + sum(updates)
         torch.testing.assert_close(total, expected)
         torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))

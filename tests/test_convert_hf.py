@@ -31,6 +31,12 @@ SCRIPT = Path(convert_hf.__file__)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 60}
+MSCALES = YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 80}
+LONGROPE |= {"short_factor": [1.0, 1.5, 2.0, 2.5, 7.0], "long_factor": [4.0] * 5}
+
 ROTARY = {
     "vocab_size": 101,
     "hidden_size": 40,
@@ -40,6 +46,13 @@ ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+SMOLLM3 = {"no_rope_layer_interval": 2, "pad_token_id": None, "use_sliding_window": True, "sliding_window": 7}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_multiplier": 0.6}
+GRANITE |= {"logits_scaling": 3.0}
+GEMMA3 = {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 9}
+GEMMA3 |= {"tie_word_embeddings": False}
+GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 PAD = {"pad_token_id": 0}  # where the default is not below 101
 OPT = {"vocab_size": 101, "hidden_size": 40, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -53,6 +66,10 @@ MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
     "llama biased": ("Llama", ROTARY | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama linear": ("Llama", ROTARY | {"rope_parameters": LINEAR}),
+    "llama longrope": ("Llama", ROTARY | {"rope_parameters": LONGROPE, "max_position_embeddings": 160}),
+    "qwen2 yarn": ("Qwen2", ROTARY | {"hidden_size": 64, "rope_parameters": YARN | {"beta_fast": 4.0}}),
+    "qwen3 yarn": ("Qwen3", ROTARY | {"head_dim": 16, "rope_parameters": MSCALES}),
     "mistral": ("Mistral", ROTARY | {"head_dim": 16, "sliding_window": None}),
     "mistral window": ("Mistral", ROTARY | {"sliding_window": 7}),
     "qwen2": ("Qwen2", ROTARY | {"tie_word_embeddings": True, "sliding_window": 9}),
@@ -60,6 +77,25 @@ MODELS = {
     "qwen3 window": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     "qwen3": ("Qwen3", ROTARY | {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", ROTARY | {"head_dim": 6, "attention_bias": True}),
+    "qwen3 windows": ("Qwen3", ROTARY | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "gemma": ("Gemma", ROTARY | {"head_dim": 16, "tie_word_embeddings": False}),
+    "gemma tied": ("Gemma", ROTARY | {"head_dim": 16, "rope_parameters": {"rope_theta": 300.0}}),
+    "gemma 3": ("Gemma3", ROTARY | GEMMA3),
+    "gemma 3 linear": ("Gemma3", ROTARY | GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "glm4": ("Glm4", ROTARY | {"head_dim": 16, "pad_token_id": None}),
+    "granite": ("Granite", ROTARY | GRANITE),
+    "granite biased": ("Granite", ROTARY | GRANITE | {"attention_bias": True, "mlp_bias": True}),
+    "ministral": ("Ministral", ROTARY | {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    "smollm3 untied": (
+        "SmolLM3",
+        ROTARY | {"no_rope_layers": [0, 1], "pad_token_id": None, "tie_word_embeddings": False},
+    ),
+    "smollm3 windows": ("SmolLM3", ROTARY | SMOLLM3),
+    "glm": ("Glm", ROTARY | {"head_dim": 16, "pad_token_id": None}),
+    "glm rotary 0.8": ("Glm", ROTARY | GLM | {"head_dim": 10, "attention_bias": False}),
+    "glm rotary 1": ("Glm", ROTARY | {"head_dim": 16, "partial_rotary_factor": 1.0, "pad_token_id": None}),
+    "stablelm": ("StableLm", ROTARY | {"hidden_size": 64, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "stablelm biased": ("StableLm", ROTARY | {"partial_rotary_factor": 0.6, "use_qkv_bias": True}),
     "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral window": ("Mixtral", ROTARY | {"num_local_experts": 3, "sliding_window": 7}),
     "qwen3 moe": ("Qwen3Moe", ROTARY | EXPERTS | {"norm_topk_prob": True}),
@@ -98,7 +134,7 @@ MODELS = {
 
 def random_model(family, fields):
     """Transformers' model in float32, all its parameters random."""
-    config = getattr(transformers, f"{family}Config")(**fields)
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**fields)
     others = {"GPT2": "GPT2LMHeadModel", "Mistral3": "Mistral3ForConditionalGeneration"}
     architecture = others.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"
@@ -225,7 +261,6 @@ def test_dtype_is_kept(copy_of, saved, name, dtype):
 
 # Every way that a family's config can name a window, and the layers that have it in transformers.
 USE = {"use_sliding_window": True, "sliding_window": 7}
-FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = [
     ("Llama", {"sliding_window": 7}, "refused"),
     ("GPT2", {"sliding_window": 7}, "refused"),
@@ -250,10 +285,10 @@ for qwen in ("Qwen2", "Qwen3"):
     WINDOWS += [
         (qwen, USE, None),  # from layer 28 on
         (qwen, USE | {"max_window_layers": 0}, 7),
-        (qwen, USE | {"max_window_layers": 1}, "refused"),
+        (qwen, USE | {"max_window_layers": 1}, (7, (0,))),
         (qwen, USE | {"max_window_layers": 2}, None),
         (qwen, USE | {"layer_types": [SLIDING] * 2}, 7),
-        (qwen, USE | {"layer_types": [FULL, SLIDING]}, "refused"),
+        (qwen, USE | {"layer_types": [SLIDING, FULL]}, (7, (1,))),
         (qwen, USE | {"layer_types": [FULL] * 2, "max_window_layers": 0}, None),
         (qwen, {"sliding_window": 7, "max_window_layers": 0}, None),
     ]
@@ -268,7 +303,8 @@ def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     if window == "refused":
         return refused(tmp_path, "layer_types" if "layer_types" in fields else "window")
     config, state_dict = converted(tmp_path)
-    assert config.sliding_window == window
+    window, full = window if isinstance(window, tuple) else (window, ())
+    assert (config.sliding_window, config.full_layers) == (window, full)
     compare(model, config, state_dict, steps=24)
     wrong = replace(config, sliding_window=None if window else 7)
     with pytest.raises(AssertionError):  # the text is long enough to see it
@@ -796,7 +832,7 @@ def test_published_configs(name):
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()} - {"Mistral3"}))
 def test_absent_fields_are_what_transformers_takes(family):
-    full = getattr(transformers, f"{family}Config")().to_dict()
+    full = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
 
 
@@ -814,17 +850,39 @@ def test_the_original_context_is_the_context_if_not_given(saved):
     assert convert_hf.config_from_hf(fields).rope_scaling["original_max_position_embeddings"] == 96
 
 
-def test_llama3_scaling_matters_here(saved):
-    """The twins' test of llama 3.1 would pass without the scaling if the angles were the same."""
-    model, folder = saved("llama 3.1")
+KIND = {"rope_type"}
+SCALED = ["llama 3.1", "llama linear", "llama longrope", "qwen2 yarn"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaling_matters_here(saved, name):
+    """The twins' test would pass without the scaling, or one of its numbers, if the angles were the same."""
+    model, folder = saved(name)
     config, state_dict = converted(folder)
-    with pytest.raises(AssertionError):
-        compare(model, replace(config, rope_scaling=None), state_dict)
+    scaling = config.rope_scaling
+    numbers = {field: [3.0] * 5 if field == "short_factor" else 3.5 * scaling[field] for field in scaling.keys() - KIND}
+    for wrong in (None, *(scaling | {field: number} for field, number in numbers.items())):
+        with pytest.raises(AssertionError):
+            compare(model, replace(config, rope_scaling=wrong), state_dict, steps=24)
+
+
+def test_a_context_is_stretched_by_yarn_and_cut_for_longrope(copy_of, capsys):
+    assert convert_hf.config_from_hf({"model_type": "qwen2", "rope_scaling": YARN}).block_size == 32768
+    fields = {"model_type": "qwen2", "max_position_embeddings": 48, "rope_scaling": YARN}
+    assert convert_hf.config_from_hf(fields).block_size == 240
+    folder = copy_of("llama longrope")
+    assert converted(folder)[0].block_size == 80
+    assert "the context is 80 tokens, not 160" in capsys.readouterr().out
+
+
+def test_llama3_scaling_of_an_older_checkpoint_has_no_kind(saved):
+    config = converted(saved("llama 3.1")[1])[0]
+    older = {name: value for name, value in config.rope_scaling.items() if name != "rope_type"}
+    assert replace(config, rope_scaling=older) == config
 
 
 # Refusals. The model that the fields are added to, the fields, and what the sentence must name.
 LLAMA, QWEN, GPT = "llama 3.1", "qwen2", "gpt2"
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
 REFUSED = [
     (LLAMA, {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
     (LLAMA, {"attention_multiplier": 0.5}, ["attention_multiplier"]),
@@ -832,8 +890,12 @@ REFUSED = [
     (LLAMA, {"something_new": "x"}, ["something_new"]),
     (LLAMA, {"sliding_window": 7}, ["sliding_window"]),
     (LLAMA, {"rope_interleaved": True}, ["rope_interleaved"]),
-    (LLAMA, {"rope_parameters": YARN}, ["yarn"]),
-    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+    (LLAMA, {"rope_parameters": YARN | {"truncate": False}}, ["truncate"]),
+    (LLAMA, {"rope_parameters": YARN | {"factor": None}}, ["factor"]),
+    (LLAMA, {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),
+    (LLAMA, {"rope_parameters": LONGROPE | {"short_factor": None}}, ["short_factor"]),
+    (LLAMA, {"rope_parameters": LONGROPE | {"short_factor": [0.0] * 8}}, ["short_factor"]),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "mrope"}}, ["mrope"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"attention_factor": 0.9}}, ["attention_factor"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
@@ -853,6 +915,9 @@ REFUSED = [
     (LLAMA, {"hidden_size": "40"}, ["hidden_size", "'40'"]),
     (LLAMA, {"hidden_size": None}, ["hidden_size"]),
     (LLAMA, {"rms_norm_eps": None}, ["rms_norm_eps"]),
+    ("glm", {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["partial_rotary_factor = 0.2", "3 of 16 numbers"]),
+    ("stablelm", {"use_parallel_residual": True}, ["use_parallel_residual"]),
+    ("stablelm", {"qk_layernorm": True}, ["qk_layernorm"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
     ("phi3", {"partial_rotary_factor": 0.75}, ["partial_rotary_factor", "0.75"]),
@@ -889,11 +954,10 @@ REFUSED = [
     (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
     (QWEN, {"layer_types": ["linear_attention"] * 2}, ["layer_types", "linear_attention"]),
     (QWEN, {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window"]),
-    (
-        QWEN,
-        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None},
-        ["max_window_layers"],
-    ),
+    ("smollm3 windows", {"no_rope_layers": [1]}, ["no_rope_layers = [1]"]),
+    ("smollm3 windows", {"no_rope_layers": [1, 2]}, ["no_rope_layers = [1, 2]"]),
+    ("smollm3 windows", {"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000"]),
+    ("ministral", {"sliding_window": None}, ["layer_types", "sliding_window = None"]),
     (QWEN, {"layer_types": ["full_attention"] * 3}, ["layer_types"]),
     (LLAMA, {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 10**400}}, ["original_max"]),
     (GPT, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
@@ -964,9 +1028,10 @@ def test_odd_values_give_a_config_or_one_sentence(model_type):
     for value in ODD:
         for name in {*convert_hf.DEFAULTS[model_type], *convert_hf.FIXED, "architectures", "model_type", "new"}:
             is_answered(window | {name: value})
-        for name in LLAMA3 if "rope_theta" in convert_hf.DEFAULTS[model_type] else ():
-            is_answered({"rope_parameters": LLAMA3 | {name: value}})
-            is_answered({"rope_scaling": {"type": "llama3"} | LLAMA3 | {name: value}})
+        for scaling in (LLAMA3, YARN, LINEAR, LONGROPE) if "rope_theta" in convert_hf.DEFAULTS[model_type] else ():
+            for name in {*scaling, "mscale", "mscale_all_dim", "attention_factor"}:
+                is_answered({"rope_parameters": scaling | {name: value}})
+                is_answered({"rope_scaling": {"type": scaling["rope_type"]} | scaling | {name: value}})
 
 
 JSON_FORMS = [

@@ -143,7 +143,7 @@ def test_attention_is_that_of_plain_pytorch(kernels, monkeypatch, threads, dtype
         block_size=300, vocab_size=8, n_layer=1, n_head=6, n_kv_head=2, head_dim=C, dim=64, hidden_dim=64,
         sliding_window=window,
     )  # fmt: skip
-    layer = fast_model.Attention(config).to(dtype)
+    layer = fast_model.Attention(config, 0).to(dtype)
     first = torch.tensor([[0], [200]])
     positions = first + torch.arange(T)
     x = numbers(2, T, 64, dtype=dtype)
@@ -175,7 +175,7 @@ def test_attention_is_that_of_plain_pytorch(kernels, monkeypatch, threads, dtype
 def test_a_position_outside_of_the_cache_writes_nowhere(kernels):
     q, k, v = (numbers(1, 1, heads, 32, seed=heads) for heads in (4, 2, 3))
     caches = torch.zeros(1, 2, 8, 32), torch.zeros(1, 2, 8, 32)
-    kernels.attention(q, k, v[:, :, :2], None, torch.tensor([[8]]), *caches, None, None, 8)
+    kernels.attention(q, k, v[:, :, :2], None, torch.tensor([[8]]), *caches, None, None, 8, 0.2)
     assert not any(cache.any() for cache in caches)
 
 

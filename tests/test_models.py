@@ -100,10 +100,11 @@ def test_a_kv_head_serves_its_query_heads_in_a_row(reference):
 
 def test_rotated_heads_see_distances_only():
     q, k = torch.randn(2, 1, 1, 1, LLAMA.head_dim, generator=torch.Generator().manual_seed(0)).double()
-    frequencies = rope_frequencies(replace(LLAMA, rope_scaling=None), "cpu").double()
+    frequencies, growth = (t.double() for t in rope_frequencies(replace(LLAMA, rope_scaling=None), 0, "cpu"))
 
     def score(query_at, key_at):
-        return (rotate(q, query_at * frequencies[None]) * rotate(k, key_at * frequencies[None])).sum().item()
+        turned = (rotate(x, at * frequencies[None], growth) for x, at in ((q, query_at), (k, key_at)))
+        return torch.mul(*turned).sum().item()
 
     assert score(7, 3) == pytest.approx(score(107, 103))
     assert score(7, 3) != pytest.approx(score(7, 4), rel=1e-3)
@@ -112,7 +113,7 @@ def test_rotated_heads_see_distances_only():
 def test_llama3_scaling_keeps_short_waves_and_divides_long_ones():
     plain = [LLAMA.rope_base ** (-2 * i / LLAMA.head_dim) for i in range(LLAMA.head_dim // 2)]
     turns = [LLAMA3_SCALING["original_max_position_embeddings"] * w / (2 * math.pi) for w in plain]
-    scaled = rope_frequencies(LLAMA, "cpu").tolist()
+    scaled = rope_frequencies(LLAMA, 0, "cpu")[0].tolist()
     first = rope_table(LLAMA, 2, "cpu")[1]  # of position 1: its angles are the frequencies
     kinds = []
     for i, (old, new, turn) in enumerate(zip(plain, scaled, turns, strict=True)):
@@ -154,7 +155,18 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
         # A window of 0 makes every logit NaN; a scaling without a field ends in a bare KeyError.
         ({"sliding_window": 0}, "sliding_window"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 8.0}}, "rope_scaling"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 9, "attention_factor": 1.0}},
+            "rope_scaling",
+        ),
         ({"rope_base": -1.0}, "rope_base"),
+        ({"rotary_dim": 7}, "rotary_dim"),
+        ({"embed_scale": 0.0}, "embed_scale"),
+        ({"attention_scale": -1.0}, "attention_scale"),
+        ({"full_layers": (2,)}, "full_layers"),
+        ({"nope_layers": [1]}, "nope_layers"),
+        ({"rotary_dim": 22}, "rotary_dim"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused_by_name(fields, name):
