@@ -921,16 +921,14 @@ REFUSED = [
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
     ("phi3", {"partial_rotary_factor": 0.75}, ["partial_rotary_factor", "0.75"]),
-    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 5}}, ["longrope"]),
+    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 5}}, ["short_factor"]),
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
-    ("ernie 4.5", {"rope_parameters": YARN}, ["yarn"]),
     ("ernie 4.5", {"attention_bias": True}, ["attention_bias"]),
     ("seed oss", {"attention_out_bias": "yes"}, ["attention_out_bias", "yes"]),
     ("seed oss", {"sliding_window": 7}, ["sliding_window"]),
     ("olmo", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
-    ("arcee", {"rope_parameters": YARN}, ["yarn"]),
     ("arcee", {"hidden_act": "xielu"}, ["hidden_act", "xielu"]),
     ("helium", {"sliding_window": 7}, ["sliding_window"]),
     ("mistral 3.1", {"text_config": TEXT | {"model_type": "ministral3"}}, ["ministral3", "mistral"]),
@@ -1022,7 +1020,7 @@ def test_odd_values_give_a_config_or_one_sentence(model_type):
         try:
             assert isinstance(convert_hf.config_from_hf(fields), GPTConfig)
         except ValueError as error:
-            assert "\n" not in str(error) and len(str(error)) < 600, fields
+            assert "\n" not in str(error) and len(str(error)) < 1000, fields  # 26 architectures
 
     window = {"use_sliding_window": True} if "use_sliding_window" in convert_hf.DEFAULTS[model_type] else {}
     for value in ODD:

@@ -261,7 +261,6 @@ GPT2 = {"norm": "layer", "rope_base": None, "gated": False, "qkv_bias": True, "o
 NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": "relu"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
-    "one bias": (replace(TINY, o_bias=True), ["Llama", "o_bias = True"]),
     "window and biases": (replace(TINY, sliding_window=7, qkv_bias=True, mlp_bias=True), ["mlp_bias = True"]),
     "biased mixture": (replace(MOE, qkv_bias=True), ["Mixtral", "qkv_bias = True"]),
     "grouped heads of GPT-2": (replace(TINY, **GPT2, head_dim=8), ["GPT2", "n_kv_head = 2"]),
