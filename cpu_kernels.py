@@ -779,16 +779,16 @@ def attention_takes(q, k_cache) -> bool:
     return few and k_cache.dtype in (q.dtype, torch.int8) and runs_on(q)
 
 
-def attention(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window: int, scale: float):
+def attention(q, k, v, rope, input_pos, caches, window: int, scale: float):
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T] and `rope`
-    [B or 1, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches [B, KV, S, C]; if those are int8,
-    their bf16 scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last `window` slots up to its own;
-    `scale` multiplies the scores.
+    [B or 1, T, 1, 2, C/2] (None: no rotation). `caches` are those of keys and values [B, KV, S, C], which get the new
+    ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token sees the last `window` slots up
+    to its own; `scale` multiplies the scores.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used.
     """
-    B, _, _, C = q.shape
+    (B, _, _, C), (k_cache, v_cache, k_scales, v_scales) = q.shape, caches
     q, k, v = (t if t.stride()[2:] == (C, 1) else t.contiguous() for t in (q, k, v))
     rope = input_pos if rope is None else rope.expand(B, -1, -1, -1, -1).contiguous()
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none

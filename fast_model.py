@@ -332,16 +332,15 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv(x).split(self.sizes, dim=-1))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        kernels = None
-        if input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64:
-            kernels = gpu_kernels
-        elif input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
-            kernels = cpu_kernels
-        if kernels is not None:
+        if input_pos is not None:
             caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
             window = self.window or self.k_cache.shape[2]
-            y = kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale)
-            return self.out(y.view(B, T, -1))
+            if on_gpu_kernels(x) and T * self.queries_per_kv <= 64:
+                y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale)
+                return self.out(y.view(B, T, -1))
+            if cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
+                y = cpu_kernels.attention(q, k, v, rope, input_pos, caches, window, self.scale)
+                return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)

@@ -111,12 +111,13 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
     quantized = {}
     ids = ids.to(device)
     x = F.embedding(ids, state_dict["transformer.wte.weight"].to(device)).float()  # [B, T, D]
+    x *= config.embed_scale
     if config.rope_base is None:
         x += state_dict["transformer.wpe.weight"][: ids.shape[1]].to(device)
     for i in tqdm(range(config.n_layer), desc="layers"):
         prefix, errors = f"transformer.h.{i}.", []
         with torch.device("meta"):
-            block = Block(config)
+            block = Block(config, i)
         tensors = {name: state_dict[prefix + name].to(device, torch.float32) for name in block.state_dict()}
         block.load_state_dict(tensors, assign=True)
         for name, hessian in input_hessians(block, x).items():

@@ -921,7 +921,7 @@ REFUSED = [
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
     ("phi3", {"partial_rotary_factor": 0.75}, ["partial_rotary_factor", "0.75"]),
-    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 5}}, ["short_factor"]),
+    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, ["short_factor"]),
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),

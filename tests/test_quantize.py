@@ -93,7 +93,7 @@ def test_broken_packing_fails_the_check(monkeypatch, mode, spoil):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_fusing_commutes_with_quantizing(family, mode):
     config = FAMILIES[family]
-    if mode == "int4" and family in ("llama-3.1", "qwen3"):
+    if mode == "int4" and family in ("llama-3.1", "qwen3", "glm-4", "gemma-3"):
         pytest.skip("120 columns are not groups of 32")
     config, state = quantize_model(config, random_weights(config), mode, 32)
     back = to_reference(to_fast(state, config), config)

@@ -130,7 +130,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         MOST_ROWS=16,
         runs_on=lambda device: True,
         inbox_words=lambda ranks, dim: ranks * dim,
-        add_norm=lambda x, update, weight, eps, peers, rank: taken.append((len(peers), rank)),
+        add_norm=lambda x, update, weight, eps, plus_one, peers, rank: taken.append((len(peers), rank)),
     )
 
     def shared_memory(words, device):
