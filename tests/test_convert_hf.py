@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from argparse import Namespace
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,7 @@ MODELS = {
 
 def random_model(family, fields):
     """Transformers' model in float32, all its parameters random."""
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**fields)
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**deepcopy(fields))
     others = {"GPT2": "GPT2LMHeadModel", "Mistral3": "Mistral3ForConditionalGeneration"}
     architecture = others.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"
