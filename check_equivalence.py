@@ -328,10 +328,12 @@ def compare_gradients(reference, fast, ids) -> Row:
 
 def transformers_model(folder):
     try:
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ValueError("--hf needs transformers: pip install transformers") from error
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    named = transformers.AutoConfig.from_pretrained(folder).architectures  # a multimodal one is no AutoModelForCausalLM
+    family = getattr(transformers, named[0]) if named else transformers.AutoModelForCausalLM
+    return family.from_pretrained(folder, dtype=torch.float32)
 
 
 def as_stored(values, numbers, scales):
