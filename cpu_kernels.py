@@ -2,7 +2,7 @@
 attention of a few tokens to the cache.
 
 What the compiler makes of plain PyTorch is slow for integers where a processor has AVX2 alone: SmolLM2 in int8 decoded
-at 17 tokens/s, and at 137 with this file (benchmarks/README.md says from which runs). Decisions to know:
+at 17 tokens/s, and at 153 with this file (benchmarks/README.md and log.md say from which runs). Decisions to know:
 
 - `linear` takes any number of tokens. A row of weights is read once for up to 8 of them.
 - For integer weights x is rounded to 16 bits with a scale for each 32 columns, and multiplied in integers: a quarter of
