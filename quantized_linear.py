@@ -12,9 +12,9 @@ Only weights are quantized; activations stay as they are. Decisions to know:
 - On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
 - For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied,
-  where no kernel converts them inside the product. On CPUs `cpu_kernels.py` does so for any number of tokens; without
-  it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64 and the int4
-  kernel for up to 6.
+  where no kernel converts them inside the product. On CPUs `cpu_kernels.py` does so for any number of tokens. Without
+  it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64 and the
+  int4 kernel for up to 6.
 
 Copy me: needs torch, and for speed `gpu_kernels.py` (GPUs) and `cpu_kernels.py` beside it.
 
