@@ -5,11 +5,11 @@ What the compiler makes of plain PyTorch is slow for integers where a processor 
 at 17 tokens/s, and at 153 with this file (benchmarks/README.md and log.md say from which runs). Decisions to know:
 
 - `linear` takes any number of tokens. A row of weights is read once for up to 8 of them.
-- For integer weights x is rounded to 16 bits with a scale for each 32 columns, and multiplied in integers: a quarter of
-  the instructions of float32, and an error of 2^-16 of the largest number in 32. llama.cpp rounds to 8 bits.
+- For integer weights x is rounded to 16 bits with a scale for each 32 columns, and multiplied in integers. The error is
+  2^-16 of the largest number in 32 at most.
 - int4 weights are read as they are on disk: a 16-bit word holds columns 4 i to 4 i + 3, and x is laid out to match.
 - Sums of products are float32 for each 32 columns, so no integer overflows.
-- A 16-bit weight is read as it is, and multiplied with float32: exact, and twice as fast as a float32 one.
+- A 16-bit weight is read as it is and multiplied with float32, which is exact and reads half the bytes.
 - Norm and attention are here because each call from a compiled graph costs microseconds, which one token's few numbers
   do not. Attention reads the used slots only, in parts for the threads.
 - Memory is asked for 4 kB ahead. Rows of small models are too short for the processor to foresee the next ones.
