@@ -81,6 +81,21 @@ FAMILIES = {
     ),
     "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
     "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
+    "olmo-2": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, pre_norm=False, post_norm=True, qk_norm="all"),
+    "pythia": GPTConfig(
+        **SMALL,
+        n_kv_head=6,
+        head_dim=16,
+        norm="layer",
+        parallel=True,
+        rotary_dim=4,
+        activation="gelu",
+        gated=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+    ),
     "smollm3": GPTConfig(
         **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
     ),
@@ -399,14 +414,11 @@ def streams(model, ids, way) -> list:
     """The residual stream [B, T, D] before each layer of a FastGPT and after the last, then the logits of this way."""
     seen = [[] for _ in range(len(model.layers) + 1)]
 
-    def note(place, x, update):
-        seen[place].append(x + tp.all_reduce(update, model.ranks))
-
+    norms = [*(layer.norm_1 for layer in model.layers), model.norm_f]
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, place=place: note(place, *inputs[:2]))
-        for place, layer in enumerate(model.layers)
+        norm.register_forward_hook(lambda _, inputs, outputs, place=place: seen[place].append(outputs[0]))
+        for place, norm in enumerate(norms)
     ]
-    hooks.append(model.layers[-1].register_forward_hook(lambda _, inputs, outputs: note(-1, *outputs)))
     logits = way(model, ids)
     for hook in hooks:
         hook.remove()
@@ -416,8 +428,9 @@ def streams(model, ids, way) -> list:
 def steps_of(reference: GPT) -> list:
     """The reference as functions of the residual stream: its layers, then the logits."""
     parts = reference.transformer
-    head = parts.wte.weight if reference.config.tie_embeddings else reference.lm_head.weight
-    return [*parts.h, lambda x: torch.nn.functional.linear(parts.ln_f(x), head) * reference.config.logit_scale]
+    head = partial(torch.nn.functional.linear, weight=parts.wte.weight)
+    head = head if reference.config.tie_embeddings else reference.lm_head
+    return [*parts.h, lambda x: head(parts.ln_f(x)) * reference.config.logit_scale]
 
 
 def errors_by_layer(reference, rounded, seen: list) -> float:

@@ -111,8 +111,6 @@ def is_single_token(x) -> bool:
 
 def matvec(x, weight):
     """weight @ x for x [D]: a reading of the weights, at which a CPU's general product has a third of the speed."""
-    if on_gpu_kernels(x):
-        return gpu_kernels.linear(x[None], weight)[0]
     if x.is_cuda:
         return F.linear(x[None], weight)[0]
     if torch.compiler.is_compiling():  # one fused loop; eager, the product would be as large as the weights
@@ -131,6 +129,8 @@ def linear(x, weight, bias=None):
         y = cpu_kernels.linear(rows, weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     weight = weight.to(x.dtype)  # see `checkpoint.build_model`, which may keep 16 bits
+    if is_single_token(x) and on_gpu_kernels(x):
+        return gpu_kernels.linear(x.flatten(0, -2), weight, bias=bias).view(*x.shape[:-1], -1)
     if is_single_token(x):
         y = matvec(x.flatten(), weight).view(*x.shape[:-1], -1)
     elif x.dtype == torch.float32 and compiles_for_few_tokens(x):
@@ -237,14 +237,16 @@ class Linear(nn.Linear):
 
 
 class HeadNorm(nn.RMSNorm):
-    """Of each head of q or k."""
+    """Of q or k [..., heads C]: of each head, or of all of them, which is `size` numbers at once."""
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.head_dim, eps=config.norm_eps)
+    def __init__(self, config: GPTConfig, size: int):
+        super().__init__(size, eps=config.norm_eps)
         self.plus_one = config.norm_plus_one
 
     def forward(self, x):
-        return plus_one_norm(x, self.weight, self.eps) if self.plus_one else super().forward(x)
+        x = x.unflatten(-1, (-1, len(self.weight)))
+        x = plus_one_norm(x, self.weight, self.eps) if self.plus_one else super().forward(x)
+        return x.flatten(-2)
 
 
 def plus_one_norm(x, weight, eps: float):
@@ -255,51 +257,40 @@ def plus_one_norm(x, weight, eps: float):
 class AddNorm(nn.Module):
     """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
 
-    def __init__(self, config: GPTConfig, rank: int, ranks: int):
+    def __init__(self, config: GPTConfig, rank: int, ranks: int, pre_norm: bool = True):
         super().__init__()
-        self.rank, self.ranks, self.is_rms = rank, ranks, config.norm == "rms"
-        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
-        self.weight = nn.Parameter(torch.ones(config.dim))
-        self.bias = None if self.is_rms else nn.Parameter(torch.zeros(config.dim))
+        self.rank, self.ranks, self.is_rms, self.pre_norm = rank, ranks, config.norm == "rms", pre_norm
+        self.eps, self.plus_one, self.scale = config.norm_eps, config.norm_plus_one, config.residual_scale
+        self.weight = nn.Parameter(torch.ones(config.dim)) if pre_norm else None
+        self.bias = nn.Parameter(torch.zeros(config.dim)) if pre_norm and not self.is_rms else None
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
-    def forward(self, residual, update):
-        """The sum, and its norm, of residual and update [..., D]."""
-        if self.ranks == 1:
+    def forward(self, residual, update=None, post=None):
+        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update."""
+        if self.ranks == 1 or update is None:
             few = is_single_token(residual)
         else:
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
-        if few and self.is_rms and on_gpu_kernels(residual):
-            return gpu_kernels.add_norm(residual, update, self.weight, self.eps, self.plus_one, self.peers, self.rank)
-        if self.ranks == 1 and self.is_rms and not self.plus_one and on_cpu_kernels(residual):
+        if few and on_gpu_kernels(residual):
+            peers = None if update is None else self.peers
+            norms = (self.weight, self.bias, post, self.eps, self.plus_one)
+            return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank)
+        plain = self.is_rms and self.pre_norm and post is None and not self.plus_one and self.scale == 1
+        if self.ranks == 1 and plain and update is not None and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
-        residual = residual + all_reduce(update, self.ranks)
+        if update is not None:
+            update = all_reduce(update, self.ranks)
+            update = update if post is None else self.norm(update, post)
+            residual = residual + (update if self.scale == 1 else update * self.scale)
+        return residual, self.norm(residual, self.weight) if self.pre_norm else residual
+
+    def norm(self, x, weight):
         if self.plus_one:
-            return residual, plus_one_norm(residual, self.weight, self.eps)
+            return plus_one_norm(x, weight, self.eps)
         if self.is_rms:
-            return residual, F.rms_norm(residual, self.weight.shape, self.weight, self.eps)
-        return residual, F.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class PostNorm(nn.Module):
-    """The norm of an update: of the sum of all ranks', which rank 0 keeps, so that the next sum is the same."""
-
-    def __init__(self, config: GPTConfig, rank: int, ranks: int):
-        super().__init__()
-        self.rank, self.ranks, self.eps, self.plus_one = rank, ranks, config.norm_eps, config.norm_plus_one
-        self.weight = nn.Parameter(torch.ones(config.dim))
-        self.bias = nn.Parameter(torch.zeros(config.dim)) if config.norm == "layer" else None
-
-    def forward(self, update):
-        update = all_reduce(update, self.ranks)
-        if self.plus_one:
-            update = plus_one_norm(update, self.weight, self.eps)
-        elif self.bias is None:
-            update = F.rms_norm(update, self.weight.shape, self.weight, self.eps)
-        else:
-            update = F.layer_norm(update, self.weight.shape, self.weight, self.bias, self.eps)
-        return update if self.rank == 0 else torch.zeros_like(update)
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -315,8 +306,8 @@ class Attention(nn.Module):
         self.out = Linear(self.sizes[0], config.dim, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = HeadNorm(config)
-            self.k_norm = HeadNorm(config)
+            size_q, size_k = self.sizes[:2] if config.qk_norm == "all" else [config.head_dim] * 2
+            self.q_norm, self.k_norm = HeadNorm(config, size_q), HeadNorm(config, size_k)
         for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
 
@@ -329,18 +320,23 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv(x).split(self.sizes, dim=-1))
-        if self.qk_norm:
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
+        norms_there = by_gpu_kernel and self.qk_norm is True
+        if self.qk_norm and not norms_there:
             q, k = self.q_norm(q), self.k_norm(k)
-        if input_pos is not None:
-            caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
-            window = self.window or self.k_cache.shape[2]
-            if on_gpu_kernels(x) and T * self.queries_per_kv <= 64:
-                y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale)
-                return self.out(y.view(B, T, -1))
-            if cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
-                y = cpu_kernels.attention(q, k, v, rope, input_pos, caches, window, self.scale)
-                return self.out(y.view(B, T, -1))
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
+        caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
+        window = self.window or (0 if input_pos is None else self.k_cache.shape[2])
+        if by_gpu_kernel:
+            norms = (
+                (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one) if norms_there else ()
+            )
+            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale, *norms)
+            return self.out(y.view(B, T, -1))
+        if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
+            y = cpu_kernels.attention(q, k, v, rope, input_pos, caches, window, self.scale)
+            return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
@@ -369,7 +365,7 @@ ACTIVATIONS = {
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gated = config.gated
+        self.gated, self.activation = config.gated, config.activation
         self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
         width = config.hidden_dim * (2 if config.gated else 1)
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
@@ -377,9 +373,9 @@ class MLP(nn.Module):
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        if self.silu_gated and is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), gated=True)
-            y = y.view(*x.shape[:-1], -1)
+        if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
+            more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
+            y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), **more).view(*x.shape[:-1], -1)
         elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         elif self.gated:
@@ -505,24 +501,28 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
-        self.norm_1 = AddNorm(config, rank, ranks)
+        self.parallel = config.parallel
+        self.norm_1 = AddNorm(config, rank, ranks, config.pre_norm)
         self.attn = Attention(config, layer)
-        self.norm_2 = AddNorm(config, rank, ranks)
+        self.norm_2 = AddNorm(config, rank, ranks, config.pre_norm)
         self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
-        self.post_attn = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
-        self.post_mlp = PostNorm(config, rank, ranks) if config.post_norm else nn.Identity()
-        self.scale = config.residual_scale
+        # Norms of updates, whose weights are for the AddNorm that adds those.
+        self.post_attn = nn.RMSNorm(config.dim) if config.post_norm else None
+        self.post_mlp = nn.RMSNorm(config.dim) if config.post_norm else None
 
     @torch.compiler.nested_compile_region
-    def forward(self, residual, update, rope, mask, input_pos):
-        """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel."""
-        residual, x = self.norm_1(residual, update)
-        update = self.scaled(self.post_attn(self.attn(x, rope, mask, input_pos)))
-        residual, x = self.norm_2(residual, update)
-        return residual, self.scaled(self.post_mlp(self.mlp(x)))
+    def forward(self, residual, update, post, rope, mask, input_pos):
+        """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel.
 
-    def scaled(self, update):
-        return update if self.scale == 1 else update * self.scale
+        `post` is the weight of the norm that this update goes through first, if there is one.
+        """
+        residual, x = self.norm_1(residual, update, post)
+        update = self.attn(x, rope, mask, input_pos)
+        if self.parallel:
+            _, x = self.norm_2(residual)
+            return residual, update + self.mlp(x)
+        residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
+        return residual, self.mlp(x)
 
 
 class FastGPT(nn.Module):
@@ -540,7 +540,7 @@ class FastGPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
         self.layers = nn.ModuleList(Block(local, layer, rank, ranks) for layer in range(config.n_layer))
         self.norm_f = AddNorm(config, rank, ranks)
-        self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=config.head_bias)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.register_buffer("rope_window", None, persistent=False)  # of layers with a base of their own
         self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
@@ -577,7 +577,7 @@ class FastGPT(nn.Module):
     def connect_ranks(self):
         """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
         device = self.wte.weight.device
-        if self.config.norm == "rms" and gpu_kernels is not None and gpu_kernels.runs_on(device):
+        if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.inbox, peers = shared_memory(gpu_kernels.inbox_words(self.ranks, self.config.dim), device)
             for module in self.modules():
                 if isinstance(module, AddNorm):
@@ -626,6 +626,8 @@ class FastGPT(nn.Module):
         if self.config.embed_scale != 1:
             update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
         residual, rope, rope_window = torch.zeros_like(update), None, None
+        if self.config.post_norm or self.config.residual_scale != 1:  # for layers' updates, not for this one
+            residual, update = all_reduce(update, self.ranks), residual
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
         else:
@@ -635,14 +637,16 @@ class FastGPT(nn.Module):
                 table = self.rope_window
                 table = rope_table(self.config, T, idx.device, windowed=True) if table is None else table
                 rope_window = table[positions].unsqueeze(2)
+        post = self.layers[0].post_mlp and self.layers[0].post_mlp.weight  # any will do: a norm of zeros is zeros
         for layer in self.layers:
             attn = layer.attn
             seen, turned = (mask, rope) if attn.window is None else (in_window, rope_window)
-            residual, update = layer(residual, update, turned if attn.rotates else None, seen, input_pos)
+            residual, update = layer(residual, update, post, turned if attn.rotates else None, seen, input_pos)
+            post = layer.post_mlp and layer.post_mlp.weight
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
-        _, x = self.norm_f(residual, update)
+        _, x = self.norm_f(residual, update, post)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale

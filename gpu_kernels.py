@@ -85,10 +85,21 @@ def _row_dot(x_ptr, w_ptr, w, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _silu_gate(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up; both are rounded first, as they are where they are stored in between."""
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    return gate * tl.sigmoid(gate) * up
+def _activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
+    """One of `fast_model.ACTIVATIONS`, of x that is rounded first, as it is where it is stored in between."""
+    x = x.to(dtype).to(tl.float32)
+    if ACT == "silu":
+        x *= tl.sigmoid(x)
+    elif ACT == "gelu":
+        x *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    elif ACT == "gelu_tanh":  # (1 + tanh(t)) / 2 is sigmoid(2 t)
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACT == "relu" or ACT == "relu2")
+        x = tl.maximum(x, 0.0)
+        if ACT == "relu2":
+            x *= x
+    return x
 
 
 # A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
@@ -99,11 +110,12 @@ jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 @jit_for_any_T
 def _matvec_kernel(
-    x_ptr, w_ptr, s_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
+    A bias [N] or [2 N] is added before the activation, if there is one.
 
     Of experts, which stand one under the other, it is a row of the one that `chosen_ptr` has for each of T pairs of a
     token and one of its USED places. The pairs come one after the other, so that equal choices find a row in the cache.
@@ -126,11 +138,17 @@ def _matvec_kernel(
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + row).to(tl.float32)
+    if ACT is not None:
+        y = _activate(y, ACT, y_ptr.dtype.element_ty)
     if GATED:
         up = _row_dot(x_ptr, up_ptr, w_up, K, BLOCK)
         if SCALED:
             up *= tl.load(s_ptr + w_row + N).to(tl.float32)
-        y = _silu_gate(y, up, y_ptr.dtype.element_ty)
+        if b_ptr is not None:
+            up += tl.load(b_ptr + row + N).to(tl.float32)
+        y *= up.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
 
 
@@ -241,14 +259,14 @@ def _int4_from_row(weights, row, K: tl.constexpr, G: tl.constexpr):
 
 @jit_for_any_T
 def _int4_matvec_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
 
-    The programs of all T tokens come one after the other for the same rows, which are then in the cache. Experts are as
-    for `_matvec_kernel`.
+    The programs of all T tokens come one after the other for the same rows, which are then in the cache. Experts and
+    bias are as for `_matvec_kernel`.
     """
     token = tl.program_id(0) % T
     x_ptr += token // USED * K
@@ -266,9 +284,15 @@ def _int4_matvec_kernel(
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
     y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    if ACT is not None:
+        y = _activate(y, ACT, y_ptr.dtype.element_ty)
     if GATED:
         up = _int4_rows_dot(x_ptr, weights, up_tile, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN)
-        y = _silu_gate(y, up, y_ptr.dtype.element_ty)
+        if b_ptr is not None:
+            up += tl.load(b_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y *= up.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
@@ -369,54 +393,57 @@ def int4_options(N: int, K: int, scales, rows: int) -> dict:
     return {"K": K, "G": K // scales.shape[1], "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
 
 
-def launch_matvec(x, weight, scales, zeros, y, gated: bool, chosen=None) -> None:
+def launch_matvec(x, weights, y, activation: str | None, gated: bool, chosen=None) -> None:
     """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
 
-    Without `chosen`, weights that are not int4 take a T of 1 alone.
+    `weights` are the weight, scales, zeros and bias of `linear`. Without `chosen`, a T above 1 is for int4 alone.
     """
     (T, N), K = y.shape, x.shape[1]
+    weight, scales, zeros, bias = weights
     used = 1 if chosen is None else chosen.shape[1]
-    options = {"USED": used, "GATED": gated} | launch_options(x.device)
+    options = {"USED": used, "GATED": gated, "ACT": activation} | launch_options(x.device)
     if zeros is None:
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
-            x, weight, scales, y, chosen, T, N,
+            x, weight, scales, bias, y, chosen, T, N,
             K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
         )  # fmt: skip
     else:
         options |= int4_options(N, K, scales, 4 if gated else 8)
         grid = (triton.cdiv(N, options["ROWS"]) * T,)
         words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, y, chosen, T, N, num_warps=4, **options)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=4, **options)
 
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
-    gated: bool = False,
+    bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G].
 
-    `gated`, for T = 1: y [1, N/2], silu(first half) * second half.
+    For T = 1 there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result with its bias [N], and if it is
+    `gated`, y [1, N/2] is activation(first half) * second half.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
     if scales is not None and T > (64 if zeros is None else 6):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
+    assert T == 1 or activation is None
     if T > 1 and scales is None:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
     if T > 1 and zeros is None:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
-    else:
-        launch_matvec(x, weight, scales, zeros, y, gated)
+        return y if bias is None else y + bias
+    launch_matvec(x, (weight, scales, zeros, bias), y, activation, gated)
     return y
 
 
 @linear.register_fake
-def _(x, weight, scales=None, zeros=None, gated=False):
+def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False):
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
@@ -475,7 +502,7 @@ def gated_experts(
     """
     x = x.contiguous()
     y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-    launch_matvec(x, weight, scales, zeros, y, gated=True, chosen=chosen)
+    launch_matvec(x, (weight, scales, zeros, None), y, "silu", gated=True, chosen=chosen)
     return y
 
 
@@ -553,26 +580,44 @@ def _sum_over_ranks(
 
 
 @triton.jit
+def _load_norm(w_ptr, at, inside, PLUS_ONE: tl.constexpr):
+    weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return weight + 1.0 if PLUS_ONE else weight
+
+
+@triton.jit
 def _add_norm_kernel(
-    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, peers_ptr, eps,
+    x_ptr, update_ptr, w_ptr, b_ptr, post_ptr, sum_ptr, y_ptr, peers_ptr, eps, scale,
     RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, mine = at < D, tl.program_id(0) * D + at
-    weight = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if PLUS_ONE:
-        weight += 1.0
+    if w_ptr is not None:
+        weight = _load_norm(w_ptr, at, inside, PLUS_ONE)
+    if b_ptr is not None:
+        bias = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if post_ptr is not None:
+        post = _load_norm(post_ptr, at, inside, PLUS_ONE)
     _wait_for_inputs(PDL)
-    update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
-    if RANKS > 1:
-        update = _sum_over_ranks(update, at, row, peers_ptr, RANK, RANKS, ROWS, D)
-    x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32) + update
+    x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32)
+    if update_ptr is not None:
+        update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
+        if RANKS > 1:
+            update = _sum_over_ranks(update, at, row, peers_ptr, RANK, RANKS, ROWS, D)
+        if post_ptr is not None:
+            update *= tl.rsqrt(tl.sum(update * update, 0) / D + eps) * post
+        x += scale * update
     rounded = x.to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + mine, rounded, mask=inside)
     x = rounded.to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    tl.store(y_ptr + mine, (x * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    if b_ptr is not None:
+        x = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+    if w_ptr is not None:
+        x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
+    if b_ptr is not None:
+        x += bias
+    tl.store(y_ptr + mine, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 MOST_ROWS = 16  # of D numbers, for which an inbox has room: 2 MB for two ranks of 4,096. Up to 6 were timed.
@@ -585,22 +630,24 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
-    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False,
+    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    post: torch.Tensor | None, eps: float, plus_one: bool = False, scale: float = 1.0,
     peers: torch.Tensor | None = None, rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [..., D] + update and its RMS norm; with `peers`, x + the sum of all ranks' updates, up to MOST_ROWS rows of D.
-    With `plus_one` the weights are what is added to 1.
+    """x [..., D] + scale * update and its norm: LayerNorm with a bias, RMS norm without, none without a weight. With
+    `peers` the update is the sum of all ranks', up to MOST_ROWS rows of D. With `post` the update goes through an RMS
+    norm of that weight before it is added. With `plus_one` weights are what is added to 1.
 
     `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
     calls; who comes first waits. The compiler is told that this changes nothing: each sum needs the one before it, so
     none is dropped, joined or moved.
     """
-    x, update, D = x.contiguous(), update.contiguous(), weight.shape[0]
+    x, update, D = x.contiguous(), None if update is None else update.contiguous(), x.shape[-1]
     total, y = torch.empty_like(x), torch.empty_like(x)
     ranks = 1 if peers is None else len(peers)
     assert ranks == 1 or x.numel() <= MOST_ROWS * D, "the inboxes have no room for so many rows"
     _add_norm_kernel[(x.numel() // D,)](
-        x, update, weight, total, y, peers, eps,
+        x, update, weight, bias, post, total, y, peers, eps, scale,
         RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), PLUS_ONE=plus_one, num_warps=8,
         **launch_options(x.device),
     )  # fmt: skip
@@ -608,10 +655,8 @@ def add_norm(
 
 
 @add_norm.register_fake
-def _(x, update, weight, eps, plus_one=False, peers=None, rank=0):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(
-        x, memory_format=torch.contiguous_format
-    )
+def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 # --- Attention of a few new tokens to a cache -------------------------------------------------------------------------
@@ -623,6 +668,16 @@ def _rotate(x, other, cos, sin, first_half):
     return (x.to(tl.float32) * cos + tl.where(first_half, -other.to(tl.float32), other.to(tl.float32)) * sin).to(
         x.dtype
     )
+
+
+@triton.jit
+def _norm_heads(x, other, w_ptr, c, other_half, in_c, eps, C: tl.constexpr, AXIS: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """The RMS norm of x over the axis of its numbers c, and of their partners; rounded."""
+    x32 = x.to(tl.float32)
+    inverse = tl.expand_dims(tl.rsqrt(tl.sum(x32 * x32, AXIS) / C + eps), AXIS)
+    weight = tl.expand_dims(_load_norm(w_ptr, c, in_c, PLUS_ONE), 1 - AXIS)
+    other_weight = tl.expand_dims(_load_norm(w_ptr, other_half, in_c, PLUS_ONE), 1 - AXIS)
+    return (x32 * inverse * weight).to(x.dtype), (other.to(tl.float32) * inverse * other_weight).to(x.dtype)
 
 
 @triton.jit
@@ -656,10 +711,12 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
 
 @jit_for_any_T
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, rope_ptr, pos_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, sums_ptr, tops_ptr,
-    T, S, window, q_stride, k_stride, v_stride, scale,
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, rope_ptr, pos_ptr,
+    k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, sums_ptr, tops_ptr,
+    T, S, window, q_stride, k_stride, v_stride, scale, eps,
     H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, NEW: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PLUS_ONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The queries of one kv head against one part of its older slots: M rows are tokens times query heads.
 
@@ -680,10 +737,13 @@ def _attention_kernel(
     q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
     in_q = live[:, None] & in_c[None, :]
     q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
+    q_other = tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0)
+    if q_norm_ptr is not None:
+        q, q_other = _norm_heads(q, q_other, q_norm_ptr, c, other_half, in_c, eps, C, 1, PLUS_ONE)
     if ROPE:
         angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
         cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
-        q = _rotate(q, tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0), cos, sin, (c < C // 2)[None, :])
+        q = _rotate(q, q_other, cos, sin, (c < C // 2)[None, :])
     pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
     older = tl.minimum(tl.load(pos_ptr + b * T), S)
     oldest = tl.maximum(0, older + 1 - window)
@@ -712,12 +772,14 @@ def _attention_kernel(
         v_at = v_ptr + (b * T + t)[None, :] * v_stride + kv * C
         k_new = tl.load(k_at + c[:, None], mask=in_new, other=0.0)
         v_new = tl.load(v_at + c[:, None], mask=in_new, other=0.0)
+        k_other = tl.load(k_at + other_half[:, None], mask=in_new, other=0.0)
+        if k_norm_ptr is not None:
+            k_new, k_other = _norm_heads(k_new, k_other, k_norm_ptr, c, other_half, in_c, eps, C, 0, PLUS_ONE)
         if ROPE:
             turn = rope_ptr + (b * T + t)[None, :] * C + c[:, None] % (C // 2)
             cos_new = tl.load(turn, mask=in_new, other=0.0)
             sin_new = tl.load(turn + C // 2, mask=in_new, other=0.0)
-            other_new = tl.load(k_at + other_half[:, None], mask=in_new, other=0.0)
-            k_new = _rotate(k_new, other_new, cos_new, sin_new, c[:, None] < C // 2)
+            k_new = _rotate(k_new, k_other, cos_new, sin_new, c[:, None] < C // 2)
         seen_new = (t < T)[None, :] & (at[None, :] <= pos[:, None]) & (at[None, :] > pos[:, None] - window)
         slots = at[None, :] * C + c[:, None]
         in_cache = in_new & (at < S)[None, :]
@@ -763,12 +825,14 @@ def _join_splits_kernel(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    window: int, scale: float,
+    window: int, scale: float, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
+    eps: float = 0.0, plus_one: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
-    `window` slots up to its own, and `scale` multiplies the scores. T H / KV is 64 at most.
+    `window` slots up to its own, and `scale` multiplies the scores. T H / KV is 64 at most. `q_norm` and `k_norm` [C]
+    are weights of an RMS norm of each head before the rotation, with `plus_one` what is added to 1.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -790,15 +854,17 @@ def attention(
     block = max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles of it fit into 100 kB, an RTX 4090's
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
-        q, k, v, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
+        q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
         T, S, window, q.stride(1), k.stride(1), v.stride(1),
         scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
-        NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, **shape, **options,
+        eps=eps, NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None,
+        PLUS_ONE=plus_one, **shape, **options,
     )  # fmt: skip
     _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
     return y
 
 
 @attention.register_fake
-def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale):
+def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale,
+      q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
     return q.new_empty(q.shape)

@@ -1,8 +1,8 @@
 """The reference GPT: the specification that `fast_model.py` must agree with.
 
-One decoder-only transformer covers Llama, Mistral, Mixtral, Qwen and GPT-2; what differs between them is a field of
-`GPTConfig`. There is no cache and no thought for a compiler here: every forward pass sees the whole sequence. Decisions
-to know:
+One decoder-only transformer covers Llama, Qwen, Gemma 3, GLM-4, Olmo, Pythia, GPT-2 and mixtures of experts; what
+differs between them is a field of `GPTConfig`. There is no cache and no thought for a compiler here: every forward pass
+sees the whole sequence. Decisions to know:
 
 - Weights have one linear layer per projection, named as in `transformer.h.{i}.attn.q_proj.weight`; nothing is fused.
 - Rotary embeddings rotate the two halves of a head (Hugging Face's order), not neighbouring pairs.
@@ -42,9 +42,11 @@ class GPTConfig:
     hidden_dim: int
     norm: str = "rms"  # or "layer", with a bias
     norm_eps: float = 1e-5
-    post_norm: bool = False  # a norm of what attention and feed-forward add, beside that of what they read
+    pre_norm: bool = True  # a norm of what attention and feed-forward read
+    post_norm: bool = False  # a norm of what they add (Olmo 2), or both
     norm_plus_one: bool = False  # RMSNorm's weights are stored as what is added to 1 (Gemma)
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
+    qk_norm: bool | str = False  # RMSNorm of q and k before the rotation: of each head (Qwen3), or "all" heads at once
+    parallel: bool = False  # attention and feed-forward read the same residual stream (Pythia)
     activation: str = "silu"  # or "gelu", "gelu_tanh", "relu", "relu2" (its square)
     gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
     qkv_bias: bool = False
@@ -62,51 +64,45 @@ class GPTConfig:
     residual_scale: float = 1.0  # what attention and feed-forward add is multiplied by it
     logit_scale: float = 1.0
     tie_embeddings: bool = False
+    head_bias: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
     n_expert_used: int = 0
     norm_topk_prob: bool = True  # the chosen experts' weights sum to 1; without, they are probabilities among all
 
     def __post_init__(self):
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "dim", "hidden_dim")
-        for name in sizes:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "dim", "hidden_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if (self.rope_base is not None or self.rotary_dim) and self.head_dim % 2:
-            raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
-        if self.rope_base is not None and not self.rope_base > 0:
-            raise ValueError(f"rope_base must be above 0 or None, not {self.rope_base!r}")
-        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise ValueError(f"rotary_dim must be even and at most head_dim {self.head_dim}, not {self.rotary_dim!r}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be above 0 or None, not {self.sliding_window!r}")
+            require(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value!r}")
+        scales = ("embed_scale", "attention_scale", "residual_scale", "logit_scale")
+        for name in ("rope_base", "sliding_window", "rope_base_window", *scales):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be above 0, not {value!r}")
+        for name in ("full_layers", "nope_layers"):
+            layers = getattr(self, name)
+            fits = isinstance(layers, tuple) and all(layer in range(self.n_layer) for layer in layers)
+            require(fits, f"{name} must be a tuple of layers below {self.n_layer}, not {layers!r}")
+        H, KV, C, R = self.n_head, self.n_kv_head, self.head_dim, self.rotary_dim
+        require(H % KV == 0, f"n_head {H} is not a multiple of n_kv_head {KV}")
+        require(self.rope_base is None or C % 2 == 0, f"rotary embeddings need an even head_dim, not {C}")
+        fits = R is None or R in range(2, C + 1, 2)
+        require(fits, f"rotary_dim must be even and at most head_dim {C}, not {R!r}")
+        require(not self.rope_base_window or self.sliding_window, "rope_base_window needs a sliding_window, not None")
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", {"rope_type": "llama3"} | self.rope_scaling)
             self.check_rope_scaling(**self.rope_scaling)
-        if self.norm not in ("rms", "layer"):
-            raise ValueError(f"norm must be 'rms' or 'layer', not {self.norm!r}")
-        if self.norm_plus_one and self.norm != "rms":
-            raise ValueError(f"norm_plus_one needs norm 'rms', not {self.norm!r}")
-        if not (self.n_expert == self.n_expert_used == 0 or 1 <= self.n_expert_used <= self.n_expert):
-            raise ValueError(
-                f"n_expert_used {self.n_expert_used} must be from 1 to n_expert {self.n_expert}, or both 0"
-            )
-        if self.n_expert and (self.mlp_bias or not self.gated or self.activation != "silu"):
-            raise ValueError("experts must be gated by silu and have no bias")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
-
-        for name in ("embed_scale", "attention_scale", "residual_scale", "logit_scale"):
-            if not (getattr(self, name) is None and name == "attention_scale" or getattr(self, name) > 0):
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        if self.rope_base_window is not None and (self.sliding_window is None or not self.rope_base_window > 0):
-            raise ValueError(f"rope_base_window must be above 0 beside a window, not {self.rope_base_window!r}")
-        for name in ("full_layers", "nope_layers"):
-            layers = getattr(self, name)
-            if not isinstance(layers, tuple) or not all(layer in range(self.n_layer) for layer in layers):
-                raise ValueError(f"{name} must be a tuple of layers below {self.n_layer}, not {layers!r}")
+        require(self.norm in ("rms", "layer"), f"norm must be 'rms' or 'layer', not {self.norm!r}")
+        is_plain = not (self.norm_plus_one or self.post_norm)
+        require(self.norm == "rms" or is_plain, "norm_plus_one and post_norm need norm 'rms', not 'layer'")
+        require(self.qk_norm in (False, True, "all"), f"qk_norm must be False, True or 'all', not {self.qk_norm!r}")
+        require(not (self.parallel and self.post_norm), "parallel needs a post_norm of False, not True")
+        require(not (self.head_bias and self.tie_embeddings), "head_bias needs a tie_embeddings of False, not True")
+        names = ", ".join(ACTIVATIONS)
+        require(self.activation in ACTIVATIONS, f"activation must be one of {names}, not {self.activation!r}")
+        used, experts = self.n_expert_used, self.n_expert
+        fits = used == experts == 0 or 1 <= used <= experts
+        require(fits, f"n_expert_used {used} must be from 1 to n_expert {experts}, or both 0")
+        fits = not experts or (self.gated and self.activation == "silu" and not self.mlp_bias)
+        require(fits, "experts must be gated by silu and have no bias")
 
     def window_of(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.sliding_window
@@ -115,17 +111,21 @@ class GPTConfig:
         return self.rope_base is not None and layer not in self.nope_layers
 
     def check_rope_scaling(self, rope_type, **numbers):
-        if rope_type not in ROPE_SCALINGS:
-            raise ValueError(f"rope_scaling must be of type {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
-        if numbers.keys() != set(ROPE_SCALINGS[rope_type]):
-            fields = ", ".join(ROPE_SCALINGS[rope_type])
-            raise ValueError(f"rope_scaling must have rope_type, {fields}, not {self.rope_scaling}")
-        if rope_type == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-            raise ValueError(f"rope_scaling needs low_freq_factor below high_freq_factor, not {self.rope_scaling}")
+        kinds, given = ", ".join(ROPE_SCALINGS), self.rope_scaling
+        require(rope_type in ROPE_SCALINGS, f"rope_scaling must be of type {kinds}, not {rope_type!r}")
+        names = ROPE_SCALINGS[rope_type]
+        fits = numbers.keys() == set(names)
+        require(fits, f"rope_scaling must have rope_type, {', '.join(names)}, not {given}")
+        fits = rope_type != "llama3" or numbers["low_freq_factor"] < numbers["high_freq_factor"]
+        require(fits, f"rope_scaling needs low_freq_factor below high_freq_factor, not {given}")
         pairs = (self.rotary_dim or self.head_dim) // 2
-        if rope_type == "longrope" and len(numbers["short_factor"]) != pairs:
-            count = len(numbers["short_factor"])
-            raise ValueError(f"rope_scaling needs {pairs} numbers as its short_factor, not {count}")
+        fits = len(numbers.get("short_factor", range(pairs))) == pairs
+        require(fits, f"rope_scaling needs {pairs} numbers as its short_factor, not {given}")
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 # Kinds of `rope_scaling`. Of longrope the short factors alone are here, which hold up to the original context.
@@ -215,17 +215,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config)
-            self.k_norm = RMSNorm(config.head_dim, config)
+            self.q_norm = RMSNorm(q_dim if config.qk_norm == "all" else config.head_dim, config)
+            self.k_norm = RMSNorm(kv_dim if config.qk_norm == "all" else config.head_dim, config)
 
     def forward(self, x):
         B, T, _ = x.shape
         cfg = self.config
-        q = self.q_proj(x).view(B, T, cfg.n_head, cfg.head_dim)
-        k = self.k_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
-        v = self.v_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (n(t.unflatten(-1, (-1, len(n.weight)))) for n, t in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (t.reshape(B, T, -1, cfg.head_dim) for t in (q, k, v))
         position = torch.arange(T, device=x.device)
         if cfg.rotates(self.layer):
             frequencies, growth = rope_frequencies(cfg, self.layer, x.device)
@@ -249,12 +248,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        if config.gated:
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        if self.gated:
             self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
-        self.gated = config.gated
 
     def forward(self, x):
         if self.gated:
@@ -289,17 +287,18 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = make_norm(config)
+        self.parallel, self.residual_scale = config.parallel, config.residual_scale
+        self.ln_1 = make_norm(config) if config.pre_norm else nn.Identity()
         self.attn = Attention(config, layer)
-        self.ln_2 = make_norm(config)
-        self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
         self.post_attn = make_norm(config) if config.post_norm else nn.Identity()
+        self.ln_2 = make_norm(config) if config.pre_norm else nn.Identity()
+        self.mlp = SparseMLP(config) if config.n_expert else MLP(config)
         self.post_mlp = make_norm(config) if config.post_norm else nn.Identity()
-        self.residual_scale = config.residual_scale
 
     def forward(self, x):
-        x = x + self.residual_scale * self.post_attn(self.attn(self.ln_1(x)))
-        return x + self.residual_scale * self.post_mlp(self.mlp(self.ln_2(x)))
+        after = x + self.residual_scale * self.post_attn(self.attn(self.ln_1(x)))
+        read = x if self.parallel else after
+        return after + self.residual_scale * self.post_mlp(self.mlp(self.ln_2(read)))
 
 
 class GPT(nn.Module):
@@ -318,7 +317,7 @@ class GPT(nn.Module):
         if config.rope_base is None:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.dim)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
 
     def forward(self, idx, targets=None):
         """Logits [B, T, V] for ids [B, T]; with targets [B, T] (-100 is ignored) the pair (logits, loss)."""
@@ -332,8 +331,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
-        head = self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
-        logits = F.linear(x, head) * self.config.logit_scale
+        logits = F.linear(x, self.transformer.wte.weight) if self.config.tie_embeddings else self.lm_head(x)
+        logits = logits * self.config.logit_scale
         if targets is None:
             return logits
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)

@@ -103,8 +103,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
-            y = gpu_kernels.linear(rows, *self.gpu_weights()).view(*x.shape[:-1], -1)
-        elif self.cpu_weights(rows):
+            return gpu_kernels.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
+        if self.cpu_weights(rows):
             y = cpu_kernels.linear(rows, *self.cpu_weights(rows)).view(*x.shape[:-1], -1)
         elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
             # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
@@ -209,8 +209,8 @@ class Int4Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
-            y = gpu_kernels.linear(rows, *self.gpu_weights())
-        elif self.cpu_weights(rows):
+            return gpu_kernels.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
+        if self.cpu_weights(rows):
             y = cpu_kernels.linear(rows, *self.cpu_weights(rows))
         elif self.cpu_scales is not None:
             y = torch.ops.gpt_twin.int4_linear_cpu(rows, self.weight, self.cpu_scales, self.group_size)

@@ -42,6 +42,8 @@ SHARDS = {
 def shard_config(config, ranks: int):
     """The config of one rank's layers. Raises ValueError if heads or hidden units cannot be divided so."""
     heads, kv_heads, hidden = config.n_head, config.n_kv_head, config.hidden_dim
+    if config.qk_norm == "all" and ranks > 1:
+        raise ValueError("qk_norm 'all' takes the norm over all heads, which ranks would divide; run it on one rank")
     if heads % ranks or hidden % ranks or max(kv_heads, ranks) % min(kv_heads, ranks):
         fits = [n for n in range(2, heads + 1) if not (heads % n or hidden % n or max(kv_heads, n) % min(kv_heads, n))]
         raise ValueError(

@@ -148,7 +148,7 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         assert close(y, x.double() @ expected[0].double().T, dtype), tokens
     x = x[:1] / shape[1] ** 0.5
     gate, up = (x.double() @ expected[0].double().T).chunk(2, dim=-1)
-    y = gpu_kernels.linear(x, *parts, gated=True)
+    y = gpu_kernels.linear(x, *parts, activation="silu", gated=True)
     assert close(y, torch.nn.functional.silu(gate) * up, dtype, times=4)  # an error of each factor, and of silu
 
 
