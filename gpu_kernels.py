@@ -709,6 +709,23 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
     return higher, total, sums
 
 
+@triton.jit
+def _load_slots(caches, slot, end, c, in_c, C: tl.constexpr):
+    """Keys [CP, N] and values [N, CP] of slots [N] before `end`."""
+    inside = slot < end
+    k = tl.load(caches[0] + slot[None, :] * C + c[:, None], mask=inside[None, :] & in_c[:, None], other=0)
+    v = tl.load(caches[1] + slot[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=0)
+    return k, v
+
+
+@triton.jit
+def _load_scales(scale_caches, slot, end):
+    inside = slot < end
+    return tl.load(scale_caches[0] + slot, mask=inside, other=0.0), tl.load(
+        scale_caches[1] + slot, mask=inside, other=0.0
+    )
+
+
 @jit_for_any_T
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, rope_ptr, pos_ptr,
@@ -720,7 +737,8 @@ def _attention_kernel(
 ):  # fmt: skip
     """The queries of one kv head against one part of its older slots: M rows are tokens times query heads.
 
-    The first part's program takes the new tokens too, and stores their keys and values.
+    The last part's program takes the new tokens too, and stores their keys and values. Positions and angles come from
+    kernels of the compiler's, older keys and values from earlier steps: they are there before this kernel starts.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b, kv = head // KV, head % KV
@@ -733,38 +751,44 @@ def _attention_kernel(
     v_cache_ptr += head.to(tl.int64) * S * C
     k_scale_ptr += head.to(tl.int64) * S
     v_scale_ptr += head.to(tl.int64) * S
-    _wait_for_inputs(PDL)
-    q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
-    in_q = live[:, None] & in_c[None, :]
-    q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
-    q_other = tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0)
-    if q_norm_ptr is not None:
-        q, q_other = _norm_heads(q, q_other, q_norm_ptr, c, other_half, in_c, eps, C, 1, PLUS_ONE)
-    if ROPE:
-        angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
-        cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
-        q = _rotate(q, q_other, cos, sin, (c < C // 2)[None, :])
+    caches, scale_caches = (k_cache_ptr, v_cache_ptr), (k_scale_ptr, v_scale_ptr)
     pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
     older = tl.minimum(tl.load(pos_ptr + b * T), S)
     oldest = tl.maximum(0, older + 1 - window)
     per_split = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
     begin = oldest + split * per_split
     end = tl.minimum(begin + per_split, older)
+    slot = begin + tl.arange(0, BLOCK)
+    k, v = _load_slots(caches, slot, end, c, in_c, C)
+    k_scale, v_scale = None, None
+    if SCALED:
+        k_scale, v_scale = _load_scales(scale_caches, slot, end)
+    in_q = live[:, None] & in_c[None, :]
+    if ROPE:
+        angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
+        cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
+    _wait_for_inputs(PDL)
+    q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
+    q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
+    q_other = tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0)
+    if q_norm_ptr is not None:
+        q, q_other = _norm_heads(q, q_other, q_norm_ptr, c, other_half, in_c, eps, C, 1, PLUS_ONE)
+    if ROPE:
+        q = _rotate(q, q_other, cos, sin, (c < C // 2)[None, :])
     top = tl.full([M], -1e30, tl.float32)  # not -inf, whose difference to itself is NaN
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, CP], tl.float32)
-    for first in range(begin, end, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        inside = slot < end
-        k = tl.load(k_cache_ptr + slot[None, :] * C + c[:, None], mask=inside[None, :] & in_c[:, None], other=0)
-        v = tl.load(v_cache_ptr + slot[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=0)
-        k_scale, v_scale = None, None
-        if SCALED:
-            k_scale = tl.load(k_scale_ptr + slot, mask=inside, other=0.0)
-            v_scale = tl.load(v_scale_ptr + slot, mask=inside, other=0.0)
-        seen = inside[None, :] & (slot[None, :] > pos[:, None] - window)
+    if begin < end:
+        seen = (slot < end)[None, :] & (slot[None, :] > pos[:, None] - window)
         top, total, sums = _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED)
-    if split == 0:
+    for first in range(begin + BLOCK, end, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        k, v = _load_slots(caches, slot, end, c, in_c, C)
+        if SCALED:
+            k_scale, v_scale = _load_scales(scale_caches, slot, end)
+        seen = (slot < end)[None, :] & (slot[None, :] > pos[:, None] - window)
+        top, total, sums = _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED)
+    if split == SPLITS - 1:
         t = tl.arange(0, NEW)
         at = tl.load(pos_ptr + b * T + t, mask=t < T, other=0)
         in_new = (t < T)[None, :] & in_c[:, None]  # [CP, NEW]

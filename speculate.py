@@ -27,6 +27,7 @@ from decode import (
     check_length,
     copied,
     first_token,
+    likeliest,
     prefill,
     to_probabilities,
     unless_nan,
@@ -48,9 +49,9 @@ def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: i
     logits = torch.nn.functional.pad(logits, (0, max(0, vocab_size - known)), value=float("-inf"))
     following = (input_pos[:, -1:] + 1).clamp(max=draft.max_seq_length - 1)
     if sampling.greedy:
-        return logits.argmax(-1, keepdim=True), None, following
+        return likeliest(logits), None, following
     probabilities = to_probabilities(logits, sampling)
-    return (probabilities / noise).argmax(-1, keepdim=True), probabilities, following
+    return likeliest(probabilities / noise), probabilities, following
 
 
 def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
@@ -64,7 +65,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     token is -1 where p or q is not finite.
     """
     if sampling.greedy:
-        best = unless_nan(logits.argmax(-1, keepdim=True), logits)[..., 0]  # [B, k + 1]
+        best = unless_nan(likeliest(logits), logits)[..., 0]  # [B, k + 1]
         count = (drafts == best[:, :-1]).cumprod(1).sum(1, keepdim=True)
         return count, best.gather(1, count)
     p = to_probabilities(logits, sampling)
@@ -76,7 +77,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
-    return count, unless_nan((rest / noise).argmax(-1, keepdim=True), rest)
+    return count, unless_nan(likeliest(rest / noise), rest)
 
 
 def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):

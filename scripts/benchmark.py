@@ -190,13 +190,13 @@ class RandomWeights(Mapping):
         local = tp.shard_config(config, ranks)
         self.shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
         self.seeds = {name: 2**20 * rank_and_count()[0] + i for i, name in enumerate(self.shapes)}
-        self.device, self.ranks = device, ranks
+        self.device, self.ranks, self.norm = device, ranks, 0 if config.norm_plus_one else 1
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         values = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         if len(shape) == 1:
-            return values.fill_(0 if name.endswith("bias") else 1)
+            return values.fill_(0 if name.endswith("bias") else self.norm)
         columns = shape[1] * (self.ranks if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
         generator = torch.Generator(self.device).manual_seed(self.seeds[name])
         return values.normal_(0, columns**-0.5, generator=generator)

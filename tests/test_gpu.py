@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate
+from fast_model import ACTIVATIONS, AddNorm
 from quantized_linear import Int4Linear, Int8Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
@@ -142,35 +144,56 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
         expected = (Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double()),)
         parts = (gpu_kernels.int4_layout(Int4Linear.unpack(parts["weight"])), scales, zeros)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     for tokens in (1, 2, 16, 17, 70):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
-        y = gpu_kernels.linear(x, *parts)
+        y, biased = gpu_kernels.linear(x, *parts), gpu_kernels.linear(x, *parts, bias=bias)
         assert close(y, x.double() @ expected[0].double().T, dtype), tokens
+        assert close(biased, x.double() @ expected[0].double().T + bias, dtype), tokens
     x = x[:1] / shape[1] ** 0.5
-    gate, up = (x.double() @ expected[0].double().T).chunk(2, dim=-1)
-    y = gpu_kernels.linear(x, *parts, activation="silu", gated=True)
-    assert close(y, torch.nn.functional.silu(gate) * up, dtype, times=4)  # an error of each factor, and of silu
+    exact = x.double() @ expected[0].double().T
+    for activation, make in ACTIVATIONS.items():  # an error of each factor, and of the activation
+        for added in (None, bias):
+            y = exact if added is None else exact + added
+            gate, up = y.chunk(2, dim=-1)
+            found = gpu_kernels.linear(x, *parts, bias=added, activation=activation)
+            assert close(found, make()(y), dtype, times=4), activation
+            found = gpu_kernels.linear(x, *parts, bias=added, activation=activation, gated=True)
+            assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
-    import gpu_kernels
 
-    for size in (100, 4096):
-        x, update, weight = torch.randn(3, 1, 1, size, device="cuda", dtype=dtype)
-        total, y = gpu_kernels.add_norm(x, update, weight[0, 0], 1e-5)
-        assert torch.equal(total, x + update)
-        expected = torch.nn.functional.rms_norm(total.double(), (size,), weight[0, 0].double(), 1e-5)
-        assert close(y, expected, dtype)
+    for size, fields in product((100, 4096), ({}, {"norm": "layer"}, {"post_norm": True}, {"residual_scale": 0.3})):
+        for more in ({}, {"pre_norm": False}, {"norm_plus_one": True}):
+            if {"norm", "norm_plus_one"} <= fields.keys() | more.keys():
+                continue
+            config = replace(FAMILIES["llama-2"], dim=size, **fields, **more)
+            norm = AddNorm(config, 0, 1, config.pre_norm).to("cuda", dtype)
+            for parameter in norm.parameters():
+                parameter.data.normal_()
+            x, update, post = 1 + torch.randn(3, 1, 1, size, device="cuda", dtype=dtype)
+            given = (x, update, post[0, 0]) if config.post_norm else (x, update)
+            for arguments in (given, (x,)):
+                with torch.no_grad():
+                    found = norm(*arguments)
+                expected = norm.double()(*(t.double() for t in arguments))  # with gradients the plain path is taken
+                norm.to(dtype)
+                assert all(close(y, e, dtype) for y, e in zip(found, expected, strict=True)), (size, config)
 
 
-@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (6, 3, 20)])
+@pytest.mark.parametrize("qk_norm, plus_one", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (6, 3, 20), (4, 1, 256)])
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (2, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8_cache", [False, True])
-def test_the_attention_kernel_gives_what_the_plain_path_gives(heads, kv_heads, size, batch, tokens, dtype, int8_cache):
+def test_the_attention_kernel_gives_what_the_plain_path_gives(
+    heads, kv_heads, size, batch, tokens, dtype, int8_cache, qk_norm, plus_one
+):
     slots = 1000
-    config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size)
+    config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size, norm_plus_one=plus_one)
+    config = replace(config, qk_norm=qk_norm)
     model = build_model(config, random_weights(config), "cuda", dtype)
     model.setup_caches(batch, slots, int8=int8_cache)
     attn = model.layers[0].attn
