@@ -63,7 +63,7 @@ def refused(path, out, *texts, error=ValueError):
 
 # The promise.
 
-EXPORTED = [name for name in MODELS if not name.startswith("olmo")]
+EXPORTED = [name for name in MODELS if name != "olmo3 of two bases"]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -89,19 +89,56 @@ EXPORTED_AS = {
     "mistral 3 tied": "MistralForCausalLM",
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
+    "phi3 yarn": "MistralForCausalLM",
+    "glm rotary 0.8": "Phi3ForCausalLM",
+    "gemma 3 multimodal": "Gemma3ForCausalLM",
+    "gemma 3 multimodal untied": "Gemma3ForCausalLM",
     "glm rotary 1": "Qwen2ForCausalLM",  # what it is without its own field
 }
 
 
-def test_olmo_is_refused(saved, tmp_path):
-    """It computes LayerNorm without parameters, and no other architecture has that beside a gated feed-forward."""
-    refused(convert_hf.convert(saved("olmo")[1]), tmp_path / "out", "no architecture", "norm = 'layer'")
+def test_olmo3_of_two_bases_is_refused(saved, tmp_path):
+    """transformers 4 has no place for the second one."""
+    text = "Olmo3ForCausalLM, but not with rope_base = 500.0, rope_base_window = 300.0"
+    refused(convert_hf.convert(saved("olmo3 of two bases")[1]), tmp_path / "out", text)
+
+
+LN_2, LN_1_BIAS, LN_F_BIAS = "transformer.h.1.ln_2.weight", "transformer.h.0.ln_1.bias", "transformer.ln_f.bias"
+TRAINED = [  # norms that are no longer what the family stores
+    ("phi", [LN_2], "PhiForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight"),
+    ("gptj", [LN_2], "GPTJForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight"),
+    (
+        "cohere",
+        [LN_2],
+        "CohereForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight",
+    ),
+    ("cohere", [LN_1_BIAS], "CohereForCausalLM, but not with transformer.h.0.ln_1.bias other than 0"),
+    ("cohere2", [LN_F_BIAS], "Cohere2ForCausalLM, but not with transformer.ln_f.bias other than 0"),
+    ("olmo", [LN_2], "OlmoForCausalLM, but not with transformer.h.1.ln_2.weight other than 1"),
+    ("falcon 7b", [LN_2, LN_1_BIAS], ""),  # 40B's form has two norms
+    ("falcon 11b", [LN_2], ""),
+    ("gpt neox", [LN_2, LN_F_BIAS], ""),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "text"), TRAINED)
+@torch.no_grad()
+def test_norms_that_an_architecture_does_not_store(saved, tmp_path, name, changed, text):
+    config, state_dict = converted(saved(name)[1])
+    path, out = tmp_path / "model.pth", tmp_path / "out"
+    write_checkpoint(path, config, state_dict | {key: state_dict[key] + 0.5 for key in changed})
+    if text:
+        return refused(path, out, f"no architecture of transformers computes this model; the nearest is {text}")
+    export(path, out)
+    reference = build_model(*read_checkpoint(path), "cpu", torch.float32, reference=True)
+    assert (loaded(out)(IDS).logits - reference(IDS)).abs().max() < 1e-4
+    same(converted(out), read_checkpoint(path))
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_architecture_is_found_and_every_field_is_written(saved, tmp_path, name):
     model, folder = saved(name)
-    fields = config_to_hf(converted(folder)[0])
+    fields = config_to_hf(*converted(folder))
     architecture = EXPORTED_AS.get(name, type(model).__name__)
     assert fields["architectures"] == [architecture]
     known = convert_hf.DEFAULTS[fields["model_type"]].keys()
