@@ -343,6 +343,14 @@ WINDOWS = [
     ("Qwen3Moe", USE | {"sliding_window": None}, None),
     ("Qwen3Moe", {"sliding_window": 7, "max_window_layers": 0}, None),
 ]
+for family in ("Olmo3", "Exaone4", "Cohere2"):
+    every = {} if family == "Olmo3" else {"sliding_window_pattern": 2}
+    WINDOWS += [
+        (family, {"sliding_window": 7}, 7),  # two layers of four
+        (family, {"sliding_window": 7, "layer_types": [FULL, SLIDING]}, (7, (0,))),
+        (family, {"sliding_window": 7, "layer_types": [FULL] * 2}, None),
+        (family, {"sliding_window": 7} | every, (7, (1,)) if every else 7),
+    ]
 for qwen in ("Qwen2", "Qwen3"):
     WINDOWS += [
         (qwen, USE, None),  # from layer 28 on
@@ -367,8 +375,12 @@ def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     config, state_dict = converted(tmp_path)
     window, full = window if isinstance(window, tuple) else (window, ())
     assert (config.sliding_window, config.full_layers) == (window, full)
+    if family in ("Exaone4", "Cohere2"):  # do not rotate where they see everything
+        assert config.nope_layers == (full if window else (0, 1))
+        with pytest.raises(AssertionError):
+            compare(model, replace(config, nope_layers=() if config.nope_layers else (0,)), state_dict, steps=24)
     compare(model, config, state_dict, steps=24)
-    wrong = replace(config, sliding_window=None if window else 7)
+    wrong = replace(config, sliding_window=None if window else 7, rope_base_window=None)
     with pytest.raises(AssertionError):  # the text is long enough to see it
         compare(model, wrong, state_dict, steps=24)
 
@@ -1339,6 +1351,31 @@ def test_a_context_is_stretched_by_yarn_and_cut_for_longrope(copy_of, capsys):
     folder = copy_of("llama longrope")
     assert converted(folder)[0].block_size == 80
     assert "the context is 80 tokens, not 160" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["phi3 128k", "phi3 yarn"])
+def test_the_context_of_phi3_is_the_original_one(saved, copy_of, capsys, name):
+    """Its config.json has that outside of rope_scaling, and what is inside counts less."""
+    folder = copy_of(name)
+    inside = json.loads((folder / "config.json").read_text())["rope_parameters"] | {
+        "original_max_position_embeddings": 9
+    }
+    edit(folder, rope_parameters=inside)
+    same(converted(saved(name)[1]), converted(folder))
+    assert "the context is 80 tokens, not " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gpt neox", "exaone 4 of full layers", "phi3 partial"])
+def test_older_files_have_no_rope_parameters(saved, copy_of, name):
+    """What transformers 4 wrote: Olmo 3's base for all layers, GPT-NeoX's fields by its own names and by others."""
+    older = {
+        "olmo3": {"rope_theta": 500000.0},
+        "gpt neox": {"rotary_pct": 0.4, "rotary_emb_base": 300, "rope_theta": 9.0, "partial_rotary_factor": 0.9},
+        "exaone 4 of full layers": {"rope_theta": 10000, "sliding_window_pattern": None},
+        "phi3 partial": {"rope_theta": 500.0, "partial_rotary_factor": 0.6},
+    }
+    folder = copy_of(name, rope_parameters="absent", **older[name])
+    same(converted(saved(name)[1]), converted(folder))
 
 
 def test_llama3_scaling_of_an_older_checkpoint_has_no_kind(saved):

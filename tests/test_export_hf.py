@@ -157,6 +157,8 @@ NEVER_THERE = {
     "heads that do not divide, and a bias": (replace(TINY, dim=42, mlp_bias=True), "SeedOss"),
     "qwen3 window": (replace(TINY, qk_norm=True, sliding_window=7), "Qwen3"),
     "qwen3 moe window": (replace(MOE, qk_norm=True, sliding_window=7, norm_topk_prob=False), "Qwen3Moe"),
+    "olmo2 heads": (replace(TINY, pre_norm=False, post_norm=True, qk_norm="all", dim=42), "Olmo2"),
+    "falcon of one norm each": (replace(TINY, norm="layer", parallel=True, gated=False, head_dim=8), "Falcon"),
     "mixtral window": (replace(MOE, sliding_window=7, tie_embeddings=True), "Mixtral"),
 }
 
@@ -296,6 +298,10 @@ def test_a_folder_with_something_in_it_is_refused(model_pth, tmp_path):
 
 GPT2 = {"norm": "layer", "rope_base": None, "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
 NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": "relu"}
+GPTJ = {"norm": "layer", "parallel": True, "gated": False, "mlp_bias": True, "head_bias": True, "n_kv_head": 4}
+FALCON = {"norm": "layer", "parallel": True, "gated": False}
+COHERE2 = {"norm": "layer", "parallel": True, "sliding_window": 7, "full_layers": (1,), "nope_layers": (1,)}
+OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
     "window and biases": (replace(TINY, sliding_window=7, qkv_bias=True, mlp_bias=True), ["mlp_bias = True"]),
@@ -304,6 +310,13 @@ NOBODY = {
     "epsilon of OPT": (replace(TINY, **GPT2 | NO_BIAS, head_dim=8, n_kv_head=4), ["OPT", "norm_eps = 1e-06"]),
     "heads of GPT-2": (replace(TINY, **GPT2, n_kv_head=4), ["GPT2", "head_dim = 12"]),
     "dim of GPT-2": (replace(TINY, **GPT2, n_kv_head=4, dim=42, head_dim=10), ["GPT2", "dim = 42"]),
+    "dim of GPT-J": (replace(TINY, **GPTJ, dim=42, head_dim=10), ["GPTJ", "dim = 42"]),
+    "base of GPT-J": (replace(TINY, **GPTJ, head_dim=8, rope_base=500.0), ["GPTNeoX", "head_bias = True"]),
+    "dim of Falcon": (replace(TINY, **FALCON, dim=42, head_dim=10), ["Starcoder2", "parallel = True"]),
+    "head_dim of Command R7B": (replace(TINY, **COHERE2), ["Cohere2", "head_dim = 12"]),
+    "parallel RMSNorm": (replace(TINY, parallel=True), ["Llama", "parallel = True"]),
+    "heads of Pythia": (replace(TINY, **FALCON, head_dim=8, mlp_bias=True), ["GPTNeoX", "n_kv_head = 2"]),
+    "Olmo 2 with a bias": (replace(TINY, **OLMO2, qkv_bias=True), ["Olmo2", "o_bias = False"]),
     "experts of GPT-2": (replace(MOE, rope_base=None), ["OPT", "n_expert = 5"]),
 }
 
