@@ -49,9 +49,11 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "OlmoeForCausalLM": ("olmoe", {"qk_norm": "all"}),
     "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
     "Gemma3ForCausalLM": ("gemma3_text", {"norm_plus_one": True, "qk_norm": True, "post_norm": True}),
     "GraniteForCausalLM": ("granite", {}),
+    "HyperCLOVAXForCausalLM": ("hyperclovax", {}),
     "MinistralForCausalLM": ("ministral", {}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
     "GlmForCausalLM": ("glm", {"o_bias": False}),
@@ -66,6 +68,7 @@ ARCHITECTURES = {
     "Exaone4ForCausalLM": ("exaone4", POST_NORM | {"qk_norm": True}),
     "CohereForCausalLM": ("cohere", PARALLEL),
     "Cohere2ForCausalLM": ("cohere2", PARALLEL),
+    "GPTNeoForCausalLM": ("gpt_neo", LEARNED_POSITIONS | {"o_bias": True, "mlp_bias": True, "attention_scale": 1.0}),
     "GPTNeoXForCausalLM": ("gpt_neox", {"norm": "layer", "gated": False, "mlp_bias": True}),
     "PhiForCausalLM": ("phi", PARALLEL | ALL_BIASES | {"gated": False, "head_bias": True}),
     "GPTJForCausalLM": ("gptj", PARALLEL | {"gated": False, "mlp_bias": True, "head_bias": True, "rope_base": 10000.0}),
@@ -155,6 +158,9 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "olmoe": {name: value for name, value in OLMO2_DEFAULTS.items() if name != "head_dim"}
+    | {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}
+    | {"max_position_embeddings": 4096, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
     "gemma": LLAMA_DEFAULTS
     | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
     | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
@@ -168,6 +174,9 @@ DEFAULTS = {
     "granite": LLAMA_DEFAULTS
     | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
     | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
+    "hyperclovax": LLAMA_DEFAULTS
+    | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": None}
+    | {"residual_multiplier": 1.0, "logits_scaling": 1.0, "use_post_norm": True},
     "ministral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096, "layer_types": None},
     "smollm3": LLAMA_DEFAULTS
     | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -201,6 +210,19 @@ DEFAULTS = {
     | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
     "cohere": COHERE_DEFAULTS | {"head_dim": None, "rope_theta": 500000.0},
     "cohere2": COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+    "gpt_neo": {
+        "vocab_size": 50257,
+        "max_position_embeddings": 2048,
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "intermediate_size": None,
+        "attention_types": [[["global", "local"], 12]],
+        "window_size": 256,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
     "gpt_neox": {
         "vocab_size": 50432,
         "hidden_size": 6144,
@@ -284,8 +306,10 @@ SIZES = {
     "n_positions": "block_size",
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layer",
+    "num_layers": "n_layer",
     "n_layer": "n_layer",
     "num_attention_heads": "n_head",
+    "num_heads": "n_head",
     "n_head": "n_head",
     "num_key_value_heads": "n_kv_head",
     "num_kv_heads": "n_kv_head",
@@ -301,7 +325,7 @@ SIZES = {
     "num_experts": "n_expert",  # its older name
     "num_experts_per_tok": "n_expert_used",
 }
-# Where these are null, they are worked out from the others.
+# Where these are null, or another whose default is, they are worked out from the others.
 DERIVED = ("num_key_value_heads", "num_kv_heads", "head_dim", "n_inner", "ffn_hidden_size", "num_experts")
 ACTIVATION_NAMES = ("activation_function", "hidden_activation", "hidden_act", "activation")
 ACTIVATIONS = {
@@ -318,6 +342,7 @@ SWITCHES = {
     "tie_word_embeddings": ("tie_embeddings",),
     "norm_topk_prob": ("norm_topk_prob",),
     "use_parallel_residual": ("parallel",),
+    "use_post_norm": ("post_norm",),
     "attention_bias": ("qkv_bias", "o_bias"),
     "attention_out_bias": ("o_bias",),
     "use_qkv_bias": ("qkv_bias",),
@@ -376,8 +401,7 @@ OWN_FIXED = {
     "cohere2": {"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1}
     | {"position_embedding_type": "rope_gptj", "use_embedding_sharing": True, "use_gated_activation": True}
     | {"use_parallel_block": True},
-    "phi": {"tie_word_embeddings": False},  # the head has a bias
-    "gptj": {"tie_word_embeddings": False, "rotary": True},
+    "gptj": {"rotary": True},
     "falcon": {"parallel_attn": True},
 }
 
@@ -409,6 +433,8 @@ IGNORED = {
     "phi": {"auto_map"},
     "falcon": {"auto_map", "ff_factor"},  # ffn_hidden_size is read
     "cohere2": {"head_dim"},  # transformers itself works it out
+    "hyperclovax": {"auto_map", "end_token_id"},
+    "gpt_neo": {"attention_layers", "embed_dropout", "resid_dropout"},  # attention_types are read
     "gpt_neox": {"rope_theta", "partial_rotary_factor", "is_decoder"},  # rotary_emb_base and rotary_pct are read
     "ernie4_5": {"auto_map"},
     "starcoder2": {"activation_function", "layer_norm_epsilon"},  # hidden_act and norm_epsilon are read instead
@@ -463,6 +489,10 @@ OLMO_WEIGHTS = (
 OLMO2_WEIGHTS = (
     ("model.layers.{}.post_attention_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
     ("model.layers.{}.post_feedforward_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
+)
+HYPERCLOVAX_WEIGHTS = (
+    ("model.layers.{}.post_norm1", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.post_norm2", ["transformer.h.{}.post_mlp"], AS_IS),
 )
 ONE_NORM = ["transformer.h.{}.ln_1", "transformer.h.{}.ln_2"]
 COHERE_WEIGHTS = (
@@ -535,6 +565,19 @@ OPT_WEIGHTS = (
     ("model.decoder.layers.{}.fc2", ["transformer.h.{}.mlp.down_proj"], AS_IS),
     ("model.decoder.final_layer_norm", ["transformer.ln_f"], AS_IS),
 )
+GPT_NEO_WEIGHTS = (
+    ("transformer.wte", ["transformer.wte"], AS_IS),
+    ("transformer.wpe", ["transformer.wpe"], AS_IS),
+    ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], AS_IS),
+    ("transformer.h.{}.attn.attention.q_proj", ["transformer.h.{}.attn.q_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.k_proj", ["transformer.h.{}.attn.k_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.v_proj", ["transformer.h.{}.attn.v_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.out_proj", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], AS_IS),
+    ("transformer.h.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
+)
 GPT_NEOX_WEIGHTS = (
     ("gpt_neox.embed_in", ["transformer.wte"], AS_IS),
     ("gpt_neox.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -581,6 +624,8 @@ FALCON_ONE_NORM = (
 OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
+    "olmoe": QWEN3_MOE_MLP,
+    "hyperclovax": HYPERCLOVAX_WEIGHTS,
     "phi3": PHI3_WEIGHTS,
     "olmo": OLMO_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
@@ -595,6 +640,7 @@ OWN_WEIGHTS = {
     "exaone4": OLMO2_WEIGHTS,
     "cohere": COHERE_WEIGHTS,
     "cohere2": COHERE_WEIGHTS,
+    "gpt_neo": GPT_NEO_WEIGHTS,
     "gpt_neox": GPT_NEOX_WEIGHTS,
     "phi": PHI_WEIGHTS,
     "gptj": GPTJ_WEIGHTS,
@@ -604,12 +650,20 @@ OWN_WEIGHTS = {
     "falcon of one norm": FALCON_ONE_NORM,
 }
 # What names begin with; without a row here with "model."
-PREFIXES = dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "falcon"), "transformer.") | {"gpt_neox": "gpt_neox."}
+PREFIXES = dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "falcon"), "transformer.") | {
+    "gpt_neox": "gpt_neox."
+}
 HEADS = ("lm_head.", "embed_out.")
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
     "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
-    "transformer.": ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias", "lm_head.weight"),
+    "transformer.": (
+        "transformer.h.{}.attn.bias",
+        "transformer.h.{}.attn.masked_bias",
+        "transformer.h.{}.attn.attention.bias",
+        "transformer.h.{}.attn.attention.masked_bias",
+        "lm_head.weight",
+    ),
     "gpt_neox.": (
         "gpt_neox.layers.{}.attention.bias",
         "gpt_neox.layers.{}.attention.masked_bias",
@@ -776,10 +830,10 @@ def rope_of(field: dict, head_dim: int) -> dict:
 
 def layer_count(field: dict) -> int:
     """The number of layers of a family in which they differ, and so are listed."""
-    if field["num_hidden_layers"] > MOST_LAYERS:
-        entry = f"num_hidden_layers = {field['num_hidden_layers']}"
-        raise ValueError(f"config.json has {entry}; layers that differ must be {MOST_LAYERS} at most")
-    return field["num_hidden_layers"]
+    name = "num_layers" if "num_layers" in field else "num_hidden_layers"
+    if field[name] > MOST_LAYERS:
+        raise ValueError(f"config.json has {name} = {field[name]}; layers that differ must be {MOST_LAYERS} at most")
+    return field[name]
 
 
 def nope_layers_of(field: dict) -> tuple:
@@ -832,6 +886,23 @@ def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
     return {"sliding_window": window, "full_layers": tuple(full), "nope_layers": nope_layers}
 
 
+def gpt_neo_windows_of(field: dict) -> dict:
+    """GPTConfig's sliding_window and full_layers, from [[["global", "local"], how many times], ...]."""
+    given, layers, kinds = field["attention_types"], layer_count(field), []
+    for part in given if isinstance(given, list) else [None]:
+        fits = isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)
+        if not fits or not all(kind in ("global", "local") for kind in part[0]):
+            entry = f"attention_types = {reprlib.repr(given)}"
+            raise ValueError(f"config.json has {entry}; it must be [[[global and local ones], how many times], ...]")
+        kinds += part[0] * min(positive("attention_types", part[1], int), layers // max(len(part[0]), 1) + 1)
+    if len(kinds) != layers:
+        entry = f"attention_types = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; they must be those of {layers} layers")
+    full = tuple(layer for layer, kind in enumerate(kinds) if kind == "global")
+    window = positive("window_size", field["window_size"], int)
+    return {"sliding_window": window, "full_layers": full} if len(full) < layers else {}
+
+
 def falcon_norms(config: dict) -> int:
     """How many norms a layer of Falcon has: one in the 7B, one each for attention and feed-forward in the 40B."""
     new, given = switch("new_decoder_architecture", config.get("new_decoder_architecture")), "num_ln_in_parallel_attn"
@@ -842,11 +913,12 @@ def falcon_norms(config: dict) -> int:
     return norms
 
 
-def sizes_of(field: dict) -> dict:
+def sizes_of(field: dict, model_type: str) -> dict:
     """GPTConfig's sizes."""
     if "new_decoder_architecture" in field and falcon_norms(field) and not field["new_decoder_architecture"]:
         field = field | {"num_kv_heads": 1}
-    stated = [name for name in SIZES if name in field and (field[name] is not None or name not in DERIVED)]
+    derived = {*DERIVED, *(name for name, value in DEFAULTS[model_type].items() if value is None)}
+    stated = [name for name in SIZES if name in field and (field[name] is not None or name not in derived)]
     sizes = {SIZES[name]: positive(name, field[name], int) for name in stated}
     dim, n_head = sizes["dim"], sizes["n_head"]
     if field.get("word_embed_proj_dim") not in (None, dim):  # opt-350m, which projects to and from its embedding
@@ -871,6 +943,8 @@ def positions_of(field: dict, model_type: str, head_dim: int) -> dict:
     if "rotary_dim" in field:  # GPT-J
         rotary = positive("rotary_dim", field["rotary_dim"], int)
         return {"rotary_dim": None if rotary == head_dim else rotary}
+    if "attention_types" in field:
+        return gpt_neo_windows_of(field)
     if "rope_parameters" not in field:
         return {}
     field = {"rope_theta": OWN_FIXED["olmo3"]["rope_theta"]} | field
@@ -891,7 +965,7 @@ def config_from_hf(config: dict) -> GPTConfig:
     refuse_unknown(config, known, OWN_FIXED.get(model_type, {}))
     field = defaults | {name: value for name, value in config.items() if name in defaults}
 
-    sizes = sizes_of(field)
+    sizes = sizes_of(field, model_type)
     values = {"activation": activation_of(field, model_type)}
     for name in EPSILONS:
         if name in field:
@@ -900,9 +974,12 @@ def config_from_hf(config: dict) -> GPTConfig:
         if name in field:
             values |= dict.fromkeys(ours, switch(name, field[name]))
     for name in SCALES.keys() & field.keys():
-        values[SCALES[name]] = float(positive(name, field[name], float))
+        of_heads = max(sizes["head_dim"], 1) ** -0.5
+        given = of_heads if field[name] is defaults[name] is None else field[name]  # of HyperCLOVA X
+        values[SCALES[name]] = float(positive(name, given, float))
     if "logits_scaling" in field:
-        values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
+        scale = positive("logits_scaling", field["logits_scaling"], float)
+        values["logit_scale"] = float(scale if model_type == "hyperclovax" else 1 / scale)
     if model_type in GEMMAS:
         values["embed_scale"] = float(sizes["dim"] ** 0.5)
     if "query_pre_attn_scalar" in field:

@@ -42,14 +42,14 @@ TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DENSE += ("ArceeForCausalLM", "SeedOssForCausalLM", "Starcoder2ForCausalLM")
-DENSE += ("GraniteForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
+DENSE += ("GraniteForCausalLM", "HyperCLOVAXForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
 DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM")
 DENSE += ("OlmoForCausalLM", "StableLmForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM")
 DENSE += ("GPTNeoXForCausalLM", "PhiForCausalLM", "GPTJForCausalLM", "FalconForCausalLM")
 DENSE += ("CohereForCausalLM", "Cohere2ForCausalLM")
 # With relu the last first, because OPT is known by it.
-LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
-SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM")
+SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
 FIXED = {
@@ -59,6 +59,7 @@ FIXED = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "olmo": {"clip_qkv": None},
     "olmo3": {"rope_theta": 500000.0},
+    "olmoe": {"clip_qkv": None},
     "phi": {"tie_word_embeddings": False, "qk_layernorm": False},
     "gptj": {"tie_word_embeddings": False},
     "falcon": {"alibi": False, "parallel_attn": True, "multi_query": True},
@@ -66,7 +67,7 @@ FIXED = {
 }
 # Families that refuse a dim that the heads do not divide.
 DIVIDED = ("llama", "arcee", "gpt2", "gpt_bigcode", "opt", "stablelm", "gemma3_text", "gpt_neox", "gptj", "falcon")
-DIVIDED += ("cohere2",)
+DIVIDED += ("cohere2", "gpt_neo", "hyperclovax")
 
 
 def values_of(config: GPTConfig) -> dict:
@@ -104,6 +105,8 @@ def values_of(config: GPTConfig) -> dict:
         "attention_multiplier": scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": 1 / config.logit_scale,
+        "attention_types": [[["global" if config.window_of(i) is None else "local"], 1] for i in range(layers)],
+        "window_size": window or config.block_size,
         "logit_scale": config.logit_scale,
         "query_pre_attn_scalar": max(1, round(scale**-2)),
         "rope_local_base_freq": config.rope_base_window or config.rope_base,
@@ -140,6 +143,8 @@ def config_to_hf(config: GPTConfig, state_dict: dict) -> dict:
         model_type = convert.ARCHITECTURES[architecture][0]
         fields = {"architectures": [architecture], "model_type": model_type} | FIXED.get(model_type, {})
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
+        if model_type == "hyperclovax":  # which multiplies where Granite divides
+            fields["logits_scaling"] = config.logit_scale
         try:
             made = asdict(convert.config_from_hf(fields))
         except ValueError:  # a field that the family must have

@@ -70,6 +70,10 @@ OPT = {"vocab_size": 101, "hidden_size": 40, "ffn_dim": 56, "num_hidden_layers":
 OPT |= {"max_position_embeddings": 96}
 PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.6}
 NEOX = {name: value for name, value in ROTARY.items() if name != "num_key_value_heads"}
+OLMOE = {"num_experts": 12, "num_experts_per_tok": 4, "intermediate_size": 24}
+GPT_NEO = {"vocab_size": 101, "hidden_size": 40, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 96}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 7}
+UNTIED_NEO = {"intermediate_size": 24, "tie_word_embeddings": False, "activation_function": "relu"}
 GPTJ = GPT2 | {"rotary_dim": 6, "n_embd": 40}
 FALCON = {name: value for name, value in NEOX.items() if name != "intermediate_size"} | {"ffn_hidden_size": 56}
 FALCON_40B = FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}
@@ -142,6 +146,15 @@ MODELS = {
         "Cohere2",
         ROTARY | COHERE2 | {"layer_types": [FULL, SLIDING] * 2 + [FULL], "attention_bias": True},
     ),
+    "hyperclovax": ("HyperCLOVAX", ROTARY | GRANITE | {"head_dim": 16, "logits_scaling": 0.5}),
+    "hyperclovax without post-norm": (
+        "HyperCLOVAX",
+        ROTARY | {"use_post_norm": False, "logits_scaling": 0.25, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("Olmoe", ROTARY | OLMOE),
+    "olmoe normalized": ("Olmoe", ROTARY | OLMOE | {"norm_topk_prob": True, "num_key_value_heads": None}),
+    "gpt neo": ("GPTNeo", GPT_NEO),
+    "gpt neo untied": ("GPTNeo", GPT_NEO | {"attention_types": [[["local"], 1], [["global"], 2]]} | UNTIED_NEO),
     "gpt neox": ("GPTNeoX", NEOX | {"rotary_pct": 0.4, "rotary_emb_base": 300}),
     "gpt neox sequential": (
         "GPTNeoX",
@@ -465,6 +478,7 @@ def test_the_best_source_wins(saved, copy_of):
     same(converted(saved("qwen2")[1]), converted(folder))
 
 
+MASKS = ("bias", "masked_bias")
 NEOX_MASKS = {"attention.bias": torch.ones(1, 1, 96, 96), "attention.masked_bias": torch.tensor(-1e4)}
 NEOX_MASKS |= {"attention.rotary_emb.inv_freq": torch.ones(2)}
 NEOX_MASKS = {f"gpt_neox.layers.{i}.{name}": tensor for i in range(2) for name, tensor in NEOX_MASKS.items()}
@@ -492,6 +506,10 @@ DISGUISES = {
     "compiled": ("gpt2", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}),
     "distributed": ("llama 3.1", lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}),
     "rotary angles": ("llama 3.1", lambda t: t | ANGLES),
+    "gpt neo with masks": (
+        "gpt neo",
+        lambda t: t | {f"transformer.h.{i}.attn.attention.{name}": torch.ones(1) for i in range(3) for name in MASKS},
+    ),
     "gpt neox with masks": ("gpt neox", lambda t: t | NEOX_MASKS),
     "gpt neox without gpt_neox.": ("gpt neox", lambda t: {k.removeprefix("gpt_neox."): v for k, v in t.items()}),
     "gpt-j with masks": ("gptj", masks),
@@ -1160,6 +1178,71 @@ REAL = {  # as published, with one thing to find in the result
         | {"ff_factor": 4, "ffn_hidden_size": 16384, "num_ln_in_parallel_attn": 1, "rope_theta": 500042},
         {"n_kv_head": 8, "head_dim": 128, "rope_base": 500042.0},
     ),
+    "gpt-neo 1.3b": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPTNeoForCausalLM"],
+            "attention_dropout": 0,
+            "attention_layers": ["global", "local"] * 12,
+            "attention_types": [[["global", "local"], 12]],
+            "bos_token_id": 50256,
+            "embed_dropout": 0,
+            "eos_token_id": 50256,
+            "gradient_checkpointing": False,
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": None,
+            "layer_norm_epsilon": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neo",
+            "num_heads": 16,
+            "num_layers": 24,
+            "resid_dropout": 0,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 0.9}},
+            "tokenizer_class": "GPT2Tokenizer",
+            "use_cache": True,
+            "vocab_size": 50257,
+            "window_size": 256,
+        },
+        {"sliding_window": 256, "full_layers": tuple(range(0, 24, 2)), "attention_scale": 1.0, "hidden_dim": 8192},
+    ),
+    "olmoe 1b 7b": (
+        {
+            "architectures": ["OlmoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "clip_qkv": None,
+            "eos_token_id": 50279,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 4096,
+            "model_type": "olmoe",
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "output_router_logits": False,
+            "pad_token_id": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 50304,
+        },
+        {"qk_norm": "all", "n_expert": 64, "n_expert_used": 8, "hidden_dim": 1024, "norm_topk_prob": False},
+    ),
     "command r": (
         {
             "architectures": ["CohereForCausalLM"],
@@ -1444,7 +1527,7 @@ REFUSED = [
     ("olmo2", {"sliding_window": 7}, ["sliding_window"]),
     ("olmo3", {"rope_theta": 10000.0}, ["rope_theta = 10000.0", "500000.0"]),
     ("olmo3", {"sliding_window_pattern": 3}, ["sliding_window_pattern"]),
-    ("olmo3", {"sliding_window": None}, ["sliding_window = None"]),
+    ("olmo3", {"sliding_window": None, "layer_types": None}, ["sliding_window = None"]),
     ("olmo3 yarn", {"rope_parameters": {SLIDING: YARN}}, ["sliding_attention", "yarn", "of type default"]),
     ("exaone 4 32b", {"layer_types": None, "sliding_window_pattern": "LLLG"}, ["sliding_window_pattern = 'LLLG'"]),
     ("exaone 4 of full layers", {"layer_types": [FULL, SLIDING]}, ["layer_types", "sliding_window = None"]),
@@ -1454,9 +1537,17 @@ REFUSED = [
     ("cohere2", {"use_parallel_block": False}, ["use_parallel_block"]),
     ("cohere2", {"position_embedding_type": "rope_neox"}, ["position_embedding_type = 'rope_neox'"]),
     ("cohere2", {"rotary_pct": 0.5}, ["rotary_pct = 0.5"]),
-    ("cohere2", {"sliding_window": None}, ["sliding_window = None"]),
+    ("cohere2", {"sliding_window": None, "layer_types": None}, ["sliding_window = None"]),
     ("gpt neox", {"use_parallel_residual": "yes"}, ["use_parallel_residual"]),
     ("gpt neox", {"rope_parameters": None, "rotary_pct": 0}, ["rotary_pct = 0"]),
+    ("hyperclovax", {"use_post_norm": "yes"}, ["use_post_norm"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv"]),
+    ("olmoe", {"head_dim": 16}, ["head_dim"]),
+    ("gpt neo", {"attention_types": [["global", "local"], 1]}, ["attention_types"]),
+    ("gpt neo", {"attention_types": [[["global", "banded"], 1]]}, ["attention_types", "banded"]),
+    ("gpt neo", {"attention_types": [[["global", "local"], 1]]}, ["attention_types", "3 layers"]),
+    ("gpt neo", {"attention_types": [[["global"], 10**9]]}, ["attention_types", "3 layers"]),
+    ("gpt neo", {"window_size": 0}, ["window_size = 0"]),
     ("phi", {"qk_layernorm": True}, ["qk_layernorm"]),
     ("phi", {"tie_word_embeddings": True}, ["tie_word_embeddings = True"]),
     ("gptj", {"tie_word_embeddings": True}, ["tie_word_embeddings = True"]),

@@ -90,6 +90,7 @@ EXPORTED_AS = {
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
     "phi3 yarn": "MistralForCausalLM",
+    "hyperclovax without post-norm": "GraniteForCausalLM",
     "glm rotary 0.8": "Phi3ForCausalLM",
     "gemma 3 multimodal": "Gemma3ForCausalLM",
     "gemma 3 multimodal untied": "Gemma3ForCausalLM",
