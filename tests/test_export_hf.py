@@ -104,6 +104,23 @@ def test_olmo3_of_two_bases_is_refused(saved, tmp_path):
     refused(convert_hf.convert(saved("olmo3 of two bases")[1]), tmp_path / "out", text)
 
 
+ONE_VALUE = {
+    "olmo": {"clip_qkv": None},
+    "olmo3": {"rope_theta": 500000.0},  # transformers 4 takes 10,000 without it
+    "olmoe": {"clip_qkv": None},
+    "phi": {"tie_word_embeddings": False, "qk_layernorm": False},
+    "gptj": {"tie_word_embeddings": False},
+    "falcon 7b": {"alibi": False, "parallel_attn": True, "multi_query": True, "new_decoder_architecture": True},
+    "cohere": {"use_qk_norm": False},
+}
+
+
+@pytest.mark.parametrize("name", ONE_VALUE)
+def test_fields_of_one_implemented_value_are_written_too(saved, name):
+    fields = config_to_hf(*converted(saved(name)[1]))
+    assert {field: fields.get(field, "absent") for field in ONE_VALUE[name]} == ONE_VALUE[name]
+
+
 LN_2, LN_1_BIAS, LN_F_BIAS = "transformer.h.1.ln_2.weight", "transformer.h.0.ln_1.bias", "transformer.ln_f.bias"
 TRAINED = [  # norms that are no longer what the family stores
     ("phi", [LN_2], "PhiForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight"),
@@ -302,6 +319,10 @@ NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": 
 GPTJ = {"norm": "layer", "parallel": True, "gated": False, "mlp_bias": True, "head_bias": True, "n_kv_head": 4}
 FALCON = {"norm": "layer", "parallel": True, "gated": False}
 COHERE2 = {"norm": "layer", "parallel": True, "sliding_window": 7, "full_layers": (1,), "nope_layers": (1,)}
+PYTHIA = FALCON | {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "n_kv_head": 4}
+GPT_NEO = GPT2 | {"qkv_bias": False, "n_kv_head": 4, "attention_scale": 1.0}
+GEMMA3 = {"norm_plus_one": True, "qk_norm": True, "post_norm": True, "activation": "gelu_tanh", "attention_scale": 0.25}
+CLOVA = {"post_norm": True, "mlp_bias": True, "attention_scale": 0.5}
 OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
@@ -316,6 +337,11 @@ NOBODY = {
     "dim of Falcon": (replace(TINY, **FALCON, dim=42, head_dim=10), ["Starcoder2", "parallel = True"]),
     "head_dim of Command R7B": (replace(TINY, **COHERE2), ["Cohere2", "head_dim = 12"]),
     "parallel RMSNorm": (replace(TINY, parallel=True), ["Llama", "parallel = True"]),
+    "dim of Pythia": (replace(TINY, **PYTHIA, dim=42, head_dim=10), ["Starcoder2", "parallel = True"]),
+    "dim of GPT-Neo": (replace(TINY, **GPT_NEO, dim=42, head_dim=10), ["GPTNeo", "dim = 42"]),
+    "dim of Command R7B": (replace(TINY, **COHERE2, dim=42, head_dim=10), ["Cohere2", "dim = 42"]),
+    "dim of Gemma 3": (replace(TINY, **GEMMA3, dim=42, embed_scale=42**0.5), ["Gemma3", "dim = 42"]),
+    "dim of HyperCLOVA X": (replace(TINY, **CLOVA, dim=42), ["Granite", "post_norm = True"]),
     "heads of Pythia": (replace(TINY, **FALCON, head_dim=8, mlp_bias=True), ["GPTNeoX", "n_kv_head = 2"]),
     "Olmo 2 with a bias": (replace(TINY, **OLMO2, qkv_bias=True), ["Olmo2", "o_bias = False"]),
     "experts of GPT-2": (replace(MOE, rope_base=None), ["OPT", "n_expert = 5"]),
