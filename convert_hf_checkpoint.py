@@ -769,7 +769,10 @@ def local_rope_of(field: dict, model_type: str) -> dict:
         return {}
     of_each = field["rope_parameters"]
     local = {"rope_theta": field.get("rope_local_base_freq", OWN_FIXED["olmo3"]["rope_theta"])}
-    if isinstance(of_each, dict) and of_each.keys() <= {"full_attention", "sliding_attention"}:
+    if of_each is not None:
+        if not isinstance(of_each, dict) or not of_each.keys() <= {"full_attention", "sliding_attention"}:
+            entry = f"rope_parameters = {reprlib.repr(of_each)}"
+            raise ValueError(f"config.json has {entry}; it must have full_attention and sliding_attention")
         field["rope_parameters"] = of_each.get("full_attention")
         given = of_each.get("sliding_attention") or {}
         if not isinstance(given, dict) or given.get("rope_type", "default") != "default":

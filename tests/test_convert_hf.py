@@ -1529,6 +1529,7 @@ REFUSED = [
     ("olmo3", {"sliding_window_pattern": 3}, ["sliding_window_pattern"]),
     ("olmo3", {"sliding_window": None, "layer_types": None}, ["sliding_window = None"]),
     ("olmo3 yarn", {"rope_parameters": {SLIDING: YARN}}, ["sliding_attention", "yarn", "of type default"]),
+    ("olmo3", {"rope_parameters": YARN}, ["rope_parameters", "yarn", "full_attention and sliding_attention"]),
     ("exaone 4 32b", {"layer_types": None, "sliding_window_pattern": "LLLG"}, ["sliding_window_pattern = 'LLLG'"]),
     ("exaone 4 of full layers", {"layer_types": [FULL, SLIDING]}, ["layer_types", "sliding_window = None"]),
     ("cohere", {"use_qk_norm": True}, ["use_qk_norm"]),
