@@ -39,7 +39,9 @@ from runtime import check_target, run_command
 
 # Architecture: model type, and what it says of GPTConfig without a field of config.json.
 LEARNED_POSITIONS = {"norm": "layer", "gated": False, "rope_base": None}
-GPT2_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+POST_NORM = {"pre_norm": False, "post_norm": True}
+PARALLEL = {"norm": "layer", "parallel": True}
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", {}),
     "MistralForCausalLM": ("mistral", {}),
@@ -47,9 +49,11 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", {"qk_norm": True}),
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
+    "OlmoeForCausalLM": ("olmoe", {"qk_norm": "all"}),
     "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
     "Gemma3ForCausalLM": ("gemma3_text", {"norm_plus_one": True, "qk_norm": True, "post_norm": True}),
     "GraniteForCausalLM": ("granite", {}),
+    "HyperCLOVAXForCausalLM": ("hyperclovax", {}),
     "MinistralForCausalLM": ("ministral", {}),
     "SmolLM3ForCausalLM": ("smollm3", {}),
     "GlmForCausalLM": ("glm", {"o_bias": False}),
@@ -59,16 +63,29 @@ ARCHITECTURES = {
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "SeedOssForCausalLM": ("seed_oss", {}),
     "OlmoForCausalLM": ("olmo", {"norm": "layer", "norm_eps": 1e-5}),
+    "Olmo2ForCausalLM": ("olmo2", POST_NORM | {"qk_norm": "all"}),
+    "Olmo3ForCausalLM": ("olmo3", POST_NORM | {"qk_norm": "all"}),
+    "Exaone4ForCausalLM": ("exaone4", POST_NORM | {"qk_norm": True}),
+    "CohereForCausalLM": ("cohere", PARALLEL),
+    "Cohere2ForCausalLM": ("cohere2", PARALLEL),
+    "GPTNeoForCausalLM": ("gpt_neo", LEARNED_POSITIONS | {"o_bias": True, "mlp_bias": True, "attention_scale": 1.0}),
+    "GPTNeoXForCausalLM": ("gpt_neox", {"norm": "layer", "gated": False, "mlp_bias": True}),
+    "PhiForCausalLM": ("phi", PARALLEL | ALL_BIASES | {"gated": False, "head_bias": True}),
+    "GPTJForCausalLM": ("gptj", PARALLEL | {"gated": False, "mlp_bias": True, "head_bias": True, "rope_base": 10000.0}),
+    "FalconForCausalLM": ("falcon", PARALLEL | {"gated": False}),
     "ArceeForCausalLM": ("arcee", {"gated": False}),
     "HeliumForCausalLM": ("helium", {"o_bias": False}),
     "Starcoder2ForCausalLM": ("starcoder2", {"norm": "layer", "gated": False}),
-    "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | GPT2_BIASES),
-    "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | GPT2_BIASES | {"n_kv_head": 1}),
+    "GPT2LMHeadModel": ("gpt2", LEARNED_POSITIONS | ALL_BIASES),
+    "GPTBigCodeForCausalLM": ("gpt_bigcode", LEARNED_POSITIONS | ALL_BIASES | {"n_kv_head": 1}),
     "OPTForCausalLM": ("opt", LEARNED_POSITIONS),
 }
 
 # Folders of several towers, of which the text model is converted: the architecture, what its text model may be.
-MULTIMODAL = {"Mistral3ForConditionalGeneration": ("mistral",)}
+MULTIMODAL = {
+    "Mistral3ForConditionalGeneration": ("mistral",),
+    "Gemma3ForConditionalGeneration": ("gemma3_text",),
+}
 TOWERS = ("vision_tower.", "multi_modal_projector.")  # the others' tensors
 # Their fields in config.json, beside text_config.
 TOWER_FIELDS = {"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"}
@@ -96,6 +113,20 @@ MISTRAL_SIZES = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_posi
 QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 LAYER_NORM_DEFAULTS = {name: value for name, value in LLAMA_DEFAULTS.items() if name != "rms_norm_eps"}
+FROM_DIM = {name: value for name, value in LAYER_NORM_DEFAULTS.items() if name != "head_dim"}  # dim / n_head always
+OLMO2_DEFAULTS = LLAMA_DEFAULTS | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
+COHERE_DEFAULTS = FROM_DIM | {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "logit_scale": 0.0625,
+}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | QWEN_SIZES | {"max_position_embeddings": 32768} | QWEN_WINDOW
 GPT2_DEFAULTS = {
     "vocab_size": 50257,
@@ -127,6 +158,9 @@ DEFAULTS = {
     | {"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "attention_bias": False}
     | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
+    "olmoe": {name: value for name, value in OLMO2_DEFAULTS.items() if name != "head_dim"}
+    | {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}
+    | {"max_position_embeddings": 4096, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
     "gemma": LLAMA_DEFAULTS
     | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
     | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
@@ -140,6 +174,9 @@ DEFAULTS = {
     "granite": LLAMA_DEFAULTS
     | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0}
     | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
+    "hyperclovax": LLAMA_DEFAULTS
+    | {"attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": None}
+    | {"residual_multiplier": 1.0, "logits_scaling": 1.0, "use_post_norm": True},
     "ministral": LLAMA_DEFAULTS | MISTRAL_SIZES | {"sliding_window": 4096, "layer_types": None},
     "smollm3": LLAMA_DEFAULTS
     | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -149,12 +186,13 @@ DEFAULTS = {
     | {"sliding_window": None},
     "glm": GLM_DEFAULTS,
     "glm4": GLM_DEFAULTS,
-    "stablelm": {name: value for name, value in LLAMA_DEFAULTS.items() if name not in ("rms_norm_eps", "head_dim")}
+    "stablelm": FROM_DIM
     | {"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32}
     | {"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": 0.25},
     "phi3": LLAMA_DEFAULTS
     | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
-    | {"rms_norm_eps": 1e-5, "sliding_window": None},
+    | {"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0}
+    | {"original_max_position_embeddings": 4096},
     "ernie4_5": LLAMA_DEFAULTS
     | {"vocab_size": 103424, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 131072}
     | {"num_hidden_layers": 18, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
@@ -164,6 +202,76 @@ DEFAULTS = {
     | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
     | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
     "olmo": LAYER_NORM_DEFAULTS | {"vocab_size": 50304, "attention_bias": False},
+    "olmo2": OLMO2_DEFAULTS,
+    "olmo3": {name: value for name, value in OLMO2_DEFAULTS.items() if name != "rope_theta"}
+    | {"sliding_window": 4096, "layer_types": None},
+    "exaone4": LLAMA_DEFAULTS
+    | {"vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}
+    | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+    "cohere": COHERE_DEFAULTS | {"head_dim": None, "rope_theta": 500000.0},
+    "cohere2": COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+    "gpt_neo": {
+        "vocab_size": 50257,
+        "max_position_embeddings": 2048,
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "intermediate_size": None,
+        "attention_types": [[["global", "local"], 12]],
+        "window_size": 256,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000.0,
+        "rope_scaling": None,
+        "rope_parameters": None,
+    },
+    "phi": {name: value for name, value in LAYER_NORM_DEFAULTS.items() if name != "tie_word_embeddings"}
+    | {"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+    | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "gptj": {
+        "vocab_size": 50400,
+        "n_positions": 2048,
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "n_inner": None,
+        "rotary_dim": 64,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
+    "falcon": {
+        "vocab_size": 65024,
+        "hidden_size": 4544,
+        "ffn_hidden_size": None,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "num_kv_heads": None,
+        "new_decoder_architecture": False,
+        "num_ln_in_parallel_attn": None,
+        "activation": "gelu",
+        "bias": False,
+        "max_position_embeddings": 2048,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "rope_parameters": None,
+    },
     "arcee": LLAMA_DEFAULTS
     | {"hidden_size": 2560, "intermediate_size": 18432, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     | {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
@@ -198,10 +306,13 @@ SIZES = {
     "n_positions": "block_size",
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layer",
+    "num_layers": "n_layer",
     "n_layer": "n_layer",
     "num_attention_heads": "n_head",
+    "num_heads": "n_head",
     "n_head": "n_head",
     "num_key_value_heads": "n_kv_head",
+    "num_kv_heads": "n_kv_head",
     "head_dim": "head_dim",
     "hidden_size": "dim",
     "n_embd": "dim",
@@ -209,27 +320,36 @@ SIZES = {
     "moe_intermediate_size": "hidden_dim",  # of one expert
     "n_inner": "hidden_dim",
     "ffn_dim": "hidden_dim",
+    "ffn_hidden_size": "hidden_dim",
     "num_local_experts": "n_expert",
     "num_experts": "n_expert",  # its older name
     "num_experts_per_tok": "n_expert_used",
 }
-DERIVED = ("num_key_value_heads", "head_dim", "n_inner", "num_experts")  # null: worked out from the others
+# Where these are null, or another whose default is, they are worked out from the others.
+DERIVED = ("num_key_value_heads", "num_kv_heads", "head_dim", "n_inner", "ffn_hidden_size", "num_experts")
+ACTIVATION_NAMES = ("activation_function", "hidden_activation", "hidden_act", "activation")
 ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
 }
-# GPTConfig's biases, under their names in config.json; where two make one, the later counts.
-BIASES = {
+# GPTConfig's switches, under their names in config.json; where two make one, the later counts.
+SWITCHES = {
+    "tie_word_embeddings": ("tie_embeddings",),
+    "norm_topk_prob": ("norm_topk_prob",),
+    "use_parallel_residual": ("parallel",),
+    "use_post_norm": ("post_norm",),
     "attention_bias": ("qkv_bias", "o_bias"),
     "attention_out_bias": ("o_bias",),
     "use_qkv_bias": ("qkv_bias",),
     "mlp_bias": ("mlp_bias",),
     "use_bias": ("qkv_bias", "o_bias", "mlp_bias"),
     "enable_bias": ("qkv_bias", "o_bias", "mlp_bias"),
+    "bias": ("qkv_bias", "o_bias", "mlp_bias"),
 }
 EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps")
 
@@ -247,18 +367,21 @@ ROPE_OPTIONS = {
 }
 
 # The models that rotate neighbouring numbers of a head; all others rotate two halves.
-PAIRED = ("glm", "glm4", "ernie4_5", "helium")
+PAIRED = ("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2", "gptj")
+# Those whose every fourth layer, or another by sliding_window_pattern, has no window; some do not rotate there.
+EVERY_FOURTH_FULL, NOPE_WHERE_FULL = ("olmo3", "exaone4", "cohere2"), ("exaone4", "cohere2")
 
 # GPTConfig's factors, under their names in config.json.
 SCALES = {
     "embedding_multiplier": "embed_scale",
     "attention_multiplier": "attention_scale",
     "residual_multiplier": "residual_scale",
+    "logit_scale": "logit_scale",
 }
 GEMMAS = ("gemma", "gemma3_text")  # whose embedding is multiplied by the root of its size
 MOST_LAYERS = 10_000
 
-# Fields that have one implemented value, and whose being off would change the model. A family may have more.
+# Fields that have one implemented value, and whose being off would change the model. A family may have more of them.
 FIXED = {
     "is_causal": True,
     "partial_rotary_factor": 1,
@@ -272,6 +395,15 @@ FIXED = {
     "truncate": True,  # of YaRN
     "hidden_activation": "gelu_pytorch_tanh",  # of Gemma's first files
 }
+OWN_FIXED = {
+    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+    "olmo3": {"rope_theta": 500000.0},  # transformers 5 takes another one for full layers alone
+    "cohere2": {"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1}
+    | {"position_embedding_type": "rope_gptj", "use_embedding_sharing": True, "use_gated_activation": True}
+    | {"use_parallel_block": True},
+    "gptj": {"rotary": True},
+    "falcon": {"parallel_attn": True},
+}
 
 # Fields that say nothing about the logits of a forward pass.
 HARMLESS = set(
@@ -283,6 +415,7 @@ HARMLESS = set(
     max_sequence_length model_max_length n_ctx n_special predict_special_tokens output_past
     initializer_range init_std dropout layerdrop activation_dropout
     attention_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout embedding_dropout gradient_checkpointing
+    hidden_dropout classifier_dropout
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class
     attention_softmax_in_fp32 scale_attention_softmax_in_fp32
     use_cache return_dict output_attentions output_hidden_states chunk_size_feed_forward
@@ -296,7 +429,13 @@ HARMLESS = set(
 
 # More of them, of one model type.
 IGNORED = {
-    "phi3": {"original_max_position_embeddings", "auto_map"},  # longrope's, and code older than transformers' class
+    "phi3": {"auto_map"},  # code older than transformers' class
+    "phi": {"auto_map"},
+    "falcon": {"auto_map", "ff_factor"},  # ffn_hidden_size is read
+    "cohere2": {"head_dim"},  # transformers itself works it out
+    "hyperclovax": {"auto_map", "end_token_id"},
+    "gpt_neo": {"attention_layers", "embed_dropout", "resid_dropout"},  # attention_types are read
+    "gpt_neox": {"rope_theta", "partial_rotary_factor", "is_decoder"},  # rotary_emb_base and rotary_pct are read
     "ernie4_5": {"auto_map"},
     "starcoder2": {"activation_function", "layer_norm_epsilon"},  # hidden_act and norm_epsilon are read instead
     "gpt_bigcode": {"num_key_value_heads", "validate_runner_input", "pad_key_length"},  # multi_query says how many
@@ -310,8 +449,12 @@ IGNORED = {
 # - from row 2: a table of positions begins with two rows that no text uses.
 # - pairs: in a head's rows those that rotate together are neighbours, not C/2 apart.
 # - nowhere: a norm that has no parameters there has weights of one and biases of zero here.
+# - copied: one norm for attention and feed-forward, each of which has a copy here.
+# - copied weight: the same for a norm without a bias, which is 0 here; for the last norm too, of which one is made.
+# - grouped: for each kv head the rows of its query heads, its key and its value follow one another.
 AS_IS, TRANSPOSED, STACKED, FROM_ROW_2 = "as is", "transposed", "stacked", "from row 2"
-NOWHERE = "nowhere"
+NOWHERE, COPIED, COPIED_WEIGHT, GROUPED = "nowhere", "copied", "copied weight", "grouped"
+COPIES = (COPIED, COPIED_WEIGHT)
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
     ("model.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
@@ -342,6 +485,19 @@ OLMO_WEIGHTS = (
     ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], NOWHERE),
     ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], NOWHERE),
     ("transformer.ln_f", ["transformer.ln_f"], NOWHERE),
+)
+OLMO2_WEIGHTS = (
+    ("model.layers.{}.post_attention_layernorm", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.post_feedforward_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
+)
+HYPERCLOVAX_WEIGHTS = (
+    ("model.layers.{}.post_norm1", ["transformer.h.{}.post_attn"], AS_IS),
+    ("model.layers.{}.post_norm2", ["transformer.h.{}.post_mlp"], AS_IS),
+)
+ONE_NORM = ["transformer.h.{}.ln_1", "transformer.h.{}.ln_2"]
+COHERE_WEIGHTS = (
+    ("model.layers.{}.input_layernorm", ONE_NORM, COPIED_WEIGHT),
+    ("model.norm", ["transformer.ln_f"], COPIED_WEIGHT),
 )
 # Feed-forwards of experts, * is each; in the files of Mixtral and, in those of Qwen3-MoE, under transformers' names.
 MIXTRAL_MLP = (
@@ -409,9 +565,67 @@ OPT_WEIGHTS = (
     ("model.decoder.layers.{}.fc2", ["transformer.h.{}.mlp.down_proj"], AS_IS),
     ("model.decoder.final_layer_norm", ["transformer.ln_f"], AS_IS),
 )
+GPT_NEO_WEIGHTS = (
+    ("transformer.wte", ["transformer.wte"], AS_IS),
+    ("transformer.wpe", ["transformer.wpe"], AS_IS),
+    ("transformer.h.{}.ln_1", ["transformer.h.{}.ln_1"], AS_IS),
+    ("transformer.h.{}.attn.attention.q_proj", ["transformer.h.{}.attn.q_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.k_proj", ["transformer.h.{}.attn.k_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.v_proj", ["transformer.h.{}.attn.v_proj"], AS_IS),
+    ("transformer.h.{}.attn.attention.out_proj", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("transformer.h.{}.ln_2", ["transformer.h.{}.ln_2"], AS_IS),
+    ("transformer.h.{}.mlp.c_fc", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("transformer.h.{}.mlp.c_proj", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
+)
+GPT_NEOX_WEIGHTS = (
+    ("gpt_neox.embed_in", ["transformer.wte"], AS_IS),
+    ("gpt_neox.layers.{}.input_layernorm", ["transformer.h.{}.ln_1"], AS_IS),
+    ("gpt_neox.layers.{}.attention.query_key_value", QKV, GROUPED),
+    ("gpt_neox.layers.{}.attention.dense", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("gpt_neox.layers.{}.post_attention_layernorm", ["transformer.h.{}.ln_2"], AS_IS),
+    ("gpt_neox.layers.{}.mlp.dense_h_to_4h", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("gpt_neox.layers.{}.mlp.dense_4h_to_h", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("gpt_neox.final_layer_norm", ["transformer.ln_f"], AS_IS),
+    ("embed_out", ["lm_head"], AS_IS),
+)
+PHI_WEIGHTS = (
+    ("model.layers.{}.input_layernorm", ONE_NORM, COPIED),
+    ("model.layers.{}.self_attn.dense", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("model.layers.{}.mlp.fc1", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("model.layers.{}.mlp.fc2", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("model.final_layernorm", ["transformer.ln_f"], AS_IS),
+)
+GPTJ_WEIGHTS = (
+    ("transformer.wte", ["transformer.wte"], AS_IS),
+    ("transformer.h.{}.ln_1", ONE_NORM, COPIED),
+    ("transformer.h.{}.attn.q_proj", ["transformer.h.{}.attn.q_proj"], AS_IS),
+    ("transformer.h.{}.attn.k_proj", ["transformer.h.{}.attn.k_proj"], AS_IS),
+    ("transformer.h.{}.attn.v_proj", ["transformer.h.{}.attn.v_proj"], AS_IS),
+    ("transformer.h.{}.attn.out_proj", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("transformer.h.{}.mlp.fc_in", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("transformer.h.{}.mlp.fc_out", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
+)
+FALCON_WEIGHTS = (
+    ("transformer.word_embeddings", ["transformer.wte"], AS_IS),
+    ("transformer.h.{}.ln_attn", ["transformer.h.{}.ln_1"], AS_IS),
+    ("transformer.h.{}.self_attention.query_key_value", QKV, GROUPED),
+    ("transformer.h.{}.self_attention.dense", ["transformer.h.{}.attn.o_proj"], AS_IS),
+    ("transformer.h.{}.ln_mlp", ["transformer.h.{}.ln_2"], AS_IS),
+    ("transformer.h.{}.mlp.dense_h_to_4h", ["transformer.h.{}.mlp.up_proj"], AS_IS),
+    ("transformer.h.{}.mlp.dense_4h_to_h", ["transformer.h.{}.mlp.down_proj"], AS_IS),
+    ("transformer.ln_f", ["transformer.ln_f"], AS_IS),
+)
+FALCON_ONE_NORM = (
+    *(row for row in FALCON_WEIGHTS if not row[0].endswith(("ln_attn", "ln_mlp"))),
+    ("transformer.h.{}.input_layernorm", ONE_NORM, COPIED),
+)
 OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
+    "olmoe": QWEN3_MOE_MLP,
+    "hyperclovax": HYPERCLOVAX_WEIGHTS,
     "phi3": PHI3_WEIGHTS,
     "olmo": OLMO_WEIGHTS,
     "starcoder2": STARCODER2_WEIGHTS,
@@ -421,11 +635,41 @@ OWN_WEIGHTS = {
     "glm": GLM_WEIGHTS,
     "glm4": GLM4_WEIGHTS,
     "gemma3_text": GEMMA3_WEIGHTS,
+    "olmo2": OLMO2_WEIGHTS,
+    "olmo3": OLMO2_WEIGHTS,
+    "exaone4": OLMO2_WEIGHTS,
+    "cohere": COHERE_WEIGHTS,
+    "cohere2": COHERE_WEIGHTS,
+    "gpt_neo": GPT_NEO_WEIGHTS,
+    "gpt_neox": GPT_NEOX_WEIGHTS,
+    "phi": PHI_WEIGHTS,
+    "gptj": GPTJ_WEIGHTS,
+    "falcon": FALCON_WEIGHTS,
+    # What differs within a family.
+    "stacked experts": STACKED_MLP,
+    "falcon of one norm": FALCON_ONE_NORM,
 }
+# What names begin with; without a row here with "model."
+PREFIXES = dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "falcon"), "transformer.") | {
+    "gpt_neox": "gpt_neox."
+}
+HEADS = ("lm_head.", "embed_out.")
 # Tensors dropped where the map has no use for them: rotary angles, causal masks, a head that is tied.
 DROPPED = {
     "model.": ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "lm_head.weight"),
-    "transformer.": ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias", "lm_head.weight"),
+    "transformer.": (
+        "transformer.h.{}.attn.bias",
+        "transformer.h.{}.attn.masked_bias",
+        "transformer.h.{}.attn.attention.bias",
+        "transformer.h.{}.attn.attention.masked_bias",
+        "lm_head.weight",
+    ),
+    "gpt_neox.": (
+        "gpt_neox.layers.{}.attention.bias",
+        "gpt_neox.layers.{}.attention.masked_bias",
+        "gpt_neox.layers.{}.attention.rotary_emb.inv_freq",
+        "embed_out.weight",
+    ),
 }
 
 
@@ -444,14 +688,15 @@ def switch(name: str, value) -> bool:
     return bool(value)
 
 
-def refuse_unknown(fields: dict, known) -> None:
+def refuse_unknown(fields: dict, known, own_fixed=()) -> None:
     """Raises ValueError for a field that would change what the model computes, as far as this file knows."""
     advice = "choose a model without it, or delete the field if the model computes the same without it"
+    fixed = FIXED | dict(own_fixed)
     for name, value in fields.items():
-        if name in FIXED and name not in known:
-            if value is not None and value != FIXED[name]:
+        if name in fixed and name not in known:
+            if value is not None and value != fixed[name]:
                 entry = f"{name} = {reprlib.repr(value)}"
-                raise ValueError(f"config.json has {entry}, and only {FIXED[name]} is implemented; {advice}")
+                raise ValueError(f"config.json has {entry}, and only {fixed[name]} is implemented; {advice}")
         elif value and name not in known:
             entry = f"{name if name.isprintable() else reprlib.repr(name)} = {reprlib.repr(value)}"
             raise ValueError(f"config.json has {entry}, which is not implemented; {advice}")
@@ -517,14 +762,17 @@ def longrope_of(numbers: dict, rope: dict, context: int) -> dict:
     }
 
 
-def local_rope_of(field: dict) -> dict:
-    """GPTConfig's rope_base_window, of Gemma 3. Those of both kinds of layers may stand in rope_parameters: then the
-    ones of full layers alone stay in `field`."""
-    if "rope_local_base_freq" not in field:
+def local_rope_of(field: dict, model_type: str) -> dict:
+    """GPTConfig's rope_base_window, of Gemma 3 and Olmo 3. Those of both kinds of layers may stand in rope_parameters:
+    then the ones of full layers alone stay in `field`."""
+    if model_type not in ("gemma3_text", "olmo3"):
         return {}
     of_each = field["rope_parameters"]
-    local = {"rope_theta": field["rope_local_base_freq"]}
-    if isinstance(of_each, dict) and of_each.keys() <= {"full_attention", "sliding_attention"}:
+    local = {"rope_theta": field.get("rope_local_base_freq", OWN_FIXED["olmo3"]["rope_theta"])}
+    if of_each is not None:
+        if not isinstance(of_each, dict) or not of_each.keys() <= {"full_attention", "sliding_attention"}:
+            entry = f"rope_parameters = {reprlib.repr(of_each)}"
+            raise ValueError(f"config.json has {entry}; it must have full_attention and sliding_attention")
         field["rope_parameters"] = of_each.get("full_attention")
         given = of_each.get("sliding_attention") or {}
         if not isinstance(given, dict) or given.get("rope_type", "default") != "default":
@@ -532,6 +780,17 @@ def local_rope_of(field: dict) -> dict:
         refuse_unknown(given, ("rope_theta", "rope_type"))
         local |= given
     return {"rope_base_window": float(positive("rope_theta", local["rope_theta"], float))}
+
+
+def rope_kind(rope: dict, is_phi3: bool) -> str:
+    """The kind of rotary embedding; of Phi-3 there are two, and older names of longrope in its first files."""
+    given = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
+    kinds = ["longrope" if is_phi3 and kind in ("su", "yarn") else kind for kind in given]
+    implemented = ["default", "longrope"] if is_phi3 else [*ROPE_NUMBERS]
+    if kinds[0] != kinds[-1] or kinds[0] not in implemented:
+        entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
+        raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(implemented)}")
+    return kinds[0]
 
 
 def rope_of(field: dict, head_dim: int) -> dict:
@@ -542,16 +801,14 @@ def rope_of(field: dict, head_dim: int) -> dict:
     if not isinstance(rope, dict):
         entry = reprlib.repr(rope)
         raise ValueError(f"config.json has {entry} as its rope_scaling or rope_parameters; it must be an object")
-    context = field["max_position_embeddings"]
-    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name)] or ["default"]  # "type" is the older name
-    kind = kinds[0]
-    if kind != kinds[-1] or kind not in list(ROPE_NUMBERS):
-        entry = ", ".join(f"{name} = {reprlib.repr(rope[name])}" for name in ("rope_type", "type") if name in rope)
-        raise ValueError(f"config.json has the rotary embedding {entry}; implemented are {', '.join(ROPE_NUMBERS)}")
+    context, kind = (
+        field["max_position_embeddings"],
+        rope_kind(rope, is_phi3="original_max_position_embeddings" in field),
+    )
     partial = {name: field[name] for name in ("partial_rotary_factor",) if name in field}
     known = ("rope_theta", "rope_type", "type", *partial, *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()))
     refuse_unknown(rope, known)
-    original = rope.get("original_max_position_embeddings", context)
+    original = field.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", context)
     rope = {"rope_theta": field["rope_theta"]} | partial | rope | {"original_max_position_embeddings": original}
     numbers = {name: positive(name, rope.get(name), float) for name in ROPE_NUMBERS[kind]}
     scaling = {"rope_type": kind} | numbers if numbers else None
@@ -576,10 +833,10 @@ def rope_of(field: dict, head_dim: int) -> dict:
 
 def layer_count(field: dict) -> int:
     """The number of layers of a family in which they differ, and so are listed."""
-    if field["num_hidden_layers"] > MOST_LAYERS:
-        entry = f"num_hidden_layers = {field['num_hidden_layers']}"
-        raise ValueError(f"config.json has {entry}; layers that differ must be {MOST_LAYERS} at most")
-    return field["num_hidden_layers"]
+    name = "num_layers" if "num_layers" in field else "num_hidden_layers"
+    if field[name] > MOST_LAYERS:
+        raise ValueError(f"config.json has {name} = {field[name]}; layers that differ must be {MOST_LAYERS} at most")
+    return field[name]
 
 
 def nope_layers_of(field: dict) -> tuple:
@@ -597,18 +854,18 @@ def nope_layers_of(field: dict) -> tuple:
 
 
 def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
-    """GPTConfig's sliding_window and full_layers."""
+    """GPTConfig's sliding_window, full_layers and nope_layers."""
     layers, of_each = field["num_hidden_layers"], field.get("layer_types") or None
     used = switch("use_sliding_window", field.get("use_sliding_window", True))
     window = field.get("sliding_window") if used else None
     full = range(layers if window is None else 0)
-    if window is not None:
+    if window is not None or model_type in ("olmo3", "cohere2"):
         window = positive("sliding_window", window, int)
     if window is not None and model_type in ("qwen2", "qwen3"):  # transformers' Qwen3-MoE has no such field
         first = field["max_window_layers"]
         full = range(min(first if first == 0 else positive("max_window_layers", first, int), layers))
-    elif window is not None and "sliding_window_pattern" in field:
-        every = positive("sliding_window_pattern", field["sliding_window_pattern"], int)
+    elif of_each is None and window is not None and model_type in (*EVERY_FOURTH_FULL, "gemma3_text"):
+        every = positive("sliding_window_pattern", field.get("sliding_window_pattern", 4), int)
         full = range(every - 1, layer_count(field), every)
     elif window is not None and model_type == "smollm3":
         full = [layer for layer in range(layer_count(field)) if layer not in nope_layers]
@@ -623,11 +880,83 @@ def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
             )
             raise ValueError(f"config.json has {names}, which do not fit; choose a model without layer_types")
         full = listed
+    if window is not None and model_type in NOPE_WHERE_FULL:
+        nope_layers = tuple(full)
     if len(full) == layers:
-        return {"sliding_window": None}
+        return {"sliding_window": None, "nope_layers": nope_layers}
     if len(full) > 0:
         layer_count(field)
-    return {"sliding_window": window, "full_layers": tuple(full)}
+    return {"sliding_window": window, "full_layers": tuple(full), "nope_layers": nope_layers}
+
+
+def gpt_neo_windows_of(field: dict) -> dict:
+    """GPTConfig's sliding_window and full_layers, from [[["global", "local"], how many times], ...]."""
+    given, layers, kinds = field["attention_types"], layer_count(field), []
+    for part in given if isinstance(given, list) else [None]:
+        fits = isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)
+        if not fits or not all(kind in ("global", "local") for kind in part[0]):
+            entry = f"attention_types = {reprlib.repr(given)}"
+            raise ValueError(f"config.json has {entry}; it must be [[[global and local ones], how many times], ...]")
+        kinds += part[0] * min(positive("attention_types", part[1], int), layers // max(len(part[0]), 1) + 1)
+    if len(kinds) != layers:
+        entry = f"attention_types = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; they must be those of {layers} layers")
+    full = tuple(layer for layer, kind in enumerate(kinds) if kind == "global")
+    window = positive("window_size", field["window_size"], int)
+    return {"sliding_window": window, "full_layers": full} if len(full) < layers else {}
+
+
+def falcon_norms(config: dict) -> int:
+    """How many norms a layer of Falcon has: one in the 7B, one each for attention and feed-forward in the 40B."""
+    new, given = switch("new_decoder_architecture", config.get("new_decoder_architecture")), "num_ln_in_parallel_attn"
+    norms = (1 + new) if config.get(given) is None else config[given]
+    if norms not in ((1, 2) if new else (1,)):
+        entry = f"{given} = {reprlib.repr(norms)}"
+        raise ValueError(f"config.json has {entry}; it must be 1, or 2 with new_decoder_architecture")
+    return norms
+
+
+def sizes_of(field: dict, model_type: str) -> dict:
+    """GPTConfig's sizes."""
+    if "new_decoder_architecture" in field and falcon_norms(field) and not field["new_decoder_architecture"]:
+        field = field | {"num_kv_heads": 1}
+    derived = {*DERIVED, *(name for name, value in DEFAULTS[model_type].items() if value is None)}
+    stated = [name for name in SIZES if name in field and (field[name] is not None or name not in derived)]
+    sizes = {SIZES[name]: positive(name, field[name], int) for name in stated}
+    dim, n_head = sizes["dim"], sizes["n_head"]
+    if field.get("word_embed_proj_dim") not in (None, dim):  # opt-350m, which projects to and from its embedding
+        entry = f"word_embed_proj_dim = {reprlib.repr(field['word_embed_proj_dim'])}"
+        raise ValueError(f"config.json has {entry}, and only hidden_size is implemented; choose a model without it")
+    return {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
+
+
+def activation_of(field: dict, model_type: str) -> str:
+    name = next(name for name in ACTIVATION_NAMES if name in field)
+    given = field[name]
+    if model_type == "gemma" and given == "gelu":  # its first files meant the other one by it
+        given = "gelu_pytorch_tanh"
+    if given not in list(ACTIVATIONS):  # whatever its type
+        entry = f"{name} = {reprlib.repr(given)}"
+        raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[given]
+
+
+def positions_of(field: dict, model_type: str, head_dim: int) -> dict:
+    """What GPTConfig says of rotation and windows."""
+    if "rotary_dim" in field:  # GPT-J
+        rotary = positive("rotary_dim", field["rotary_dim"], int)
+        return {"rotary_dim": None if rotary == head_dim else rotary}
+    if "attention_types" in field:
+        return gpt_neo_windows_of(field)
+    if "rope_parameters" not in field:
+        return {}
+    field = {"rope_theta": OWN_FIXED["olmo3"]["rope_theta"]} | field
+    if "rotary_pct" in field:  # GPT-NeoX
+        named = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        field |= {name: positive(theirs, field[theirs], float) for name, theirs in named.items()}
+    of_windows = local_rope_of(field, model_type)
+    values = rope_of(field, head_dim) | windows_of(field, model_type, nope_layers_of(field))
+    return values | (of_windows if values["sliding_window"] else {})
 
 
 def config_from_hf(config: dict) -> GPTConfig:
@@ -635,49 +964,30 @@ def config_from_hf(config: dict) -> GPTConfig:
     config = text_half(config)
     model_type = model_type_of(config)
     defaults = DEFAULTS[model_type]
-    refuse_unknown(config, defaults.keys() | HARMLESS | IGNORED.get(model_type, set()))
+    known = defaults.keys() | HARMLESS | IGNORED.get(model_type, set())
+    refuse_unknown(config, known, OWN_FIXED.get(model_type, {}))
     field = defaults | {name: value for name, value in config.items() if name in defaults}
 
-    stated = [name for name in SIZES if name in field and (field[name] is not None or name not in DERIVED)]
-    sizes = {SIZES[name]: positive(name, field[name], int) for name in stated}
-    dim, n_head = sizes["dim"], sizes["n_head"]
-    sizes = {"n_kv_head": n_head, "head_dim": dim // n_head, "hidden_dim": 4 * dim} | sizes
-
-    if field.get("word_embed_proj_dim") not in (None, dim):  # opt-350m, which projects to and from its embedding
-        entry = f"word_embed_proj_dim = {reprlib.repr(field['word_embed_proj_dim'])}"
-        raise ValueError(f"config.json has {entry}, and only hidden_size is implemented; choose a model without it")
-    activation = next(n for n in ("activation_function", "hidden_activation", "hidden_act") if n in field)
-    if model_type == "gemma" and field[activation] == "gelu":  # its first files meant the other one by it
-        field[activation] = "gelu_pytorch_tanh"
-    if field[activation] not in list(ACTIVATIONS):  # whatever its type
-        entry = f"{activation} = {reprlib.repr(field[activation])}"
-        raise ValueError(f"config.json has {entry}; implemented are {', '.join(ACTIVATIONS)}")
-    values = {
-        "activation": ACTIVATIONS[field[activation]],
-        "tie_embeddings": switch("tie_word_embeddings", field["tie_word_embeddings"]),
-    }
+    sizes = sizes_of(field, model_type)
+    values = {"activation": activation_of(field, model_type)}
     for name in EPSILONS:
         if name in field:
             values["norm_eps"] = positive(name, field[name], float)
-    for name, ours in BIASES.items():
+    for name, ours in SWITCHES.items():
         if name in field:
             values |= dict.fromkeys(ours, switch(name, field[name]))
     for name in SCALES.keys() & field.keys():
-        values[SCALES[name]] = float(positive(name, field[name], float))
+        of_heads = max(sizes["head_dim"], 1) ** -0.5
+        given = of_heads if field[name] is defaults[name] is None else field[name]  # of HyperCLOVA X
+        values[SCALES[name]] = float(positive(name, given, float))
     if "logits_scaling" in field:
-        values["logit_scale"] = 1 / positive("logits_scaling", field["logits_scaling"], float)
+        scale = positive("logits_scaling", field["logits_scaling"], float)
+        values["logit_scale"] = float(scale if model_type == "hyperclovax" else 1 / scale)
     if model_type in GEMMAS:
-        values["embed_scale"] = float(dim**0.5)
+        values["embed_scale"] = float(sizes["dim"] ** 0.5)
     if "query_pre_attn_scalar" in field:
         values["attention_scale"] = positive("query_pre_attn_scalar", field["query_pre_attn_scalar"], float) ** -0.5
-    if "norm_topk_prob" in field:
-        values["norm_topk_prob"] = switch("norm_topk_prob", field["norm_topk_prob"])
-    if "rope_theta" in field:
-        of_windows = local_rope_of(field)
-        values |= rope_of(field, sizes["head_dim"])
-        values["nope_layers"] = nope_layers_of(field)
-        values |= windows_of(field, model_type, values["nope_layers"])
-        values |= of_windows if values["sliding_window"] else {}
+    values |= positions_of(field, model_type, sizes["head_dim"])
     implied = dict(ARCHITECTURES.values())[model_type]
     return GPTConfig(**sizes | values | implied)
 
@@ -758,16 +1068,17 @@ def find_tensors(files: list[Path], prefix: str, multimodal: bool) -> tuple[dict
                     towers[short.partition(".")[0]] += 1
                     continue
             numbers += sizes[name]
-            full = short if short.startswith((prefix, "lm_head.")) else prefix + short
+            full = short if short.startswith((prefix, *HEADS)) else prefix + short
             if full in found:
                 raise ValueError(f"{found[full][0]} has {found[full][1]} and {file} has {name}, the same tensor twice")
             found[full] = file, name
     return found, numbers, towers
 
 
-def weight_rows(model_type: str, stacked: bool = False) -> tuple:
-    """The weight map of a model type: its own rows, and Llama's for what these do not make."""
-    own = STACKED_MLP if stacked else OWN_WEIGHTS.get(model_type, ())
+def weight_rows(kind: str) -> tuple:
+    """The weight map of a model type, or of what differs within it: its own rows, and Llama's for what these do not
+    make."""
+    own = OWN_WEIGHTS.get(kind, ())
     made = {target for _, targets, _ in own for target in targets}
     return tuple(row for row in LLAMA_WEIGHTS if made.isdisjoint(row[1])) + own
 
@@ -787,25 +1098,27 @@ def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
         for layer in range(config.n_layer if "{}" in source else 1):
             for kind in ("weight", "bias"):
                 made = [f"{target.format(layer)}.{kind}" for target in targets]
-                if any(name in expected for name in made):
-                    name = source.format(layer)
-                    plan[name if stored == STACKED else f"{name}.{kind}"] = made, stored
+                if not any(name in expected for name in made):
+                    continue
+                if stored == COPIED_WEIGHT and kind == "bias":
+                    plan |= {name: ([name], NOWHERE) for name in made}
+                    continue
+                name = source.format(layer)
+                plan[name if stored == STACKED else f"{name}.{kind}"] = made, stored
     return plan
 
 
-def head_order(config: GPTConfig, model_type: str) -> list[int] | None:
-    """The numbers of a head in the files, in the order of GPTConfig's, whose partners are half a head apart; None if
-    that is their own."""
+def head_order(config: GPTConfig, model_type: str) -> list[int]:
+    """The numbers of a head in the files, in the order of GPTConfig's, whose partners are half a head apart."""
     C, R = config.head_dim, config.rotary_dim or config.head_dim
     first, second = (range(0, R, 2), range(1, R, 2)) if model_type in PAIRED else (range(R // 2), range(R // 2, R))
     middle = (R + C) // 2
-    order = [*first, *range(R, middle), *second, *range(middle, C)]
-    return None if order == sorted(order) else order
+    return [*first, *range(R, middle), *second, *range(middle, C)]
 
 
-def reordered(tensor, name: str, order: list[int] | None):
+def reordered(tensor, name: str, order: list[int]):
     """Rows of a parameter, those of each head in another order if they are of queries or keys."""
-    if order is None or not name.rpartition(".")[0].endswith((".q_proj", ".k_proj", ".q_norm", ".k_norm")):
+    if order == sorted(order) or not name.rpartition(".")[0].endswith((".q_proj", ".k_proj", ".q_norm", ".k_norm")):
         return tensor
     return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
@@ -828,10 +1141,10 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
         )
 
 
-def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: list[int] | None, where: str) -> dict:
+def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: list[int], where: str) -> dict:
     """{parameter: its part of `tensor`}, each a copy that holds on to no file; `order` is of `head_order`."""
     check_dtype(tensor, where)
-    rows = [expected[name].shape[0] for name in targets]
+    rows = [expected[name].shape[0] for name in (targets[:1] if stored in COPIES else targets)]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
     turned = ""
     if stored == TRANSPOSED and tensor.ndim == 2:
@@ -842,7 +1155,11 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: l
         tensor, turned = tensor[2:], " without its first two rows"
     if list(tensor.shape) != shape:
         raise ValueError(f"{where} has the shape {list(tensor.shape)}{turned}, where config.json asks for {shape}")
-    parts = [reordered(part, name, order) for name, part in zip(targets, tensor.split(rows), strict=True)]
+    parts = tensor.split(rows) * (len(targets) if stored in COPIES else 1)
+    if stored == GROUPED:
+        groups = tensor.unflatten(0, (rows[1] // len(order), -1, len(order)))  # [kv heads, heads of each, C, ...]
+        parts = [part.flatten(0, 2) for part in groups.tensor_split((-2, -1), dim=1)]
+    parts = [reordered(part, name, order) for name, part in zip(targets, parts, strict=True)]
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(targets, parts, strict=True)}
 
 
@@ -855,14 +1172,18 @@ def convert(checkpoint_dir) -> Path:
     config, model_type = config_from_hf(text_config), model_type_of(text_config)
     path = directory / "model.pth"
     check_target(path)
-    prefix = "transformer." if model_type in ("gpt2", "gpt_bigcode") else "model."
+    prefix = PREFIXES.get(model_type, "model.")
     files = weight_files(directory)
     found, numbers, towers = find_tensors(files, prefix, multimodal=text_config is not hf_config)
     check_size(config, numbers, directory)
-    stacked = config.n_expert > 0 and any(name.endswith(".mlp.experts.gate_up_proj") for name in found)
+    kind = model_type
+    if model_type == "falcon" and falcon_norms(text_config) == 1:
+        kind = "falcon of one norm"
+    elif config.n_expert > 0 and any(name.endswith(".mlp.experts.gate_up_proj") for name in found):
+        kind = "stacked experts"
     with torch.device("meta"):
         expected = GPT(config).state_dict()  # names and shapes
-    plan = weight_plan(weight_rows(model_type, stacked), config, expected)
+    plan = weight_plan(weight_rows(kind), config, expected)
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)
 
@@ -876,8 +1197,8 @@ def convert(checkpoint_dir) -> Path:
                 name = found[source][1]
                 state_dict |= split_rows(read(name), targets, stored, expected, order, f"{name} in {file}")
                 bar.update()
-    if config.tie_embeddings and "lm_head.weight" in found:
-        file, name = found["lm_head.weight"]
+    for head in [f"{name}weight" for name in HEADS if config.tie_embeddings and f"{name}weight" in found]:
+        file, name = found[head]
         head = open_weights(file)[1](name)
         check_dtype(head, f"{name} in {file}")
         if not torch.equal(head, state_dict["transformer.wte.weight"]):

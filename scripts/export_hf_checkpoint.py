@@ -7,6 +7,7 @@ Writes config.json, safetensors in files of at most 5 GB, and copies of the toke
 - The tables are those of convert_hf_checkpoint.py, read backwards; converting the folder gives the same model.pth.
 - A checkpoint does not name its architecture. The first one that computes its config is written: a Mistral without a
   sliding window comes out as the Llama that it is. What no architecture computes is refused.
+- One that stores a single norm for attention and feed-forward, or a norm without a bias, needs weights that agree.
 - transformers 4 and 5 read it: experts are written one by one, rotary fields in the older form, no field is left out.
 - dtypes are kept. Memory holds one file's tensors at a time.
 - The folder is written beside its name and renamed into place, so that its presence means that it is complete.
@@ -41,11 +42,14 @@ TOKENIZER_FILES = {*FILES, "vocab.json", "merges.txt"} - {"config.json"}
 # The architectures for a model with rotary embeddings, in the order in which they are tried.
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DENSE += ("ArceeForCausalLM", "SeedOssForCausalLM", "Starcoder2ForCausalLM")
-DENSE += ("GraniteForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
-DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "GlmForCausalLM", "StableLmForCausalLM")
+DENSE += ("GraniteForCausalLM", "HyperCLOVAXForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM")
+DENSE += ("MinistralForCausalLM", "SmolLM3ForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM")
+DENSE += ("OlmoForCausalLM", "StableLmForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM")
+DENSE += ("GPTNeoXForCausalLM", "PhiForCausalLM", "GPTJForCausalLM", "FalconForCausalLM")
+DENSE += ("CohereForCausalLM", "Cohere2ForCausalLM")
 # With relu the last first, because OPT is known by it.
-LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM")
-SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM")
+SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
 FIXED = {
@@ -53,11 +57,21 @@ FIXED = {
     "gpt_bigcode": {"scale_attn_weights": True, "multi_query": True, "add_cross_attention": False},
     "opt": {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "olmo": {"clip_qkv": None},
+    "olmo3": {"rope_theta": 500000.0},
+    "olmoe": {"clip_qkv": None},
+    "phi": {"tie_word_embeddings": False, "qk_layernorm": False},
+    "gptj": {"tie_word_embeddings": False},
+    "falcon": {"alibi": False, "parallel_attn": True, "multi_query": True},
+    "cohere": {"use_qk_norm": False},
 }
+# Families that refuse a dim that the heads do not divide.
+DIVIDED = ("llama", "arcee", "gpt2", "gpt_bigcode", "opt", "stablelm", "gemma3_text", "gpt_neox", "gptj", "falcon")
+DIVIDED += ("cohere2", "gpt_neo", "hyperclovax")
 
 
-def config_to_hf(config: GPTConfig) -> dict:
-    """The content of a config.json, the inverse of config_from_hf. Raises ValueError if no architecture fits."""
+def values_of(config: GPTConfig) -> dict:
+    """Every field of a config.json that some architecture has."""
     activation = {ours: theirs for theirs, ours in convert.ACTIVATIONS.items()}[config.activation]
     window, layers = config.sliding_window, config.n_layer
     scaling = config.rope_scaling
@@ -65,26 +79,22 @@ def config_to_hf(config: GPTConfig) -> dict:
         context = {"original_max_position_embeddings": config.block_size}
         scaling = scaling | context | {"long_factor": scaling["short_factor"]}
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()} | {
-        "hidden_act": activation,
-        "activation_function": activation,
-        "rms_norm_eps": config.norm_eps,
-        "norm_epsilon": config.norm_eps,
-        "layer_norm_epsilon": config.norm_eps,
-        "attention_out_bias": config.o_bias,
-        "use_bias": config.o_bias,
-        "enable_bias": config.o_bias,
-        "layer_norm_eps": config.norm_eps,
+    rotary = config.rotary_dim or config.head_dim
+    values = {theirs: getattr(config, ours) for theirs, ours in convert.SIZES.items()}
+    values |= dict.fromkeys(convert.ACTIVATION_NAMES, activation) | dict.fromkeys(convert.EPSILONS, config.norm_eps)
+    # Of a switch that stands for several biases the last counts, but for attention_bias, which has one beside it.
+    values |= {theirs: getattr(config, ours[-1]) for theirs, ours in convert.SWITCHES.items()}
+    return values | {
         "attention_bias": config.qkv_bias,
-        "use_qkv_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
         "word_embed_proj_dim": config.dim,
-        "tie_word_embeddings": config.tie_embeddings,
-        "norm_topk_prob": config.norm_topk_prob,
         # As transformers 4 wrote it, which 5 reads as well.
         "rope_theta": config.rope_base,
         "rope_scaling": scaling,
-        "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
+        "original_max_position_embeddings": config.block_size,
+        "partial_rotary_factor": rotary / config.head_dim,
+        "rotary_dim": rotary,
+        "rotary_pct": rotary / config.head_dim,
+        "rotary_emb_base": config.rope_base,
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "max_window_layers": layers if window is None else len(config.full_layers),
@@ -95,13 +105,36 @@ def config_to_hf(config: GPTConfig) -> dict:
         "attention_multiplier": scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": 1 / config.logit_scale,
-        "hidden_activation": activation,
+        "attention_types": [[["global" if config.window_of(i) is None else "local"], 1] for i in range(layers)],
+        "window_size": window or config.block_size,
+        "logit_scale": config.logit_scale,
         "query_pre_attn_scalar": max(1, round(scale**-2)),
         "rope_local_base_freq": config.rope_base_window or config.rope_base,
         "sliding_window_pattern": layers + 1,
         "no_rope_layers": [int(i not in config.nope_layers) for i in range(layers)],
         "no_rope_layer_interval": layers,
+        # Falcon's form of two norms, whatever its layers have, and of any number of kv heads.
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 2,
     }
+
+
+def not_stored(model_type: str, config: GPTConfig, state_dict: dict) -> list[str]:
+    """What an architecture's files have no place for: a second norm unlike the first, a norm's bias that is not 0."""
+    differs = []
+    for parameters, stored in convert.weight_plan(convert.weight_rows(model_type), config, state_dict).values():
+        tensors = [state_dict[name] for name in parameters]
+        if stored in convert.COPIES and not all(torch.equal(tensors[0], tensor) for tensor in tensors):
+            differs.append(f"{parameters[-1]} unlike {parameters[0]}")
+        neutral = float(parameters[0].endswith(".weight"))
+        if stored == convert.NOWHERE and not (tensors[0] == neutral).all():
+            differs.append(f"{parameters[0]} other than {neutral:g}")
+    return differs[:1]
+
+
+def config_to_hf(config: GPTConfig, state_dict: dict) -> dict:
+    """The content of a config.json, the inverse of config_from_hf. Raises ValueError if no architecture fits."""
+    values = values_of(config)
     architectures = SPARSE if config.n_expert else DENSE
     if config.rope_base is None:
         architectures = LEARNED_POSITIONS[:: -1 if config.activation == "relu" else 1]
@@ -110,31 +143,46 @@ def config_to_hf(config: GPTConfig) -> dict:
         model_type = convert.ARCHITECTURES[architecture][0]
         fields = {"architectures": [architecture], "model_type": model_type} | FIXED.get(model_type, {})
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
-        made = asdict(convert.config_from_hf(fields))
-        differs[architecture] = [name for name, value in asdict(config).items() if value != made[name]]
-        if config.dim % config.n_head and model_type in ("llama", "arcee", "gpt2", "gpt_bigcode", "opt", "stablelm"):
-            differs[architecture].append("dim")  # they refuse one that the heads do not divide
+        if model_type == "hyperclovax":  # which multiplies where Granite divides
+            fields["logits_scaling"] = config.logit_scale
+        try:
+            made = asdict(convert.config_from_hf(fields))
+        except ValueError:  # a field that the family must have
+            continue
+        names = [name for name, value in asdict(config).items() if value != made[name]]
+        if config.dim % config.n_head and model_type in DIVIDED:
+            names.append("dim")
+        differs[architecture] = [f"{name} = {getattr(config, name)!r}" for name in names]
+        if not names:
+            differs[architecture] = not_stored(model_type, config, state_dict)
         if not differs[architecture]:
             return fields
-    nearest = min(differs, key=lambda architecture: len(differs[architecture]))
-    fields = ", ".join(f"{name} = {getattr(config, name)!r}" for name in differs[nearest])
+    nearest = min(differs, key=lambda architecture: sum(" = " in text for text in differs[architecture]))  # fields
+    fields = ", ".join(differs[nearest])
     raise ValueError(
         f"no architecture of transformers computes this model; the nearest is {nearest}, but not with {fields}"
     )
 
 
-def stored_tensor(state_dict: dict, order: list[int] | None, parameters: list[str], stored: str) -> torch.Tensor:
+def stored_tensor(state_dict: dict, order: list[int], parameters: list[str], stored: str) -> torch.Tensor:
     """A tensor of the files, a copy: the rows of its parameters, [in, out] if a weight is stored transposed.
 
     The rows of heads stand in `order`, the one of the files.
     """
-    tensor = torch.cat([convert.reordered(state_dict[name], name, order) for name in parameters])
+    parts = [convert.reordered(state_dict[name], name, order) for name in parameters]
+    if stored in convert.COPIES:
+        return parts[0].clone()
+    if stored == convert.GROUPED:
+        heads = [part.unflatten(0, (-1, len(order))) for part in parts]  # [heads, C, ...]
+        groups = [part.unflatten(0, (len(heads[1]), -1)) for part in heads]  # [kv heads, heads of each, C, ...]
+        return torch.cat(groups, dim=1).flatten(0, 2)
+    tensor = torch.cat(parts)
     if stored == convert.FROM_ROW_2:
         return torch.cat([torch.zeros_like(tensor[:1]).expand(2, -1), tensor])
     return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
 
 
-def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int] | None) -> int:
+def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int]) -> int:
     """Write the tensors of a weight_plan, and an index if they need more than one file; the number of files."""
     meta = {name: tensor.to("meta") for name, tensor in state_dict.items()}
     sizes = {name: stored_tensor(meta, order, *made) for name, made in plan.items()}
@@ -178,14 +226,15 @@ def export(checkpoint_path, out_dir) -> str:
     config, state_dict = read_checkpoint(path)
     if describe_quantization(state_dict):
         raise ValueError(f"{path} is quantized; export the checkpoint that it was made from")
-    fields = config_to_hf(config)
+    fields = config_to_hf(config, state_dict)
     model_type = fields["model_type"]
     dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
     fields |= special_ids(path.parent) | {"torch_dtype": dtype}
     plan = convert.weight_plan(convert.weight_rows(model_type), config, state_dict)
+    plan = {name: made for name, made in plan.items() if made[1] != convert.NOWHERE}
 
     order = convert.head_order(config, model_type)
-    order = order and [order.index(number) for number in range(config.head_dim)]  # and back
+    order = [order.index(number) for number in range(config.head_dim)]  # and back
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     check_target(temporary)
     temporary.mkdir(parents=True)

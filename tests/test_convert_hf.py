@@ -5,6 +5,7 @@ and its greedy tokens. All parameters are random: a bias of zero or a norm of on
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -53,16 +54,40 @@ GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_
 GRANITE |= {"logits_scaling": 3.0}
 GEMMA3 = {"head_dim": 16, "sliding_window": 7, "layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 9}
 GEMMA3 |= {"tie_word_embeddings": False}
+OF_EACH = {FULL: YARN | {"beta_fast": 4.0}, SLIDING: {"rope_type": "default", "rope_theta": 300.0}}
+YARN_ALONE = {name: value for name, value in YARN.items() if name != "rope_theta"}
+OLMO3 = {"hidden_size": 64, "num_hidden_layers": 5, "sliding_window": 7, "rope_parameters": OF_EACH}
+EXAONE4 = {"num_hidden_layers": 5, "head_dim": 16, "sliding_window": 7, "rope_parameters": LLAMA3}
+COHERE2 = {"num_hidden_layers": 5, "sliding_window": 7, "pad_token_id": 0}
+LONG_PHI3 = LONGROPE | {"short_factor": [1.0, 1.5, 2.5], "long_factor": [4.0] * 3, "partial_rotary_factor": 0.6}
+LONG_PHI3 = {"rope_parameters": LONG_PHI3, "original_max_position_embeddings": 80, "max_position_embeddings": 160}
+OLDER = {"type": "yarn", "short_factor": [1.0, 1.5, 2.0, 2.5, 7.0], "long_factor": [4.0] * 5}
+OLDER = {"rope_scaling": OLDER, "original_max_position_embeddings": 80, "max_position_embeddings": 240}
 GLM = {"partial_rotary_factor": 0.8, "pad_token_id": None}
 GPT2 = {"vocab_size": 101, "n_positions": 96, "n_embd": 40, "n_layer": 2, "n_head": 4}
 PAD = {"pad_token_id": 0}  # where the default is not below 101
 OPT = {"vocab_size": 101, "hidden_size": 40, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPT |= {"max_position_embeddings": 96}
+PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.6}
+NEOX = {name: value for name, value in ROTARY.items() if name != "num_key_value_heads"}
+OLMOE = {"num_experts": 12, "num_experts_per_tok": 4, "intermediate_size": 24}
+GPT_NEO = {"vocab_size": 101, "hidden_size": 40, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 96}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 7}
+UNTIED_NEO = {"intermediate_size": 24, "tie_word_embeddings": False, "activation_function": "relu"}
+GPTJ = GPT2 | {"rotary_dim": 6, "n_embd": 40}
+FALCON = {name: value for name, value in NEOX.items() if name != "intermediate_size"} | {"ffn_hidden_size": 56}
+FALCON_40B = FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
 VISION = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
 MISTRAL3 = {"vision_config": VISION, "image_token_index": 100, "vision_feature_layer": -1}
 TEXT = ROTARY | {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
+MULTI = "Gemma3ForConditionalGeneration"
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SIGLIP |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+GEMMA3_4B = {"vision_config": SIGLIP, "image_token_index": 100, "mm_tokens_per_image": 1}
+GEMMA3_TEXT = ROTARY | {"model_type": "gemma3_text", "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 7}
+LINEAR_8 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 MODELS = {
     "llama 3.1": ("Llama", ROTARY | {"head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama 1": ("Llama", ROTARY | {"num_key_value_heads": None, "rope_parameters": {"rope_theta": 900.0}}),
@@ -104,6 +129,46 @@ MODELS = {
     "qwen3 moe window": ("Qwen3Moe", ROTARY | EXPERTS | {"use_sliding_window": True, "sliding_window": 7}),
     "phi3": ("Phi3", ROTARY | PAD | {"num_key_value_heads": None}),
     "phi3 window": ("Phi3", ROTARY | PAD | {"sliding_window": 7, "tie_word_embeddings": True}),
+    "phi3 128k": ("Phi3", ROTARY | PAD | LONG_PHI3 | {"tie_word_embeddings": True}),
+    "phi3 yarn": ("Phi3", ROTARY | PAD | OLDER | {"sliding_window": 200}),
+    "phi3 partial": ("Phi3", ROTARY | PAD | {"rope_parameters": PARTIAL}),
+    "olmo2": ("Olmo2", ROTARY | {"rope_parameters": {"rope_theta": 500.0}}),
+    "olmo2 biased": ("Olmo2", ROTARY | {"num_key_value_heads": None, "attention_bias": True}),
+    "olmo3": ("Olmo3", ROTARY | {"num_hidden_layers": 5, "sliding_window": 7}),
+    "olmo3 yarn": ("Olmo3", ROTARY | OLMO3 | {"rope_parameters": None, "rope_scaling": YARN_ALONE}),
+    "olmo3 of two bases": ("Olmo3", ROTARY | OLMO3 | {"layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING]}),
+    "exaone 4 32b": ("Exaone4", ROTARY | EXAONE4),
+    "exaone 4 of full layers": ("Exaone4", ROTARY | {"sliding_window": None, "layer_types": [FULL] * 2}),
+    "cohere": ("Cohere", ROTARY | PAD | {"logit_scale": 0.4}),
+    "cohere biased": ("Cohere", ROTARY | PAD | {"attention_bias": True, "tie_word_embeddings": False}),
+    "cohere2": ("Cohere2", ROTARY | COHERE2 | {"logit_scale": 0.25}),
+    "cohere2 biased": (
+        "Cohere2",
+        ROTARY | COHERE2 | {"layer_types": [FULL, SLIDING] * 2 + [FULL], "attention_bias": True},
+    ),
+    "hyperclovax": ("HyperCLOVAX", ROTARY | GRANITE | {"head_dim": 16, "logits_scaling": 0.5}),
+    "hyperclovax without post-norm": (
+        "HyperCLOVAX",
+        ROTARY | {"use_post_norm": False, "logits_scaling": 0.25, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("Olmoe", ROTARY | OLMOE),
+    "olmoe normalized": ("Olmoe", ROTARY | OLMOE | {"norm_topk_prob": True, "num_key_value_heads": None}),
+    "gpt neo": ("GPTNeo", GPT_NEO),
+    "gpt neo untied": ("GPTNeo", GPT_NEO | {"attention_types": [[["local"], 1], [["global"], 2]]} | UNTIED_NEO),
+    "gpt neox": ("GPTNeoX", NEOX | {"rotary_pct": 0.4, "rotary_emb_base": 300}),
+    "gpt neox sequential": (
+        "GPTNeoX",
+        NEOX | {"use_parallel_residual": False, "rotary_pct": 0.6, "hidden_act": "gelu_fast"},
+    ),
+    "gpt neox tied": ("GPTNeoX", NEOX | {"attention_bias": False, "rotary_pct": 1.0, "tie_word_embeddings": True}),
+    "phi": ("Phi", ROTARY | {"num_key_value_heads": None, "partial_rotary_factor": 0.4}),
+    "phi grouped": ("Phi", ROTARY | {"rope_parameters": PARTIAL}),
+    "gptj": ("GPTJ", GPTJ),
+    "gptj full": ("GPTJ", GPTJ | {"rotary_dim": 10, "n_inner": 24, "activation_function": "gelu"}),
+    "falcon 7b": ("Falcon", FALCON | {"rope_parameters": {"rope_theta": 300.0}}),
+    "falcon 7b biased": ("Falcon", FALCON | {"bias": True, "tie_word_embeddings": False}),
+    "falcon 40b": ("Falcon", FALCON_40B),
+    "falcon 11b": ("Falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1, "bias": True}),
     "ernie 4.5": ("Ernie4_5", ROTARY | {"head_dim": 6, "use_bias": True, "tie_word_embeddings": False}),
     "ernie 4.5 tied": ("Ernie4_5", ROTARY | {"head_dim": None}),
     "seed oss": ("SeedOss", ROTARY | {"head_dim": 16}),
@@ -128,15 +193,24 @@ MODELS = {
         "Mistral3",
         MISTRAL3 | {"text_config": TEXT | {"sliding_window": 7}, "tie_word_embeddings": True},
     ),
+    "gemma 3 multimodal": (MULTI, GEMMA3_4B | {"text_config": GEMMA3_TEXT}),
+    "gemma 3 multimodal untied": (
+        MULTI,
+        GEMMA3_4B | {"text_config": GEMMA3_TEXT | LINEAR_8, "tie_word_embeddings": False},
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
 
 
+def config_of(family):
+    return getattr(transformers, {"Gemma3": "Gemma3TextConfig", MULTI: "Gemma3Config"}.get(family, f"{family}Config"))
+
+
 def random_model(family, fields):
     """Transformers' model in float32, all its parameters random."""
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**deepcopy(fields))
-    others = {"GPT2": "GPT2LMHeadModel", "Mistral3": "Mistral3ForConditionalGeneration"}
+    config = config_of(family)(**deepcopy(fields))
+    others = {"GPT2": "GPT2LMHeadModel", "Mistral3": "Mistral3ForConditionalGeneration", MULTI: MULTI}
     architecture = others.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()
@@ -282,6 +356,14 @@ WINDOWS = [
     ("Qwen3Moe", USE | {"sliding_window": None}, None),
     ("Qwen3Moe", {"sliding_window": 7, "max_window_layers": 0}, None),
 ]
+for family in ("Olmo3", "Exaone4", "Cohere2"):
+    every = {} if family == "Olmo3" else {"sliding_window_pattern": 2}
+    WINDOWS += [
+        (family, {"sliding_window": 7}, 7),  # two layers of four
+        (family, {"sliding_window": 7, "layer_types": [FULL, SLIDING]}, (7, (0,))),
+        (family, {"sliding_window": 7, "layer_types": [FULL] * 2}, None),
+        (family, {"sliding_window": 7} | every, (7, (1,)) if every else 7),
+    ]
 for qwen in ("Qwen2", "Qwen3"):
     WINDOWS += [
         (qwen, USE, None),  # from layer 28 on
@@ -306,8 +388,12 @@ def test_every_window_that_transformers_saves(tmp_path, family, fields, window):
     config, state_dict = converted(tmp_path)
     window, full = window if isinstance(window, tuple) else (window, ())
     assert (config.sliding_window, config.full_layers) == (window, full)
+    if family in ("Exaone4", "Cohere2"):  # do not rotate where they see everything
+        assert config.nope_layers == (full if window else (0, 1))
+        with pytest.raises(AssertionError):
+            compare(model, replace(config, nope_layers=() if config.nope_layers else (0,)), state_dict, steps=24)
     compare(model, config, state_dict, steps=24)
-    wrong = replace(config, sliding_window=None if window else 7)
+    wrong = replace(config, sliding_window=None if window else 7, rope_base_window=None)
     with pytest.raises(AssertionError):  # the text is long enough to see it
         compare(model, wrong, state_dict, steps=24)
 
@@ -392,6 +478,12 @@ def test_the_best_source_wins(saved, copy_of):
     same(converted(saved("qwen2")[1]), converted(folder))
 
 
+MASKS = ("bias", "masked_bias")
+NEOX_MASKS = {"attention.bias": torch.ones(1, 1, 96, 96), "attention.masked_bias": torch.tensor(-1e4)}
+NEOX_MASKS |= {"attention.rotary_emb.inv_freq": torch.ones(2)}
+NEOX_MASKS = {f"gpt_neox.layers.{i}.{name}": tensor for i in range(2) for name, tensor in NEOX_MASKS.items()}
+
+
 def masks(tensors):
     """What old GPT-2 repositories carry besides the weights."""
     layers = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.uint8).tril() for i in range(2)}
@@ -414,6 +506,16 @@ DISGUISES = {
     "compiled": ("gpt2", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}),
     "distributed": ("llama 3.1", lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()}),
     "rotary angles": ("llama 3.1", lambda t: t | ANGLES),
+    "gpt neo with masks": (
+        "gpt neo",
+        lambda t: t | {f"transformer.h.{i}.attn.attention.{name}": torch.ones(1) for i in range(3) for name in MASKS},
+    ),
+    "gpt neox with masks": ("gpt neox", lambda t: t | NEOX_MASKS),
+    "gpt neox without gpt_neox.": ("gpt neox", lambda t: {k.removeprefix("gpt_neox."): v for k, v in t.items()}),
+    "gpt-j with masks": ("gptj", masks),
+    "gemma 3 in transformers 5": ("gemma 3 multimodal", lambda t: {in_memory(k): v for k, v in t.items()}),
+    "tied head of gpt neox": ("gpt neox tied", lambda t: t | {"embed_out.weight": t["gpt_neox.embed_in.weight"]}),
+    "tied head of falcon": ("falcon 7b", lambda t: t | {"lm_head.weight": t["transformer.word_embeddings.weight"]}),
     "opt without model.": ("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
     "multimodal in transformers 5": ("mistral 3.1", lambda t: {in_memory(k): v for k, v in t.items()}),
     "tied head": ("qwen3", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
@@ -455,6 +557,107 @@ def test_names_in_disguise(saved, copy_of, disguise):
 
 # What config.json says.
 
+PHI3_128K = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3"},
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 32000,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "model_type": "phi3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 32000,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"long_factor": [1.08] * 48, "short_factor": [1.05] * 48, "type": "longrope"},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32064,
+}
+GROWTH = {"attention_factor": (1 + math.log(32) / math.log(4096)) ** 0.5}
+EXAONE4_32B = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 361,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 27392,
+    "layer_types": [*[SLIDING] * 3, FULL] * 16,
+    "max_position_embeddings": 131072,
+    "model_type": "exaone4",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+    | {"original_max_position_embeddings": 8192},
+    "rope_theta": 1000000,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 102400,
+}
+FALCON_7B = {
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["FalconForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_falcon.FalconConfig", "AutoModel": "modeling_falcon.FalconModel"},
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4544,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon",
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "num_attention_heads": 71,
+    "num_hidden_layers": 32,
+    "parallel_attn": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 65024,
+}
+GEMMA3_4B_IT = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "image_size": 896, "model_type": "siglip_vision_model", "patch_size": 14},
+}
 REAL = {  # as published, with one thing to find in the result
     "mixtral 8x7b": (
         {
@@ -764,6 +967,360 @@ REAL = {  # as published, with one thing to find in the result
         },
         {"n_kv_head": 1, "head_dim": 128, "activation": "gelu", "o_bias": True},
     ),
+    "phi-3 mini 128k": (PHI3_128K, {"block_size": 4096, "sliding_window": 262144, "rotary_dim": None}),
+    "phi-3 mini 128k, its first file": (
+        PHI3_128K | {"rope_scaling": PHI3_128K["rope_scaling"] | {"type": "su"}},
+        {"block_size": 4096, "rope_scaling": {"rope_type": "longrope", "short_factor": [1.05] * 48} | GROWTH},
+    ),
+    "phi-4 mini": (
+        PHI3_128K
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "partial_rotary_factor": 0.75, "vocab_size": 200064}
+        | {"tie_word_embeddings": True},
+        {"rotary_dim": 96, "head_dim": 128, "block_size": 4096, "tie_embeddings": True},
+    ),
+    "olmo 2 7b": (
+        {
+            "architectures": ["Olmo2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "eos_token_id": 100257,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "model_type": "olmo2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pad_token_id": 100277,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "use_cache": False,
+            "vocab_size": 100352,
+        },
+        {"pre_norm": False, "post_norm": True, "qk_norm": "all", "rope_base": 500000.0},
+    ),
+    "olmo 3 7b": (
+        {
+            "architectures": ["Olmo3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "eos_token_id": 100257,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 11008,
+            "layer_types": [*[SLIDING] * 3, FULL] * 8,
+            "max_position_embeddings": 65536,
+            "model_type": "olmo3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pad_token_id": 100277,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            },
+            "rope_theta": 500000,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+            "vocab_size": 100278,
+        },
+        {"full_layers": tuple(range(3, 32, 4)), "rope_base_window": 500000.0, "block_size": 65536, "nope_layers": ()},
+    ),
+    "exaone 4 32b": (
+        EXAONE4_32B,
+        {"full_layers": tuple(range(3, 64, 4)), "nope_layers": tuple(range(3, 64, 4)), "sliding_window": 4096},
+    ),
+    "exaone 4 1.2b": (
+        EXAONE4_32B
+        | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": [FULL] * 30}
+        | {"num_hidden_layers": 30, "hidden_size": 2048, "head_dim": 64, "tie_word_embeddings": True},
+        {"nope_layers": (), "sliding_window": None, "qk_norm": True, "tie_embeddings": True},
+    ),
+    "pythia 6.9b": (
+        {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_act": "gelu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 16384,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neox",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "use_parallel_residual": True,
+            "vocab_size": 50432,
+        },
+        {"rotary_dim": 32, "parallel": True, "qkv_bias": True, "mlp_bias": True, "head_bias": False},
+    ),
+    "gpt-neox 20b": (
+        {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "attention_probs_dropout_prob": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_act": "gelu_fast",
+            "hidden_dropout_prob": 0,
+            "hidden_size": 6144,
+            "initializer_range": 0.02,
+            "intermediate_size": 24576,
+            "is_decoder": True,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neox",
+            "num_attention_heads": 64,
+            "num_hidden_layers": 44,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "vocab_size": 50432,
+        },
+        {"activation": "gelu_tanh", "rotary_dim": 24, "parallel": True},
+    ),
+    "phi-2": (
+        {
+            "architectures": ["PhiForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 50256,
+            "embd_pdrop": 0.0,
+            "eos_token_id": 50256,
+            "hidden_act": "gelu_new",
+            "hidden_size": 2560,
+            "initializer_range": 0.02,
+            "intermediate_size": 10240,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "phi",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": False,
+            "resid_pdrop": 0.1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "vocab_size": 51200,
+        },
+        {"rotary_dim": 32, "head_dim": 80, "head_bias": True, "parallel": True, "activation": "gelu_tanh"},
+    ),
+    "gpt-j 6b": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPTJForCausalLM"],
+            "attn_pdrop": 0.0,
+            "bos_token_id": 50256,
+            "embd_pdrop": 0.0,
+            "eos_token_id": 50256,
+            "gradient_checkpointing": False,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "gptj",
+            "n_embd": 4096,
+            "n_head": 16,
+            "n_inner": None,
+            "n_layer": 28,
+            "n_positions": 2048,
+            "resid_pdrop": 0.0,
+            "rotary": True,
+            "rotary_dim": 64,
+            "scale_attn_weights": True,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}},
+            "tie_word_embeddings": False,
+            "tokenizer_class": "GPT2Tokenizer",
+            "use_cache": True,
+            "vocab_size": 50400,
+        },
+        {"rotary_dim": 64, "head_dim": 256, "qkv_bias": False, "mlp_bias": True, "head_bias": True, "rope_base": 1e4},
+    ),
+    "falcon 7b": (
+        FALCON_7B,
+        {"n_kv_head": 1, "head_dim": 64, "hidden_dim": 18176, "tie_embeddings": True, "qkv_bias": False},
+    ),
+    "falcon 40b": (
+        FALCON_7B
+        | {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 128, "hidden_size": 8192},
+        {"n_kv_head": 8, "head_dim": 64, "parallel": True},
+    ),
+    "falcon 2 11b": (
+        FALCON_7B
+        | {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 32, "hidden_size": 4096}
+        | {"ff_factor": 4, "ffn_hidden_size": 16384, "num_ln_in_parallel_attn": 1, "rope_theta": 500042},
+        {"n_kv_head": 8, "head_dim": 128, "rope_base": 500042.0},
+    ),
+    "gpt-neo 1.3b": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPTNeoForCausalLM"],
+            "attention_dropout": 0,
+            "attention_layers": ["global", "local"] * 12,
+            "attention_types": [[["global", "local"], 12]],
+            "bos_token_id": 50256,
+            "embed_dropout": 0,
+            "eos_token_id": 50256,
+            "gradient_checkpointing": False,
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": None,
+            "layer_norm_epsilon": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neo",
+            "num_heads": 16,
+            "num_layers": 24,
+            "resid_dropout": 0,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 0.9}},
+            "tokenizer_class": "GPT2Tokenizer",
+            "use_cache": True,
+            "vocab_size": 50257,
+            "window_size": 256,
+        },
+        {"sliding_window": 256, "full_layers": tuple(range(0, 24, 2)), "attention_scale": 1.0, "hidden_dim": 8192},
+    ),
+    "olmoe 1b 7b": (
+        {
+            "architectures": ["OlmoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "clip_qkv": None,
+            "eos_token_id": 50279,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 4096,
+            "model_type": "olmoe",
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "output_router_logits": False,
+            "pad_token_id": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 50304,
+        },
+        {"qk_norm": "all", "n_expert": 64, "n_expert_used": 8, "hidden_dim": 1024, "norm_topk_prob": False},
+    ),
+    "command r": (
+        {
+            "architectures": ["CohereForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 5,
+            "eos_token_id": 255001,
+            "hidden_act": "silu",
+            "hidden_size": 8192,
+            "initializer_range": 0.02,
+            "intermediate_size": 22528,
+            "layer_norm_eps": 1e-05,
+            "logit_scale": 0.0625,
+            "max_position_embeddings": 8192,
+            "model_max_length": 131072,
+            "model_type": "cohere",
+            "num_attention_heads": 64,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 64,
+            "pad_token_id": 0,
+            "rope_theta": 8000000.0,
+            "torch_dtype": "float16",
+            "use_cache": True,
+            "use_qk_norm": False,
+            "vocab_size": 256000,
+        },
+        {"logit_scale": 0.0625, "norm": "layer", "parallel": True, "tie_embeddings": True, "rope_base": 8e6},
+    ),
+    "command r7b": (
+        {
+            "architectures": ["Cohere2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 5,
+            "cache_implementation": "hybrid",
+            "eos_token_id": 255001,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "layer_norm_eps": 1e-05,
+            "layer_switch": 4,
+            "logit_scale": 0.25,
+            "max_position_embeddings": 8192,
+            "model_type": "cohere2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "order_of_interleaved_layers": "local_attn_first",
+            "pad_token_id": 0,
+            "position_embedding_type": "rope_gptj",
+            "rope_scaling": None,
+            "rope_theta": 50000,
+            "rotary_pct": 1.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "use_parallel_embedding": False,
+            "use_qk_norm": False,
+            "vocab_size": 256000,
+        },
+        {"full_layers": tuple(range(3, 32, 4)), "nope_layers": tuple(range(3, 32, 4)), "logit_scale": 0.25},
+    ),
+    "gemma 3 4b": (
+        GEMMA3_4B_IT,
+        {"n_head": 8, "n_kv_head": 4, "head_dim": 256, "vocab_size": 262208, "rope_base_window": 10000.0}
+        | {"full_layers": tuple(range(5, 34, 6)), "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        | {"attention_scale": 256**-0.5, "block_size": 131072, "tie_embeddings": True},
+    ),
+    "gemma 3 27b": (
+        GEMMA3_4B_IT | {"text_config": GEMMA3_4B_IT["text_config"] | {"head_dim": 128, "query_pre_attn_scalar": 168}},
+        {"head_dim": 128, "attention_scale": 168**-0.5},
+    ),
     "opt 6.7b": (
         {
             "_name_or_path": "facebook/opt-6.7b",
@@ -831,9 +1388,9 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
-@pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()} - {"Mistral3"}))
+@pytest.mark.parametrize("family", sorted({family for family, _ in MODELS.values()} - {"Mistral3", MULTI}))
 def test_absent_fields_are_what_transformers_takes(family):
-    full = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))().to_dict()
+    full = config_of(family)().to_dict()
     assert convert_hf.config_from_hf({"model_type": full["model_type"]}) == convert_hf.config_from_hf(full)
 
 
@@ -852,7 +1409,7 @@ def test_the_original_context_is_the_context_if_not_given(saved):
 
 
 KIND = {"rope_type"}
-SCALED = ["llama 3.1", "llama linear", "llama longrope", "qwen2 yarn"]
+SCALED = ["llama 3.1", "llama linear", "llama longrope", "qwen2 yarn", "phi3 128k", "olmo3 of two bases"]
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -861,7 +1418,10 @@ def test_scaling_matters_here(saved, name):
     model, folder = saved(name)
     config, state_dict = converted(folder)
     scaling = config.rope_scaling
-    numbers = {field: [3.0] * 5 if field == "short_factor" else 3.5 * scaling[field] for field in scaling.keys() - KIND}
+    numbers = {
+        field: [3.0] * len(scaling[field]) if field == "short_factor" else 3.5 * scaling[field]
+        for field in scaling.keys() - KIND
+    }
     for wrong in (None, *(scaling | {field: number} for field, number in numbers.items())):
         with pytest.raises(AssertionError):
             compare(model, replace(config, rope_scaling=wrong), state_dict, steps=24)
@@ -874,6 +1434,31 @@ def test_a_context_is_stretched_by_yarn_and_cut_for_longrope(copy_of, capsys):
     folder = copy_of("llama longrope")
     assert converted(folder)[0].block_size == 80
     assert "the context is 80 tokens, not 160" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["phi3 128k", "phi3 yarn"])
+def test_the_context_of_phi3_is_the_original_one(saved, copy_of, capsys, name):
+    """Its config.json has that outside of rope_scaling, and what is inside counts less."""
+    folder = copy_of(name)
+    inside = json.loads((folder / "config.json").read_text())["rope_parameters"] | {
+        "original_max_position_embeddings": 9
+    }
+    edit(folder, rope_parameters=inside)
+    same(converted(saved(name)[1]), converted(folder))
+    assert "the context is 80 tokens, not " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gpt neox", "exaone 4 of full layers", "phi3 partial"])
+def test_older_files_have_no_rope_parameters(saved, copy_of, name):
+    """What transformers 4 wrote: Olmo 3's base for all layers, GPT-NeoX's fields by its own names and by others."""
+    older = {
+        "olmo3": {"rope_theta": 500000.0},
+        "gpt neox": {"rotary_pct": 0.4, "rotary_emb_base": 300, "rope_theta": 9.0, "partial_rotary_factor": 0.9},
+        "exaone 4 of full layers": {"rope_theta": 10000, "sliding_window_pattern": None},
+        "phi3 partial": {"rope_theta": 500.0, "partial_rotary_factor": 0.6},
+    }
+    folder = copy_of(name, rope_parameters="absent", **older[name])
+    same(converted(saved(name)[1]), converted(folder))
 
 
 def test_llama3_scaling_of_an_older_checkpoint_has_no_kind(saved):
@@ -921,15 +1506,62 @@ REFUSED = [
     ("stablelm", {"qk_layernorm": True}, ["qk_layernorm"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window"]),
-    ("phi3", {"partial_rotary_factor": 0.75}, ["partial_rotary_factor", "0.75"]),
+    ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.75}}, ["partial_rotary_factor = 0.75", "7 of 10"]),
+    ("phi3", {"rope_parameters": LINEAR}, ["linear", "implemented are default, longrope"]),
+    ("phi3", {"full_attn_mod": 2}, ["full_attn_mod = 2"]),
+    ("phi3 128k", {"original_max_position_embeddings": "80"}, ["original_max_position_embeddings", "'80'"]),
     ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, ["short_factor"]),
-    ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}}, ["su"]),
+    (
+        "phi3",
+        {"rope_parameters": None, "rope_scaling": {"type": "su", "long_factor": [1.5] * 5}},
+        ["short_factor = None"],
+    ),
+    ("qwen2", {"rope_parameters": None, "rope_scaling": {"type": "su"}}, ["su"]),
     ("phi3", {"attention_bias": True}, ["attention_bias"]),
     ("llama 1", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ["auto_map"]),
     ("ernie 4.5", {"attention_bias": True}, ["attention_bias"]),
     ("seed oss", {"attention_out_bias": "yes"}, ["attention_out_bias", "yes"]),
     ("seed oss", {"sliding_window": 7}, ["sliding_window"]),
     ("olmo", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+    ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+    ("olmo2", {"sliding_window": 7}, ["sliding_window"]),
+    ("olmo3", {"rope_theta": 10000.0}, ["rope_theta = 10000.0", "500000.0"]),
+    ("olmo3", {"sliding_window_pattern": 3}, ["sliding_window_pattern"]),
+    ("olmo3", {"sliding_window": None, "layer_types": None}, ["sliding_window = None"]),
+    ("olmo3 yarn", {"rope_parameters": {SLIDING: YARN}}, ["sliding_attention", "yarn", "of type default"]),
+    ("olmo3", {"rope_parameters": YARN}, ["rope_parameters", "yarn", "full_attention and sliding_attention"]),
+    ("exaone 4 32b", {"layer_types": None, "sliding_window_pattern": "LLLG"}, ["sliding_window_pattern = 'LLLG'"]),
+    ("exaone 4 of full layers", {"layer_types": [FULL, SLIDING]}, ["layer_types", "sliding_window = None"]),
+    ("cohere", {"use_qk_norm": True}, ["use_qk_norm"]),
+    ("cohere", {"logit_scale": None}, ["logit_scale"]),
+    ("cohere2", {"use_qk_norm": True}, ["use_qk_norm"]),
+    ("cohere2", {"use_parallel_block": False}, ["use_parallel_block"]),
+    ("cohere2", {"position_embedding_type": "rope_neox"}, ["position_embedding_type = 'rope_neox'"]),
+    ("cohere2", {"rotary_pct": 0.5}, ["rotary_pct = 0.5"]),
+    ("cohere2", {"sliding_window": None, "layer_types": None}, ["sliding_window = None"]),
+    ("gpt neox", {"use_parallel_residual": "yes"}, ["use_parallel_residual"]),
+    ("gpt neox", {"rope_parameters": None, "rotary_pct": 0}, ["rotary_pct = 0"]),
+    ("hyperclovax", {"use_post_norm": "yes"}, ["use_post_norm"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv"]),
+    ("olmoe", {"head_dim": 16}, ["head_dim"]),
+    ("gpt neo", {"attention_types": [["global", "local"], 1]}, ["attention_types"]),
+    ("gpt neo", {"attention_types": [[["global", "banded"], 1]]}, ["attention_types", "banded"]),
+    ("gpt neo", {"attention_types": [[["global", "local"], 1]]}, ["attention_types", "3 layers"]),
+    ("gpt neo", {"attention_types": [[["global"], 10**9]]}, ["attention_types", "3 layers"]),
+    ("gpt neo", {"window_size": 0}, ["window_size = 0"]),
+    ("phi", {"qk_layernorm": True}, ["qk_layernorm"]),
+    ("phi", {"tie_word_embeddings": True}, ["tie_word_embeddings = True"]),
+    ("gptj", {"tie_word_embeddings": True}, ["tie_word_embeddings = True"]),
+    ("gptj", {"rotary_dim": None}, ["rotary_dim = None"]),
+    ("gptj", {"rotary": False}, ["rotary = False"]),
+    ("gptj", {"rope_theta": 500.0}, ["rope_theta"]),
+    ("falcon 7b", {"alibi": True}, ["alibi"]),
+    ("falcon 7b", {"parallel_attn": False}, ["parallel_attn = False"]),
+    ("falcon 7b", {"multi_query": False}, ["multi_query = False"]),
+    ("falcon 7b", {"num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn = 2", "new_decoder_architecture"]),
+    ("falcon 40b", {"num_ln_in_parallel_attn": 3}, ["num_ln_in_parallel_attn = 3"]),
+    ("gemma 3 multimodal", {"text_config": GEMMA3_TEXT | {"model_type": "mistral"}}, ["mistral", "gemma3_text"]),
+    ("gemma 3 multimodal", {"text_config": GEMMA3_TEXT | {"final_logit_softcapping": 30.0}}, ["final_logit_softcap"]),
     ("arcee", {"hidden_act": "xielu"}, ["hidden_act", "xielu"]),
     ("helium", {"sliding_window": 7}, ["sliding_window"]),
     ("mistral 3.1", {"text_config": TEXT | {"model_type": "ministral3"}}, ["ministral3", "mistral"]),
@@ -971,6 +1603,22 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "fields", "texts"), REFUSED, ids=lambda value: str(value)[:60])
 def test_config_is_refused_by_name(copy_of, name, fields, texts):
     refused(copy_of(name, **fields), "config.json", *texts)
+
+
+CONTRADICTIONS = [
+    (
+        "phi3 128k",
+        {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.6}},
+        "needs 3 numbers as its short_factor",
+    ),
+    ("gptj", {"rotary_dim": 12}, "rotary_dim must be even and at most head_dim 10, not 12"),
+    ("falcon 40b", {"num_kv_heads": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "text"), CONTRADICTIONS)
+def test_contradictions_are_refused(copy_of, name, fields, text):
+    refused(copy_of(name, **fields), text)
 
 
 TOO_LARGE = [
@@ -1064,7 +1712,8 @@ def without(*keys):
 WPE = "model.decoder.embed_positions.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 OUT_BIAS = "model.layers.1.self_attn.o_proj.bias"
-FUSED = "model.layers.1.mlp.gate_up_proj.weight"
+FUSED, FUSED_QKV = "model.layers.1.mlp.gate_up_proj.weight", "transformer.h.1.self_attention.query_key_value.weight"
+INPUT, TWO_NORMS = (f"model.layers.1.{name}_layernorm.weight" for name in ("input", "post_attention"))
 DOWN, ATTN = "model.layers.1.mlp.down_proj.weight", "transformer.h.1.attn.c_attn.weight"
 UNFIT = [
     (LLAMA, without(DOWN), [f"missing (1): {DOWN}"]),
@@ -1081,6 +1730,13 @@ UNFIT = [
     ("phi3", lambda t: t | {DOWN.replace("down", "up"): t[DOWN].T}, ["left over (1): model.layers.1.mlp.up_proj"]),
     ("opt", lambda t: t | {WPE: t[WPE][2:]}, [WPE, "[94, 40] without its first two rows", "[96, 40]"]),
     ("gpt bigcode", lambda t: t | {ATTN: t[ATTN].T}, [ATTN, "[40, 60]", "[60, 40]"]),
+    ("phi", without("lm_head.bias"), ["missing (1): lm_head.bias"]),
+    ("phi", lambda t: t | {TWO_NORMS: t[INPUT]}, [f"left over (1): {TWO_NORMS}"]),
+    ("cohere", lambda t: t | {INPUT.replace("weight", "bias"): torch.ones(40)}, ["left over (1)", "layernorm.bias"]),
+    ("cohere", lambda t: t | {INPUT: torch.ones(80)}, [INPUT, "[80]", "[40]"]),
+    ("gpt neox", without("embed_out.weight"), ["missing (1): embed_out.weight"]),
+    ("falcon 7b", without("transformer.h.1.input_layernorm.bias"), ["missing (1)", "1.input_layernorm.bias"]),
+    ("falcon 40b", lambda t: t | {FUSED_QKV: t[FUSED_QKV][10:]}, [FUSED_QKV, "[70, 40]", "[80, 40]"]),
     ("ernie 4.5", lambda t: t | {QUERY: t[QUERY][:-1]}, [QUERY, "[23, 40]", "[24, 40]"]),
     ("seed oss", lambda t: t | {OUT_BIAS: torch.ones(40)}, [f"left over (1): {OUT_BIAS}"]),
     ("olmo", lambda t: t | {"model.norm.weight": torch.ones(40)}, ["left over (1): model.norm.weight"]),

@@ -63,7 +63,7 @@ def refused(path, out, *texts, error=ValueError):
 
 # The promise.
 
-EXPORTED = [name for name in MODELS if not name.startswith("olmo")]
+EXPORTED = [name for name in MODELS if name != "olmo3 of two bases"]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -89,19 +89,74 @@ EXPORTED_AS = {
     "mistral 3 tied": "MistralForCausalLM",
     "ernie 4.5": "LlamaForCausalLM",
     "ernie 4.5 tied": "LlamaForCausalLM",
+    "phi3 yarn": "MistralForCausalLM",
+    "hyperclovax without post-norm": "GraniteForCausalLM",
+    "glm rotary 0.8": "Phi3ForCausalLM",
+    "gemma 3 multimodal": "Gemma3ForCausalLM",
+    "gemma 3 multimodal untied": "Gemma3ForCausalLM",
     "glm rotary 1": "Qwen2ForCausalLM",  # what it is without its own field
 }
 
 
-def test_olmo_is_refused(saved, tmp_path):
-    """It computes LayerNorm without parameters, and no other architecture has that beside a gated feed-forward."""
-    refused(convert_hf.convert(saved("olmo")[1]), tmp_path / "out", "no architecture", "norm = 'layer'")
+def test_olmo3_of_two_bases_is_refused(saved, tmp_path):
+    """transformers 4 has no place for the second one."""
+    text = "Olmo3ForCausalLM, but not with rope_base = 500.0, rope_base_window = 300.0"
+    refused(convert_hf.convert(saved("olmo3 of two bases")[1]), tmp_path / "out", text)
+
+
+ONE_VALUE = {
+    "olmo": {"clip_qkv": None},
+    "olmo3": {"rope_theta": 500000.0},  # transformers 4 takes 10,000 without it
+    "olmoe": {"clip_qkv": None},
+    "phi": {"tie_word_embeddings": False, "qk_layernorm": False},
+    "gptj": {"tie_word_embeddings": False},
+    "falcon 7b": {"alibi": False, "parallel_attn": True, "multi_query": True, "new_decoder_architecture": True},
+    "cohere": {"use_qk_norm": False},
+}
+
+
+@pytest.mark.parametrize("name", ONE_VALUE)
+def test_fields_of_one_implemented_value_are_written_too(saved, name):
+    fields = config_to_hf(*converted(saved(name)[1]))
+    assert {field: fields.get(field, "absent") for field in ONE_VALUE[name]} == ONE_VALUE[name]
+
+
+LN_2, LN_1_BIAS, LN_F_BIAS = "transformer.h.1.ln_2.weight", "transformer.h.0.ln_1.bias", "transformer.ln_f.bias"
+TRAINED = [  # norms that are no longer what the family stores
+    ("phi", [LN_2], "PhiForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight"),
+    ("gptj", [LN_2], "GPTJForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight"),
+    (
+        "cohere",
+        [LN_2],
+        "CohereForCausalLM, but not with transformer.h.1.ln_2.weight unlike transformer.h.1.ln_1.weight",
+    ),
+    ("cohere", [LN_1_BIAS], "CohereForCausalLM, but not with transformer.h.0.ln_1.bias other than 0"),
+    ("cohere2", [LN_F_BIAS], "Cohere2ForCausalLM, but not with transformer.ln_f.bias other than 0"),
+    ("olmo", [LN_2], "OlmoForCausalLM, but not with transformer.h.1.ln_2.weight other than 1"),
+    ("falcon 7b", [LN_2, LN_1_BIAS], ""),  # 40B's form has two norms
+    ("falcon 11b", [LN_2], ""),
+    ("gpt neox", [LN_2, LN_F_BIAS], ""),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "text"), TRAINED)
+@torch.no_grad()
+def test_norms_that_an_architecture_does_not_store(saved, tmp_path, name, changed, text):
+    config, state_dict = converted(saved(name)[1])
+    path, out = tmp_path / "model.pth", tmp_path / "out"
+    write_checkpoint(path, config, state_dict | {key: state_dict[key] + 0.5 for key in changed})
+    if text:
+        return refused(path, out, f"no architecture of transformers computes this model; the nearest is {text}")
+    export(path, out)
+    reference = build_model(*read_checkpoint(path), "cpu", torch.float32, reference=True)
+    assert (loaded(out)(IDS).logits - reference(IDS)).abs().max() < 1e-4
+    same(converted(out), read_checkpoint(path))
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_architecture_is_found_and_every_field_is_written(saved, tmp_path, name):
     model, folder = saved(name)
-    fields = config_to_hf(converted(folder)[0])
+    fields = config_to_hf(*converted(folder))
     architecture = EXPORTED_AS.get(name, type(model).__name__)
     assert fields["architectures"] == [architecture]
     known = convert_hf.DEFAULTS[fields["model_type"]].keys()
@@ -120,6 +175,8 @@ NEVER_THERE = {
     "heads that do not divide, and a bias": (replace(TINY, dim=42, mlp_bias=True), "SeedOss"),
     "qwen3 window": (replace(TINY, qk_norm=True, sliding_window=7), "Qwen3"),
     "qwen3 moe window": (replace(MOE, qk_norm=True, sliding_window=7, norm_topk_prob=False), "Qwen3Moe"),
+    "olmo2 heads": (replace(TINY, pre_norm=False, post_norm=True, qk_norm="all", dim=42), "Olmo2"),
+    "falcon of one norm each": (replace(TINY, norm="layer", parallel=True, gated=False, head_dim=8), "Falcon"),
     "mixtral window": (replace(MOE, sliding_window=7, tie_embeddings=True), "Mixtral"),
 }
 
@@ -259,6 +316,14 @@ def test_a_folder_with_something_in_it_is_refused(model_pth, tmp_path):
 
 GPT2 = {"norm": "layer", "rope_base": None, "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
 NO_BIAS = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "activation": "relu"}
+GPTJ = {"norm": "layer", "parallel": True, "gated": False, "mlp_bias": True, "head_bias": True, "n_kv_head": 4}
+FALCON = {"norm": "layer", "parallel": True, "gated": False}
+COHERE2 = {"norm": "layer", "parallel": True, "sliding_window": 7, "full_layers": (1,), "nope_layers": (1,)}
+PYTHIA = FALCON | {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "n_kv_head": 4}
+GPT_NEO = GPT2 | {"qkv_bias": False, "n_kv_head": 4, "attention_scale": 1.0}
+GEMMA3 = {"norm_plus_one": True, "qk_norm": True, "post_norm": True, "activation": "gelu_tanh", "attention_scale": 0.25}
+CLOVA = {"post_norm": True, "mlp_bias": True, "attention_scale": 0.5}
+OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 NOBODY = {
     "layer norm": (replace(TINY, norm="layer", activation="gelu"), ["Llama", "norm = 'layer'"]),
     "window and biases": (replace(TINY, sliding_window=7, qkv_bias=True, mlp_bias=True), ["mlp_bias = True"]),
@@ -267,6 +332,18 @@ NOBODY = {
     "epsilon of OPT": (replace(TINY, **GPT2 | NO_BIAS, head_dim=8, n_kv_head=4), ["OPT", "norm_eps = 1e-06"]),
     "heads of GPT-2": (replace(TINY, **GPT2, n_kv_head=4), ["GPT2", "head_dim = 12"]),
     "dim of GPT-2": (replace(TINY, **GPT2, n_kv_head=4, dim=42, head_dim=10), ["GPT2", "dim = 42"]),
+    "dim of GPT-J": (replace(TINY, **GPTJ, dim=42, head_dim=10), ["GPTJ", "dim = 42"]),
+    "base of GPT-J": (replace(TINY, **GPTJ, head_dim=8, rope_base=500.0), ["GPTNeoX", "head_bias = True"]),
+    "dim of Falcon": (replace(TINY, **FALCON, dim=42, head_dim=10), ["Starcoder2", "parallel = True"]),
+    "head_dim of Command R7B": (replace(TINY, **COHERE2), ["Cohere2", "head_dim = 12"]),
+    "parallel RMSNorm": (replace(TINY, parallel=True), ["Llama", "parallel = True"]),
+    "dim of Pythia": (replace(TINY, **PYTHIA, dim=42, head_dim=10), ["Starcoder2", "parallel = True"]),
+    "dim of GPT-Neo": (replace(TINY, **GPT_NEO, dim=42, head_dim=10), ["GPTNeo", "dim = 42"]),
+    "dim of Command R7B": (replace(TINY, **COHERE2, dim=42, head_dim=10), ["Cohere2", "dim = 42"]),
+    "dim of Gemma 3": (replace(TINY, **GEMMA3, dim=42, embed_scale=42**0.5), ["Gemma3", "dim = 42"]),
+    "dim of HyperCLOVA X": (replace(TINY, **CLOVA, dim=42), ["Granite", "post_norm = True"]),
+    "heads of Pythia": (replace(TINY, **FALCON, head_dim=8, mlp_bias=True), ["GPTNeoX", "n_kv_head = 2"]),
+    "Olmo 2 with a bias": (replace(TINY, **OLMO2, qkv_bias=True), ["Olmo2", "o_bias = False"]),
     "experts of GPT-2": (replace(MOE, rope_base=None), ["OPT", "n_expert = 5"]),
 }
 
