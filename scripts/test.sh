@@ -7,4 +7,4 @@ source scripts/venv.sh
 install requirements.txt scripts/requirements.txt tests/requirements.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"

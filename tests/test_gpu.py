@@ -35,7 +35,7 @@ def on_two_gpus(*arguments) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("family", ["llama-3.1", "mixtral", "gpt-2"])
+@pytest.mark.parametrize("family", ["llama-3.1", "mixtral", "gpt-2", "glm-4", "pythia"])
 def test_every_way_agrees_on_two_gpus(family, tmp_path):
     write_checkpoint(tmp_path / "model.pth", FAMILIES[family], random_weights(FAMILIES[family]))
     on_two_gpus(check_equivalence.__file__, "--checkpoint_path", tmp_path / "model.pth")

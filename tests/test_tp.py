@@ -130,7 +130,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         MOST_ROWS=16,
         runs_on=lambda device: True,
         inbox_words=lambda ranks, dim: ranks * dim,
-        add_norm=lambda x, update, weight, eps, plus_one, peers, rank: taken.append((len(peers), rank)),
+        add_norm=lambda x, update, *norms: taken.append((len(norms[-2]), norms[-1])),  # peers, rank
     )
 
     def shared_memory(words, device):
@@ -155,11 +155,10 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
-    assert asked == [2 * CONFIGS["few kv heads"].dim]  # once, and not for layer norms
+    assert asked == [2 * CONFIGS[name].dim for name in ("few kv heads", "gpt-2")]  # once
     with torch.no_grad():
-        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, models[0].norm_f))
+        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, other, models[0].norm_f))
         assert not by_kernel(17, rms)
-        assert not by_kernel(1, other)
     assert not by_kernel(1, rms)
 
 
@@ -208,6 +207,7 @@ def test_the_surgery_works_on_shards():
         ({}, 4, "4 ranks do not divide 6 heads, 6 kv heads and 96 hidden units; these numbers of ranks do: 2, 3, 6"),
         ({"n_kv_head": 3}, 2, "2 ranks do not divide 6 heads, 3 kv heads"),
         ({"hidden_dim": 95}, 2, "these numbers of ranks do: none"),
+        ({"qk_norm": "all"}, 2, "qk_norm 'all' .* run it on one rank"),
     ),
 )
 def test_what_does_not_divide_is_refused_with_a_sentence(change, ranks, message):
