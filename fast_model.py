@@ -77,7 +77,9 @@ def scaled_rope(inv_freq, base: float, rope_type: str, **scaling):
         def pair_of(turns):  # within the original context, as a fraction
             return half * math.log(context / (2 * math.pi * turns), base)
 
-        low, high = math.floor(pair_of(scaling["beta_fast"])), math.ceil(pair_of(scaling["beta_slow"]))
+        low, high = pair_of(scaling["beta_fast"]), pair_of(scaling["beta_slow"])
+        if scaling["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * half - 1)
         ramp = (torch.arange(half, device=inv_freq.device) - low) / (0.001 if low == high else high - low)
         return torch.lerp(inv_freq, inv_freq / factor, ramp.clamp(0, 1))
@@ -182,8 +184,13 @@ def through_cache(cache, scales, values, input_pos):
     return cache[:B] if scales is None else (cache[:B].float() * scales[:B, ..., None].float()).to(values.dtype)
 
 
-def attention(q, k, v, mask, scale: float):
-    """softmax(scale q k^T) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal."""
+def attention(q, k, v, mask, scale: float, sinks=None):
+    """softmax(scale q k^T) v for q [B, H, T, C] and k, v [B, K, S, C]; mask [B, 1, T, S], or None for causal.
+
+    `sinks` [H] are one more score of each head, whose value is zero.
+    """
+    if sinks is not None:
+        return attention_with_sinks(q, k, v, mask, scale, sinks)
     if mask is None or not compiles_for_few_tokens(q.transpose(1, 2).flatten(2)):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -196,7 +203,21 @@ def attention(q, k, v, mask, scale: float):
     return (weights[..., None] * v[:, :, None, None].float()).sum(-2).flatten(1, 2).to(v.dtype)
 
 
-def sliding_attention(q, k, v, window: int, scale: float):
+def attention_with_sinks(q, k, v, mask, scale: float, sinks):
+    """A slot in front, whose key is 1 where every query has its head's sink and the other keys have 0.
+
+    So any product of attention serves. A query in front stands for that slot's own, to keep the mask causal.
+    """
+    (B, H, T, C), dtype = q.shape, q.dtype
+    q = torch.cat([q, (sinks / scale).to(dtype).view(1, H, 1, 1).expand(B, H, T, 1)], dim=-1)
+    first = F.one_hot(torch.full((1, 1), C, device=k.device), C + 1).to(dtype).expand(*k.shape[:2], 1, C + 1)
+    k, v = torch.cat([first, F.pad(k, (0, 1))], dim=2), F.pad(v, (0, 1, 1, 0))
+    if mask is None:
+        return attention(F.pad(q, (0, 0, 1, 0)), k, v, None, scale)[:, :, 1:, :C]
+    return attention(q, k, v, F.pad(mask, (1, 0), value=True), scale)[..., :C]
+
+
+def sliding_attention(q, k, v, window: int, scale: float, sinks=None):
     """Causal attention in which each token sees `window` ones, itself the last; shapes as for `attention`, T = S.
 
     Blocks of `window` queries see their own block and the one before, so no mask is larger than window x 2 window
@@ -204,13 +225,13 @@ def sliding_attention(q, k, v, window: int, scale: float):
     """
     B, H, T, C = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # a fused kernel takes a mask or groups
-    first = attention(*(t[:, :, :window] for t in (q, k, v)), None, scale)
+    first = attention(*(t[:, :, :window] for t in (q, k, v)), None, scale, sinks)
     padding = -T % window
     q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2) for t in (q, k, v))
     k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=3).flatten(0, 1) for t in (k, v))  # [B (blocks - 1), H, 2 window, C]
     slot = torch.arange(2 * window, device=q.device)
     query = slot[window:, None]
-    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale)
+    y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale, sinks)
     y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
     return torch.cat([first, y[:, :, : T - window]], dim=2)
 
@@ -308,6 +329,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             size_q, size_k = self.sizes[:2] if config.qk_norm == "all" else [config.head_dim] * 2
             self.q_norm, self.k_norm = HeadNorm(config, size_q), HeadNorm(config, size_k)
+        self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.sinks else None
         for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
 
@@ -321,7 +343,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
+        by_kernel = input_pos is not None and self.sinks is None
+        by_gpu_kernel = by_kernel and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
         norms_there = by_gpu_kernel and self.qk_norm is True
         if self.qk_norm and not norms_there:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -334,7 +357,7 @@ class Attention(nn.Module):
             )
             y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale, *norms)
             return self.out(y.view(B, T, -1))
-        if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
+        if by_kernel and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
             y = cpu_kernels.attention(q, k, v, rope, input_pos, caches, window, self.scale)
             return self.out(y.view(B, T, -1))
         if rope is not None:
@@ -342,10 +365,15 @@ class Attention(nn.Module):
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
         v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
         if input_pos is None and self.window is not None and T > self.window:
-            y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale)
+            y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale, self.sinks)
         else:
-            y = attention(q.transpose(1, 2), k, v, mask, self.scale)
+            y = attention(q.transpose(1, 2), k, v, mask, self.scale, self.sinks)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SigmoidGELU(nn.Module):
+    def forward(self, x):
+        return F.silu(1.702 * x) / 1.702
 
 
 class SquaredReLU(nn.Module):
@@ -357,30 +385,44 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, "tanh"),
+    "gelu_sigmoid": SigmoidGELU,
     "relu": nn.ReLU,
     "relu2": SquaredReLU,
 }
+
+
+class Gate(nn.Module):
+    """act(gate) * up of the two halves of x; with a clamp as GPTConfig says."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.act, self.clamp = ACTIVATIONS[config.activation](), config.gate_clamp
+        self.is_silu = config.activation == "silu" and self.clamp is None
+
+    def forward(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        if self.clamp is not None:
+            gate, up = gate.clamp(max=self.clamp), up.clamp(min=-self.clamp, max=self.clamp) + 1
+        return self.act(gate) * up
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.gated, self.activation = config.gated, config.activation
-        self.silu_gated = config.gated and config.activation == "silu" and not config.mlp_bias
+        self.act = Gate(config) if config.gated else ACTIVATIONS[config.activation]()
+        self.silu_gated = config.gated and self.act.is_silu and not config.mlp_bias
+        self.in_gpu_kernel = config.gate_clamp is None and config.activation != "gelu_sigmoid"
         width = config.hidden_dim * (2 if config.gated else 1)
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
-        self.act = ACTIVATIONS[config.activation]()
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
+        if self.in_gpu_kernel and is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), **more).view(*x.shape[:-1], -1)
         elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
-        elif self.gated:
-            gate, up = self.gate_up(x).chunk(2, dim=-1)
-            y = self.act(gate) * up
         else:
             y = self.act(self.gate_up(x))
         return self.down(y)
@@ -442,14 +484,16 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.ranks, self.n_expert, self.used = ranks, config.n_expert, config.n_expert_used
         self.norm_topk_prob = config.norm_topk_prob
-        self.router = Linear(config.dim, config.n_expert, bias=False)
-        self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=False)
-        self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=False)
+        self.gated, bias = Gate(config), config.mlp_bias
+        self.in_gpu_kernels = self.gated.is_silu and not bias
+        self.router = Linear(config.dim, config.n_expert, bias=config.router_bias)
+        self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=bias)
+        self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
         logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
-        by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
+        by_kernels = self.in_gpu_kernels and on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
         if few and by_kernels:
@@ -467,9 +511,9 @@ class SparseMLP(nn.Module):
         hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *self.experts_gate_up.gpu_weights())
         return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *self.experts_down.gpu_weights())
 
-    def gated(self, x):
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def with_bias(self, y, matrix, expert):
+        """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""
+        return y if matrix.bias is None else y + matrix.bias.unflatten(0, (self.n_expert, -1))[expert].to(y.dtype)
 
     def of_few(self, x, weights, chosen):
         """Products with the gathered rows, which the compiler does not gather but reads where they are."""
@@ -477,8 +521,9 @@ class SparseMLP(nn.Module):
         for place in range(self.used):
             expert = chosen[:, place]
             hidden = (self.experts_gate_up.rows(expert, self.n_expert) * x[:, None]).sum(-1).to(x.dtype)  # [N, 2 F]
-            out = (self.experts_down.rows(expert, self.n_expert) * self.gated(hidden)[:, None]).sum(-1)  # [N, D]
-            y = y + weights[:, place, None] * out.to(x.dtype)
+            hidden = self.gated(self.with_bias(hidden, self.experts_gate_up, expert))
+            out = (self.experts_down.rows(expert, self.n_expert) * hidden[:, None]).sum(-1).to(x.dtype)  # [N, D]
+            y = y + weights[:, place, None] * self.with_bias(out, self.experts_down, expert)
         return y
 
     def of_many(self, x, weights, chosen):
@@ -493,8 +538,9 @@ class SparseMLP(nn.Module):
             m.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
             for m in (self.experts_gate_up, self.experts_down)
         )
-        multiply = torch.ops.gpt_twin.multiply_by_experts
-        out = multiply(self.gated(multiply(x[token], gate_up, ends)), down, ends)  # [N used, D]
+        multiply, expert = torch.ops.gpt_twin.multiply_by_experts, expert[order]
+        hidden = self.gated(self.with_bias(multiply(x[token], gate_up, ends), self.experts_gate_up, expert))
+        out = self.with_bias(multiply(hidden, down, ends), self.experts_down, expert)  # [N used, D]
         return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
 
 
@@ -686,6 +732,7 @@ SURGERY = (
     ([f"transformer.h.{{}}.attn.{name}_proj" for name in "qkv"], "layers.{}.attn.qkv"),
     (["transformer.h.{}.attn.q_norm"], "layers.{}.attn.q_norm"),
     (["transformer.h.{}.attn.k_norm"], "layers.{}.attn.k_norm"),
+    (["transformer.h.{}.attn"], "layers.{}.attn"),
     (["transformer.h.{}.attn.o_proj"], "layers.{}.attn.out"),
     (["transformer.h.{}.post_attn"], "layers.{}.post_attn"),
     (["transformer.h.{}.ln_2"], "layers.{}.norm_2"),

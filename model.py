@@ -47,8 +47,9 @@ class GPTConfig:
     norm_plus_one: bool = False  # RMSNorm's weights are stored as what is added to 1 (Gemma)
     qk_norm: bool | str = False  # RMSNorm of q and k before the rotation: of each head (Qwen3), or "all" heads at once
     parallel: bool = False  # attention and feed-forward read the same residual stream (Pythia)
-    activation: str = "silu"  # or "gelu", "gelu_tanh", "relu", "relu2" (its square)
+    activation: str = "silu"  # or "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2" (its square)
     gated: bool = True  # down(act(gate(x)) * up(x)); without: down(act(up(x)))
+    gate_clamp: float | None = None  # gate is at most this, up within plus and minus this, then 1 larger (gpt-oss)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -61,12 +62,14 @@ class GPTConfig:
     nope_layers: tuple = ()  # the layers that do not rotate
     embed_scale: float = 1.0  # the embedding is multiplied by it, and it is rounded as the weights are
     attention_scale: float | None = None  # of the scores; None is 1 / sqrt(head_dim)
+    sinks: bool = False  # each head's softmax sums one more score, which is learned and has no value (gpt-oss)
     residual_scale: float = 1.0  # what attention and feed-forward add is multiplied by it
     logit_scale: float = 1.0
     tie_embeddings: bool = False
     head_bias: bool = False
     n_expert: int = 0  # 0: one dense feed-forward
     n_expert_used: int = 0
+    router_bias: bool = False
     norm_topk_prob: bool = True  # the chosen experts' weights sum to 1; without, they are probabilities among all
 
     def __post_init__(self):
@@ -74,7 +77,7 @@ class GPTConfig:
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value!r}")
         scales = ("embed_scale", "attention_scale", "residual_scale", "logit_scale")
-        for name in ("rope_base", "sliding_window", "rope_base_window", *scales):
+        for name in ("rope_base", "sliding_window", "rope_base_window", "gate_clamp", *scales):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, not {value!r}")
         for name in ("full_layers", "nope_layers"):
@@ -88,7 +91,9 @@ class GPTConfig:
         require(fits, f"rotary_dim must be even and at most head_dim {C}, not {R!r}")
         require(not self.rope_base_window or self.sliding_window, "rope_base_window needs a sliding_window, not None")
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", {"rope_type": "llama3"} | self.rope_scaling)
+            scaling = {"rope_type": "llama3"} | self.rope_scaling
+            scaling |= {"truncate": scaling.get("truncate", True)} if scaling["rope_type"] == "yarn" else {}
+            object.__setattr__(self, "rope_scaling", scaling)
             self.check_rope_scaling(**self.rope_scaling)
         require(self.norm in ("rms", "layer"), f"norm must be 'rms' or 'layer', not {self.norm!r}")
         is_plain = not (self.norm_plus_one or self.post_norm)
@@ -101,8 +106,8 @@ class GPTConfig:
         used, experts = self.n_expert_used, self.n_expert
         fits = used == experts == 0 or 1 <= used <= experts
         require(fits, f"n_expert_used {used} must be from 1 to n_expert {experts}, or both 0")
-        fits = not experts or (self.gated and self.activation == "silu" and not self.mlp_bias)
-        require(fits, "experts must be gated by silu and have no bias")
+        require(self.gated or not (experts or self.gate_clamp), "experts and gate_clamp need gated True, not False")
+        require(experts or not self.router_bias, "router_bias needs experts, not n_expert 0")
 
     def window_of(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.sliding_window
@@ -132,13 +137,14 @@ def require(holds: bool, message: str) -> None:
 ROPE_SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings", "truncate"),
     "longrope": ("short_factor", "attention_factor"),
 }
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel 2016
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
@@ -187,7 +193,9 @@ def rope_frequencies(config: GPTConfig, layer: int, device) -> tuple[torch.Tenso
     elif scaling["rope_type"] == "yarn":
         turns = torch.tensor([scaling["beta_fast"], scaling["beta_slow"]], dtype=torch.float64)
         first, last = (R / 2 * (context / (2 * math.pi * turns)).log() / math.log(base)).tolist()
-        first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)  # pairs that make so many turns
+        if scaling["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, R - 1)  # pairs that make so many turns
         number = torch.arange(R // 2, device=device)
         kept = 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
     elif scaling["rope_type"] == "longrope":
@@ -217,6 +225,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(q_dim if config.qk_norm == "all" else config.head_dim, config)
             self.k_norm = RMSNorm(kv_dim if config.qk_norm == "all" else config.head_dim, config)
+        if config.sinks:
+            self.sinks = nn.Parameter(torch.zeros(config.n_head))
 
     def forward(self, x):
         B, T, _ = x.shape
@@ -241,23 +251,28 @@ class Attention(nn.Module):
         scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, T]
         scores = scores.float().masked_fill(~visible, float("-inf"))
-        y = scores.softmax(-1).type_as(v) @ v  # [B, H, T, C]
+        if cfg.sinks:
+            scores = torch.cat([scores, self.sinks.float()[:, None, None].expand(B, -1, T, 1)], dim=-1)
+        y = scores.softmax(-1)[..., :T].type_as(v) @ v  # [B, H, T, C]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        self.activation, self.gated, self.clamp = ACTIVATIONS[config.activation], config.gated, config.gate_clamp
         if self.gated:
             self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        if self.gated:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(self.activation(self.up_proj(x)))
+        if not self.gated:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.clamp is not None:
+            gate, up = gate.clamp(max=self.clamp), 1 + up.clamp(-self.clamp, self.clamp)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class SparseMLP(nn.Module):
@@ -269,7 +284,7 @@ class SparseMLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.router = nn.Linear(config.dim, config.n_expert, bias=False)
+        self.router = nn.Linear(config.dim, config.n_expert, bias=config.router_bias)
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
 
     def forward(self, x):

@@ -31,6 +31,7 @@ SHARDS = {
     "q_proj": 0,
     "k_proj": 0,
     "v_proj": 0,
+    "sinks": 0,
     "o_proj": 1,
     "gate_proj": 0,
     "up_proj": 0,
@@ -69,7 +70,7 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
     shards = {}
     for name, tensor in state_dict.items():
         module, _, kind = name.rpartition(".")
-        dim = next((dim for part, dim in SHARDS.items() if module.endswith(part)), None)
+        dim = next((dim for part, dim in SHARDS.items() if module.endswith(part) or kind == part), None)
         if dim == 0 and module.endswith(("k_proj", "v_proj")) and config.n_kv_head < ranks:
             heads = tensor.unflatten(0, (config.n_kv_head, -1))  # several ranks hold the same one
             shards[name] = heads[rank * config.n_kv_head // ranks]
