@@ -454,6 +454,7 @@ struct Attention {
   Numbers q, k, v, y;
   const int64_t *q_strides, *k_strides, *v_strides;  // those of [B, T, heads, C]; a head's numbers are neighbours
   float scale;  // of the scores
+  const float* sinks;  // [H], one more score of each head without a value, null for none
   const float* rope;  // cos and sin [B T, 2, C/2], null for no rotation
   const int64_t* position;  // [B, T]
   Cache keys, values;
@@ -547,8 +548,9 @@ struct Attention {
   void join(int64_t head) const {
     int64_t M = rows(), per_token = H / KV, b = head / KV;
     for (int64_t m = 0; m < M; m++) {
-      float top = -1e30f, total = 0, result[MOST_C] = {};
+      float sink = sinks ? sinks[head % KV * per_token + m % per_token] : -1e30f, top = sink, result[MOST_C] = {};
       for (int64_t p = 0; p < parts; p++) top = std::max(top, tops[(head * parts + p) * M + m]);
+      float total = sinks ? std::exp(sink - top) : 0;
       for (int64_t p = 0; p < parts; p++) {
         int64_t at = (head * parts + p) * M + m;
         float share = std::exp(tops[at] - top);
@@ -646,21 +648,22 @@ static void add_norm(StableIValue* stack, uint64_t, uint64_t) {
 
 static void attention(StableIValue* stack, uint64_t, uint64_t) {
   Tensor q(stack[0]), k(stack[1]), v(stack[2]), rope(stack[3]), position(stack[4]);
-  Tensor keys(stack[5]), values(stack[6]), key_scales(stack[7]), value_scales(stack[8]);
+  Tensor keys(stack[5]), values(stack[6]), key_scales(stack[7]), value_scales(stack[8]), sinks(stack[9]);
   bool scaled = keys.dtype == aoti_torch_dtype_int8();
   Attention job = {};
   job.B = q.sizes[0], job.T = q.sizes[1], job.H = q.sizes[2], job.C = q.sizes[3], job.KV = k.sizes[2];
-  job.S = keys.sizes[2], job.window = (int64_t)stack[9], job.scale = load<double>(&stack[10]);
+  job.S = keys.sizes[2], job.window = (int64_t)stack[10], job.scale = load<double>(&stack[11]);
   job.q = q.numbers(), job.k = k.numbers(), job.v = v.numbers();
   job.q_strides = q.strides, job.k_strides = k.strides, job.v_strides = v.strides;
   job.rope = rope.dtype == aoti_torch_dtype_float32() ? (const float*)rope.data : nullptr;
+  job.sinks = sinks.dtype == aoti_torch_dtype_float32() ? (const float*)sinks.data : nullptr;
   job.position = (const int64_t*)position.data;
   job.keys = {keys.numbers(), scaled ? (uint16_t*)key_scales.data : nullptr};
   job.values = {values.numbers(), scaled ? (uint16_t*)value_scales.data : nullptr};
   Tensor y = empty({job.B, job.T, job.H, job.C}, q.dtype);
   job.y = y.numbers();
   job.run();
-  release(stack, 9);
+  release(stack, 10);
   stack[0] = (StableIValue)y.handle;
 }
 
@@ -779,21 +782,22 @@ def attention_takes(q, k_cache) -> bool:
     return few and k_cache.dtype in (q.dtype, torch.int8) and runs_on(q)
 
 
-def attention(q, k, v, rope, input_pos, caches, window: int, scale: float):
+def attention(qkv, rope, input_pos, caches, window: int, scale: float, sinks=None):
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T] and `rope`
     [B or 1, T, 1, 2, C/2] (None: no rotation). `caches` are those of keys and values [B, KV, S, C], which get the new
     ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token sees the last `window` slots up
-    to its own; `scale` multiplies the scores.
+    to its own; `scale` multiplies the scores, to which `sinks` [H] add one of each head that has no value.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used.
     """
-    (B, _, _, C), (k_cache, v_cache, k_scales, v_scales) = q.shape, caches
-    q, k, v = (t if t.stride()[2:] == (C, 1) else t.contiguous() for t in (q, k, v))
+    (B, _, _, C), (k_cache, v_cache, k_scales, v_scales) = qkv[0].shape, caches
+    q, k, v = (t if t.stride()[2:] == (C, 1) else t.contiguous() for t in qkv)
     rope = input_pos if rope is None else rope.expand(B, -1, -1, -1, -1).contiguous()
+    sinks = input_pos if sinks is None else sinks.float().contiguous()
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     return torch.ops.gpt_twin.cpu_attention(
-        q, k, v, rope, input_pos.contiguous(), k_cache, v_cache, *scales, window, scale
+        q, k, v, rope, input_pos.contiguous(), k_cache, v_cache, *scales, sinks, window, scale
     )
 
 
@@ -805,7 +809,9 @@ OPERATORS = {
         lambda x, update, weight, eps: (torch.empty_like(x), torch.empty_like(x))
     ),
     "cpu_attention(Tensor q, Tensor k, Tensor v, Tensor rope, Tensor input_pos, Tensor k_cache, Tensor v_cache, "
-    "Tensor k_scales, Tensor v_scales, int window, float scale) -> Tensor": lambda q, *others: q.new_empty(q.shape),
+    "Tensor k_scales, Tensor v_scales, Tensor sinks, int window, float scale) -> Tensor": lambda q, *others: (
+        q.new_empty(q.shape)
+    ),
 }
 for schema, fake in OPERATORS.items():
     name = schema.split("(")[0]

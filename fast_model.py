@@ -343,8 +343,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        by_kernel = input_pos is not None and self.sinks is None
-        by_gpu_kernel = by_kernel and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
+        by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
         norms_there = by_gpu_kernel and self.qk_norm is True
         if self.qk_norm and not norms_there:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -355,10 +354,10 @@ class Attention(nn.Module):
             norms = (
                 (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one) if norms_there else ()
             )
-            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale, *norms)
+            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale, self.sinks, *norms)
             return self.out(y.view(B, T, -1))
-        if by_kernel and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
-            y = cpu_kernels.attention(q, k, v, rope, input_pos, caches, window, self.scale)
+        if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
+            y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)
             return self.out(y.view(B, T, -1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)

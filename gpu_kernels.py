@@ -827,7 +827,7 @@ def _attention_kernel(
 
 @jit_for_any_T
 def _join_splits_kernel(
-    sums_ptr, tops_ptr, y_ptr, T,
+    sums_ptr, tops_ptr, sinks_ptr, y_ptr, T,
     H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -839,9 +839,14 @@ def _join_splits_kernel(
     at = ((b * KV + h // R) * SPLITS + split) * M + t * R + h % R
     _wait_for_inputs(PDL)
     top, total = tl.load(tops_ptr + 2 * at), tl.load(tops_ptr + 2 * at + 1)
-    weight = tl.exp2(top - tl.max(top, 0))
+    highest, rest = tl.max(top, 0), 0.0
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(highest, sink)
+        rest = tl.exp2(sink - highest)
+    weight = tl.exp2(top - highest)
     sums = tl.load(sums_ptr + at[:, None] * CP + c[None, :])
-    y = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    y = tl.sum(sums * weight[:, None], 0) / (tl.sum(total * weight, 0) + rest)
     tl.store(y_ptr + row * C + c, y.to(y_ptr.dtype.element_ty), mask=c < C)
 
 
@@ -849,14 +854,15 @@ def _join_splits_kernel(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    window: int, scale: float, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
-    eps: float = 0.0, plus_one: bool = False,
+    window: int, scale: float, sinks: torch.Tensor | None = None, q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None, eps: float = 0.0, plus_one: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
-    `window` slots up to its own, and `scale` multiplies the scores. T H / KV is 64 at most. `q_norm` and `k_norm` [C]
-    are weights of an RMS norm of each head before the rotation, with `plus_one` what is added to 1.
+    `window` slots up to its own, and `scale` multiplies the scores, to which `sinks` [H] add one of each head that has
+    no value. T H / KV is 64 at most. `q_norm` and `k_norm` [C] are weights of an RMS norm of each head before the
+    rotation, with `plus_one` what is added to 1.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -884,11 +890,11 @@ def attention(
         eps=eps, NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None,
         PLUS_ONE=plus_one, **shape, **options,
     )  # fmt: skip
-    _join_splits_kernel[(B * T * H,)](sums, tops, y, T, **shape, **options)
+    _join_splits_kernel[(B * T * H,)](sums, tops, sinks, y, T, **shape, **options)
     return y
 
 
 @attention.register_fake
 def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale,
-      q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
+      sinks=None, q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
     return q.new_empty(q.shape)
