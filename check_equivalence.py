@@ -139,7 +139,7 @@ FAMILIES = {
     "gpt-oss": GPTConfig(
         **SMALL | {"hidden_dim": 32},
         n_kv_head=2,
-        head_dim=20,
+        head_dim=16,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
@@ -149,7 +149,7 @@ FAMILIES = {
         sinks=True,
         activation="gelu_sigmoid",
         gate_clamp=1.0,
-        n_expert=5,
+        n_expert=4,
         n_expert_used=2,
         router_bias=True,
     ),

@@ -152,15 +152,19 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
 def describe_quantization(state_dict: dict) -> dict | None:
     """What the file says of itself; None for a plain one.
 
-    Mode, group size, the weights left in full precision, and in mode int4 "int8", those in int8. Files from when the
-    head was int4 have none, and no such entry.
+    Mode, group size, the weights left in full precision, and in modes int4 and mxfp4 "int8", those in int8. Files from
+    when the head was int4 have none, and no such entry.
     """
     scaled = [name.removesuffix("scales") for name in state_dict if name.endswith(".scales")]
     if not scaled:
         return None
     int4 = [module for module in scaled if f"{module}zeros" in state_dict]
-    int8 = [f"{module}weight" for module in scaled if module not in int4]
+    mxfp4 = [module for module in scaled if state_dict[f"{module}scales"].dtype == torch.uint8]
+    int8 = [f"{module}weight" for module in scaled if module not in int4 + mxfp4]
     kept = [name for name, tensor in state_dict.items() if name.endswith("weight") and tensor.is_floating_point()]
+    if mxfp4:
+        described = {"mode": "mxfp4", "group_size": 32, "full_precision": kept}
+        return described | {"int8": int8} if int8 else described
     if not int4:
         return {"mode": "int8", "group_size": None, "full_precision": kept}
     group_size = 2 * state_dict[f"{int4[0]}weight"].shape[1] // state_dict[f"{int4[0]}scales"].shape[1]

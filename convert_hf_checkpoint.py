@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from checkpoint import check_dtype, check_size, is_state_dict, strip_prefixes, write_checkpoint
+from checkpoint import FLOATS, check_dtype, check_size, is_state_dict, strip_prefixes, write_checkpoint
 from model import GPT, GPTConfig
 from runtime import check_target, run_command
 
@@ -50,6 +50,10 @@ ARCHITECTURES = {
     "MixtralForCausalLM": ("mixtral", {}),
     "Qwen3MoeForCausalLM": ("qwen3_moe", {"qk_norm": True}),
     "OlmoeForCausalLM": ("olmoe", {"qk_norm": "all"}),
+    "GptOssForCausalLM": (
+        "gpt_oss",
+        {"sinks": True, "mlp_bias": True, "router_bias": True, "activation": "gelu_sigmoid"},
+    ),
     "GemmaForCausalLM": ("gemma", {"norm_plus_one": True}),
     "Gemma3ForCausalLM": ("gemma3_text", {"norm_plus_one": True, "qk_norm": True, "post_norm": True}),
     "GraniteForCausalLM": ("granite", {}),
@@ -161,6 +165,11 @@ DEFAULTS = {
     "olmoe": {name: value for name, value in OLMO2_DEFAULTS.items() if name != "head_dim"}
     | {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}
     | {"max_position_embeddings": 4096, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False},
+    "gpt_oss": LLAMA_DEFAULTS
+    | {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "head_dim": 64}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    | {"rope_theta": 150000.0, "attention_bias": True, "num_local_experts": 128, "num_experts": None}
+    | {"num_experts_per_tok": 4, "sliding_window": 128, "layer_types": None, "swiglu_limit": 7.0},
     "gemma": LLAMA_DEFAULTS
     | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256}
     | {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192}
@@ -334,6 +343,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid",
     "relu": "relu",
     "relu2": "relu2",
 }
@@ -362,9 +372,13 @@ ROPE_NUMBERS = {
     "longrope": ("original_max_position_embeddings",),
 }
 ROPE_OPTIONS = {
-    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
+
+# Of gpt-oss, if config.json has none.
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
 
 # The models that rotate neighbouring numbers of a head; all others rotate two halves.
 PAIRED = ("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2", "gptj")
@@ -392,7 +406,6 @@ FIXED = {
     "mlp_type": "default",
     "do_layer_norm_before": True,
     "layer_norm_elementwise_affine": True,
-    "truncate": True,  # of YaRN
     "hidden_activation": "gelu_pytorch_tanh",  # of Gemma's first files
 }
 OWN_FIXED = {
@@ -403,6 +416,7 @@ OWN_FIXED = {
     | {"use_parallel_block": True},
     "gptj": {"rotary": True},
     "falcon": {"parallel_attn": True},
+    "gpt_oss": {"swiglu_alpha": 1.702},
 }
 
 # Fields that say nothing about the logits of a forward pass.
@@ -434,6 +448,8 @@ IGNORED = {
     "falcon": {"auto_map", "ff_factor"},  # ffn_hidden_size is read
     "cohere2": {"head_dim"},  # transformers itself works it out
     "hyperclovax": {"auto_map", "end_token_id"},
+    # Older names; how the experts are stored shows in the files.
+    "gpt_oss": {"experts_per_token", "initial_context_length", "quantization_config"},
     "gpt_neo": {"attention_layers", "embed_dropout", "resid_dropout"},  # attention_types are read
     "gpt_neox": {"rope_theta", "partial_rotary_factor", "is_decoder"},  # rotary_emb_base and rotary_pct are read
     "ernie4_5": {"auto_map"},
@@ -452,8 +468,15 @@ IGNORED = {
 # - copied: one norm for attention and feed-forward, each of which has a copy here.
 # - copied weight: the same for a norm without a bias, which is 0 here; for the last norm too, of which one is made.
 # - grouped: for each kv head the rows of its query heads, its key and its value follow one another.
+# - alone: a parameter that is no weight or bias of a module; nothing is added to its name.
+# - by turns: one tensor [experts, columns, rows], and of biases [experts, rows], in which gate and up take turns. MXFP4
+#   has two of [experts, rows, groups, ...] instead, of numbers and of scales.
 AS_IS, TRANSPOSED, STACKED, FROM_ROW_2 = "as is", "transposed", "stacked", "from row 2"
 NOWHERE, COPIED, COPIED_WEIGHT, GROUPED = "nowhere", "copied", "copied weight", "grouped"
+ALONE, BY_TURNS = "alone", "by turns"
+# What stands after the name of a tensor of the last kind.
+BY_TURNS_ENDS = {"weight": "", "bias": "_bias"}
+MXFP4_ENDS = {"weight": "_blocks", "scales": "_scales", "bias": "_bias"}
 COPIES = (COPIED, COPIED_WEIGHT)
 LLAMA_WEIGHTS = (
     ("model.embed_tokens", ["transformer.wte"], AS_IS),
@@ -540,6 +563,16 @@ GEMMA3_WEIGHTS = (
     ("model.layers.{}.pre_feedforward_layernorm", ["transformer.h.{}.ln_2"], AS_IS),
     ("model.layers.{}.post_feedforward_layernorm", ["transformer.h.{}.post_mlp"], AS_IS),
 )
+GPT_OSS_WEIGHTS = (
+    ("model.layers.{}.self_attn.sinks", ["transformer.h.{}.attn.sinks"], ALONE),
+    ("model.layers.{}.mlp.router", ["transformer.h.{}.mlp.router"], AS_IS),
+    (
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        ["transformer.h.{}.mlp.experts.*.gate_proj", "transformer.h.{}.mlp.experts.*.up_proj"],
+        BY_TURNS,
+    ),
+    ("model.layers.{}.mlp.experts.down_proj", ["transformer.h.{}.mlp.experts.*.down_proj"], BY_TURNS),
+)
 GPT2_WEIGHTS = (
     ("transformer.wte", ["transformer.wte"], AS_IS),
     ("transformer.wpe", ["transformer.wpe"], AS_IS),
@@ -624,6 +657,7 @@ FALCON_ONE_NORM = (
 OWN_WEIGHTS = {
     "mixtral": MIXTRAL_MLP,
     "qwen3_moe": QWEN3_MOE_MLP,
+    "gpt_oss": GPT_OSS_WEIGHTS,
     "olmoe": QWEN3_MOE_MLP,
     "hyperclovax": HYPERCLOVAX_WEIGHTS,
     "phi3": PHI3_WEIGHTS,
@@ -740,7 +774,9 @@ def model_type_of(config: dict) -> str:
 
 def yarn_of(numbers: dict, rope: dict) -> dict:
     """GPTConfig's rope_scaling; what is left out is as in transformers."""
-    options = {name: positive(name, rope[name], float) for name in ROPE_OPTIONS["yarn"] if rope.get(name)}
+    names = [name for name in ROPE_OPTIONS["yarn"] if rope.get(name) and name != "truncate"]
+    options = {name: positive(name, rope[name], float) for name in names}
+    options["truncate"] = switch("truncate", rope.get("truncate", True))
     mscales = [options.pop("mscale", 0), options.pop("mscale_all_dim", 0)]
     mscales = mscales if all(mscales) else [1, 0]
     growths = [1 + 0.1 * mscale * math.log(max(numbers["factor"], 1)) for mscale in mscales]
@@ -867,6 +903,8 @@ def windows_of(field: dict, model_type: str, nope_layers: tuple) -> dict:
     elif of_each is None and window is not None and model_type in (*EVERY_FOURTH_FULL, "gemma3_text"):
         every = positive("sliding_window_pattern", field.get("sliding_window_pattern", 4), int)
         full = range(every - 1, layer_count(field), every)
+    elif of_each is None and window is not None and model_type == "gpt_oss":
+        full = range(1, layer_count(field), 2)
     elif window is not None and model_type == "smollm3":
         full = [layer for layer in range(layer_count(field)) if layer not in nope_layers]
     if of_each is not None:  # it counts more; Qwen3-MoE does not have it either, but its cache looks at it
@@ -951,6 +989,8 @@ def positions_of(field: dict, model_type: str, head_dim: int) -> dict:
     if "rope_parameters" not in field:
         return {}
     field = {"rope_theta": OWN_FIXED["olmo3"]["rope_theta"]} | field
+    if model_type == "gpt_oss" and not (field["rope_scaling"] or field["rope_parameters"]):
+        field["rope_scaling"] = GPT_OSS_ROPE
     if "rotary_pct" in field:  # GPT-NeoX
         named = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
         field |= {name: positive(theirs, field[theirs], float) for name, theirs in named.items()}
@@ -983,6 +1023,11 @@ def config_from_hf(config: dict) -> GPTConfig:
     if "logits_scaling" in field:
         scale = positive("logits_scaling", field["logits_scaling"], float)
         values["logit_scale"] = float(scale if model_type == "hyperclovax" else 1 / scale)
+    if "swiglu_limit" in field:
+        values["gate_clamp"] = float(positive("swiglu_limit", field["swiglu_limit"], float))
+        method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+        if method != "mxfp4":
+            raise ValueError(f"config.json has quant_method = {reprlib.repr(method)}; only mxfp4 is implemented")
     if model_type in GEMMAS:
         values["embed_scale"] = float(sizes["dim"] ** 0.5)
     if "query_pre_attn_scalar" in field:
@@ -1067,7 +1112,7 @@ def find_tensors(files: list[Path], prefix: str, multimodal: bool) -> tuple[dict
                 if short.startswith(TOWERS):
                     towers[short.partition(".")[0]] += 1
                     continue
-            numbers += sizes[name]
+            numbers += sizes[name] * (2 if name.endswith("_blocks") else 1)  # of MXFP4
             full = short if short.startswith((prefix, *HEADS)) else prefix + short
             if full in found:
                 raise ValueError(f"{found[full][0]} has {found[full][1]} and {file} has {name}, the same tensor twice")
@@ -1088,23 +1133,27 @@ def weight_plan(rows, config: GPTConfig, expected: dict) -> dict:
     plan, written_out = {}, []
     for source, targets, stored in rows:
         of_experts = [[target.replace("*", str(expert)) for target in targets] for expert in range(config.n_expert)]
-        if stored == STACKED:
+        if stored in (STACKED, BY_TURNS):
             written_out.append((source, sum(of_experts, []), stored))
         elif "*" in source:
             written_out += [(source.replace("*", str(i)), made, stored) for i, made in enumerate(of_experts)]
         else:
             written_out.append((source, targets, stored))
+    packed = any(name.endswith(".scales") for name in expected)
     for source, targets, stored in written_out:
         for layer in range(config.n_layer if "{}" in source else 1):
-            for kind in ("weight", "bias"):
+            if stored == ALONE:
+                plan[source.format(layer)] = [targets[0].format(layer)], stored
+                continue
+            for kind in ("weight", "scales", "bias"):
                 made = [f"{target.format(layer)}.{kind}" for target in targets]
                 if not any(name in expected for name in made):
                     continue
                 if stored == COPIED_WEIGHT and kind == "bias":
                     plan |= {name: ([name], NOWHERE) for name in made}
                     continue
-                name = source.format(layer)
-                plan[name if stored == STACKED else f"{name}.{kind}"] = made, stored
+                end = (MXFP4_ENDS if packed else BY_TURNS_ENDS)[kind] if stored == BY_TURNS else f".{kind}"
+                plan[source.format(layer) + ("" if stored == STACKED else end)] = made, stored
     return plan
 
 
@@ -1127,6 +1176,20 @@ def listing(names: list[str]) -> str:
     return f"({len(names)}): {', '.join(names[:6])}{' ...' * (len(names) > 6)}"
 
 
+def packed_in_mxfp4(expected: dict, found: dict) -> dict:
+    """The parameters of a model whose experts' weights are in MXFP4, if those that are found are."""
+    if not any(name.endswith("_blocks") for name in found):
+        return expected
+    packed = {}
+    for name, tensor in expected.items():
+        packed[name] = tensor
+        if ".experts." in name and name.endswith(".weight"):
+            (N, K), module = tensor.shape, name.removesuffix("weight")
+            packed[name] = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+            packed[f"{module}scales"] = torch.empty(N, K // 32, dtype=torch.uint8, device="meta")
+    return packed
+
+
 def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directory: Path) -> None:
     made = Counter(name for targets, _ in plan.values() for name in targets)
     problems = {
@@ -1143,7 +1206,7 @@ def check_balance(plan: dict, expected: dict, found: dict, dropped: set, directo
 
 def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: list[int], where: str) -> dict:
     """{parameter: its part of `tensor`}, each a copy that holds on to no file; `order` is of `head_order`."""
-    check_dtype(tensor, where)
+    check_dtype(tensor, where, FLOATS if expected[targets[0]].is_floating_point() else [expected[targets[0]].dtype])
     rows = [expected[name].shape[0] for name in (targets[:1] if stored in COPIES else targets)]
     shape = [sum(rows), *expected[targets[0]].shape[1:]]
     turned = ""
@@ -1151,6 +1214,13 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: l
         tensor, turned = tensor.T, " after its transpose"
     elif stored == STACKED and tensor.ndim == 3:
         tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
+    elif stored == BY_TURNS and tensor.ndim in (2, 3, 4):
+        if tensor.ndim == 3 and tensor.is_floating_point():
+            tensor = tensor.transpose(1, 2)
+        if targets[0].rpartition(".")[0].endswith(".gate_proj"):
+            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
+        tensor = tensor.flatten(1) if tensor.ndim > 2 else tensor
     elif stored == FROM_ROW_2 and tensor.ndim == 2:
         tensor, turned = tensor[2:], " without its first two rows"
     if list(tensor.shape) != shape:
@@ -1179,10 +1249,10 @@ def convert(checkpoint_dir) -> Path:
     kind = model_type
     if model_type == "falcon" and falcon_norms(text_config) == 1:
         kind = "falcon of one norm"
-    elif config.n_expert > 0 and any(name.endswith(".mlp.experts.gate_up_proj") for name in found):
+    elif model_type != "gpt_oss" and any(name.endswith(".mlp.experts.gate_up_proj") for name in found):
         kind = "stacked experts"
     with torch.device("meta"):
-        expected = GPT(config).state_dict()  # names and shapes
+        expected = packed_in_mxfp4(GPT(config).state_dict(), found)  # names and shapes
     plan = weight_plan(weight_rows(kind), config, expected)
     dropped = {name.format(layer) for name in DROPPED[prefix] for layer in range(config.n_layer)}
     check_balance(plan, expected, found, dropped, directory)

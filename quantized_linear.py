@@ -1,10 +1,11 @@
-"""int8 and int4 weights: one linear class per format, and the swap that puts them into a model.
+"""int8, int4 and MXFP4 weights: one linear class per format, and the swap that puts them into a model.
 
 Only weights are quantized; activations stay as they are. Decisions to know:
 
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
 - Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
   costs nothing.
+- MXFP4 has a power of two per group of 32. It is read as it is published (gpt-oss's experts), not made.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
   gets a quantized copy of the embedding, which ends the tie.
 - The head is int8 beside int4 too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4 head
@@ -220,6 +221,45 @@ class Int4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Mxfp4Linear(nn.Module):
+    """weight uint8 [N, K/2], scales uint8 [N, K/32]: numbers of 4 bits (e2m1) times 2^(scale - 127).
+
+    The format is that of the Open Compute Project's Microscaling specification of 2023. Bytes are as in Int4Linear.
+    """
+
+    NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(out_features, in_features // 32, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    @staticmethod
+    def dequantize(weight, scales):
+        """[N, K] in float32, the exact numbers, which bf16 holds too."""
+        numbers = torch.tensor(Mxfp4Linear.NUMBERS, device=weight.device)[Int4Linear.unpack(weight).int()]
+        return torch.ldexp(numbers.unflatten(1, (-1, 32)), scales[..., None].int() - 127).flatten(1)
+
+    def gpu_weights(self):
+        """None: no kernel takes it."""
+
+    def cpu_weights(self, x):
+        """None: no kernel takes it."""
+
+    def plain_weight(self, dtype):
+        """The weight as it multiplies, [N, K]."""
+        return self.dequantize(self.weight, self.scales).to(dtype)
+
+    def rows(self, expert, experts: int):
+        """Each expert's rows [n, N/experts, K] of a matrix of so many, `expert` [n], as they multiply."""
+        parts = (t.unflatten(0, (experts, -1))[expert].flatten(0, 1) for t in (self.weight, self.scales))
+        return self.dequantize(*parts).unflatten(0, (len(expert), -1))
+
+    def forward(self, x):
+        return F.linear(x, self.plain_weight(x.dtype), self.bias)
+
+
 def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
     """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
 
@@ -259,7 +299,9 @@ def dequantize_weights(state_dict: dict) -> dict:
     for name, tensor in state_dict.items():
         module, _, kind = name.rpartition(".")
         scales, zeros = state_dict.get(f"{module}.scales"), state_dict.get(f"{module}.zeros")
-        if kind == "weight" and zeros is not None:
+        if kind == "weight" and scales is not None and scales.dtype == torch.uint8:
+            plain[name] = Mxfp4Linear.dequantize(tensor, scales)
+        elif kind == "weight" and zeros is not None:
             plain[name] = Int4Linear.dequantize(tensor, scales.float(), zeros.float())
         elif kind == "weight" and scales is not None:
             plain[name] = Int8Linear.dequantize(tensor, scales.float())
@@ -274,7 +316,9 @@ def swap_linears(model: nn.Module, state_dict: dict) -> None:
         if not isinstance(linear, nn.Linear) or f"{name}.scales" not in state_dict:
             continue
         size = linear.in_features, linear.out_features, linear.bias is not None
-        if f"{name}.zeros" in state_dict:
+        if state_dict[f"{name}.scales"].dtype == torch.uint8:
+            module = Mxfp4Linear(*size)
+        elif f"{name}.zeros" in state_dict:
             module = Int4Linear(*size, group_size=linear.in_features // state_dict[f"{name}.scales"].shape[1])
         else:
             module = Int8Linear(*size)

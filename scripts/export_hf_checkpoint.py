@@ -49,7 +49,7 @@ DENSE += ("GPTNeoXForCausalLM", "PhiForCausalLM", "GPTJForCausalLM", "FalconForC
 DENSE += ("CohereForCausalLM", "Cohere2ForCausalLM")
 # With relu the last first, because OPT is known by it.
 LEARNED_POSITIONS = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM")
-SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+SPARSE = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "GptOssForCausalLM")
 # Fields with one implemented value.
 GPT2_OFF = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False)
 FIXED = {
@@ -64,6 +64,7 @@ FIXED = {
     "gptj": {"tie_word_embeddings": False},
     "falcon": {"alibi": False, "parallel_attn": True, "multi_query": True},
     "cohere": {"use_qk_norm": False},
+    "gpt_oss": {"swiglu_alpha": 1.702},
 }
 # Families that refuse a dim that the heads do not divide.
 DIVIDED = ("llama", "arcee", "gpt2", "gpt_bigcode", "opt", "stablelm", "gemma3_text", "gpt_neox", "gptj", "falcon")
@@ -108,6 +109,7 @@ def values_of(config: GPTConfig) -> dict:
         "attention_types": [[["global" if config.window_of(i) is None else "local"], 1] for i in range(layers)],
         "window_size": window or config.block_size,
         "logit_scale": config.logit_scale,
+        "swiglu_limit": config.gate_clamp,
         "query_pre_attn_scalar": max(1, round(scale**-2)),
         "rope_local_base_freq": config.rope_base_window or config.rope_base,
         "sliding_window_pattern": layers + 1,
@@ -145,6 +147,8 @@ def config_to_hf(config: GPTConfig, state_dict: dict) -> dict:
         fields |= {name: values[name] for name in convert.DEFAULTS[model_type] if name in values}
         if model_type == "hyperclovax":  # which multiplies where Granite divides
             fields["logits_scaling"] = config.logit_scale
+        if model_type == "gpt_oss":  # whose name of its activation says nothing
+            fields["hidden_act"] = "silu"
         try:
             made = asdict(convert.config_from_hf(fields))
         except ValueError:  # a field that the family must have
@@ -177,9 +181,23 @@ def stored_tensor(state_dict: dict, order: list[int], parameters: list[str], sto
         groups = [part.unflatten(0, (len(heads[1]), -1)) for part in heads]  # [kv heads, heads of each, C, ...]
         return torch.cat(groups, dim=1).flatten(0, 2)
     tensor = torch.cat(parts)
+    if stored == convert.BY_TURNS:
+        return by_turns(tensor, parameters)
     if stored == convert.FROM_ROW_2:
         return torch.cat([torch.zeros_like(tensor[:1]).expand(2, -1), tensor])
     return tensor.T.contiguous() if stored == convert.TRANSPOSED and tensor.ndim == 2 else tensor
+
+
+def by_turns(tensor, parameters: list[str]) -> torch.Tensor:
+    """The tensor of the files in which gate and up of all experts take turns, or down alone."""
+    gated = parameters[0].rpartition(".")[0].endswith(".gate_proj")
+    tensor = tensor.unflatten(0, (len(parameters) // (2 if gated else 1), -1))  # [experts, rows, ...]
+    if gated:
+        tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    if parameters[0].endswith(".weight"):
+        packed = tensor.dtype == torch.uint8
+        tensor = tensor.unflatten(2, (-1, 16)) if packed else tensor.transpose(1, 2)
+    return tensor.contiguous()
 
 
 def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int]) -> int:
@@ -224,12 +242,17 @@ def export(checkpoint_path, out_dir) -> str:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty folder; give a new one")
     config, state_dict = read_checkpoint(path)
-    if describe_quantization(state_dict):
+    quantized = describe_quantization(state_dict)
+    if quantized and (quantized["mode"] != "mxfp4" or "int8" in quantized):
         raise ValueError(f"{path} is quantized; export the checkpoint that it was made from")
     fields = config_to_hf(config, state_dict)
     model_type = fields["model_type"]
-    dtype = str(reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})).removeprefix("torch.")
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    dtype = str(reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     fields |= special_ids(path.parent) | {"torch_dtype": dtype}
+    if quantized:
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        fields["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     plan = convert.weight_plan(convert.weight_rows(model_type), config, state_dict)
     plan = {name: made for name, made in plan.items() if made[1] != convert.NOWHERE}
 

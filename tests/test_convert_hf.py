@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import transformers  # noqa: E402
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 
 import convert_hf_checkpoint as convert_hf  # noqa: E402
-from checkpoint import build_model, quantize_model, read_checkpoint
+from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint
 from model import GPTConfig  # noqa: E402
 
 SCRIPT = Path(convert_hf.__file__)
@@ -78,6 +79,9 @@ GPTJ = GPT2 | {"rotary_dim": 6, "n_embd": 40}
 FALCON = {name: value for name, value in NEOX.items() if name != "intermediate_size"} | {"ffn_hidden_size": 56}
 FALCON_40B = FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 16}
+GPT_OSS = {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 7, "swiglu_limit": 0.5}
+OSS_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 60}
+OSS_YARN |= {"truncate": False, "beta_fast": 2.5}
 VISION = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
 MISTRAL3 = {"vision_config": VISION, "image_token_index": 100, "vision_feature_layer": -1}
@@ -198,6 +202,9 @@ MODELS = {
         MULTI,
         GEMMA3_4B | {"text_config": GEMMA3_TEXT | LINEAR_8, "tie_word_embeddings": False},
     ),
+    "gpt oss": ("GptOss", ROTARY | GPT_OSS),
+    "gpt oss 32": ("GptOss", ROTARY | GPT_OSS | {"hidden_size": 64, "intermediate_size": 32}),
+    "gpt oss wide": ("GptOss", ROTARY | GPT_OSS | {"layer_types": [FULL, SLIDING], "rope_parameters": OSS_YARN}),
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": ("GPT2", GPT2 | {"n_inner": 24, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
@@ -469,6 +476,36 @@ def test_stacked_experts_give_the_same_checkpoint(saved, copy_of, name):
     short = "model.layers.1.mlp.experts.down_proj"
     reweigh(stacked, lambda tensors: tensors | {short: tensors[short][:-1]})
     refused(stacked, "1.mlp.experts.down_proj", "with its experts one under the other")
+
+
+def test_experts_in_mxfp4_stay_so_and_are_exact(copy_of, saved, capsys):
+    """The published form of gpt-oss, against transformers' own dequantization of random bytes."""
+    folder, random = copy_of("gpt oss 32"), torch.Generator().manual_seed(0)
+    model = type(saved("gpt oss 32")[0])(saved("gpt oss 32")[0].config).eval()
+    model.load_state_dict(saved("gpt oss 32")[0].state_dict())
+
+    def pack(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+            scales = torch.randint(122, 125, (experts, rows, columns // 32), generator=random, dtype=torch.uint8)
+            with torch.no_grad():
+                model.get_parameter(name).copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        return tensors
+
+    reweigh(folder, pack)
+    edit(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    config, state_dict = converted(folder)
+    assert state_dict["transformer.h.0.mlp.experts.4.up_proj.weight"].dtype == torch.uint8
+    assert describe_quantization(state_dict)["mode"] == "mxfp4"
+    compare(model, config, state_dict)
+    short = "model.layers.1.mlp.experts.down_proj_scales"
+    (folder / "model.pth").unlink()
+    reweigh(folder, lambda tensors: tensors | {short: tensors[short][:-1]})
+    refused(folder, short, "with its experts one under the other")
+    edit(folder, quantization_config={"quant_method": "gptq"})
+    refused(folder, "gptq", "mxfp4")
 
 
 def test_the_best_source_wins(saved, copy_of):
@@ -1409,7 +1446,15 @@ def test_the_original_context_is_the_context_if_not_given(saved):
 
 
 KIND = {"rope_type"}
-SCALED = ["llama 3.1", "llama linear", "llama longrope", "qwen2 yarn", "phi3 128k", "olmo3 of two bases"]
+SCALED = [
+    "llama 3.1",
+    "llama linear",
+    "llama longrope",
+    "qwen2 yarn",
+    "phi3 128k",
+    "olmo3 of two bases",
+    "gpt oss wide",
+]
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -1420,8 +1465,10 @@ def test_scaling_matters_here(saved, name):
     scaling = config.rope_scaling
     numbers = {
         field: [3.0] * len(scaling[field]) if field == "short_factor" else 3.5 * scaling[field]
-        for field in scaling.keys() - KIND
+        for field in scaling.keys() - KIND - {"truncate"}
     }
+    if name == "gpt oss wide":
+        numbers["truncate"] = True
     for wrong in (None, *(scaling | {field: number} for field, number in numbers.items())):
         with pytest.raises(AssertionError):
             compare(model, replace(config, rope_scaling=wrong), state_dict, steps=24)
@@ -1477,7 +1524,7 @@ REFUSED = [
     (LLAMA, {"sliding_window": 7}, ["sliding_window"]),
     (LLAMA, {"rope_interleaved": True}, ["rope_interleaved"]),
     (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
-    (LLAMA, {"rope_parameters": YARN | {"truncate": False}}, ["truncate"]),
+    (LLAMA, {"rope_parameters": YARN | {"truncate": 3}}, ["truncate"]),
     (LLAMA, {"rope_parameters": YARN | {"factor": None}}, ["factor"]),
     (LLAMA, {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),
     (LLAMA, {"rope_parameters": LONGROPE | {"short_factor": None}}, ["short_factor"]),

@@ -52,7 +52,7 @@ def test_no_mask_of_a_new_prompt_grows_with_its_square(monkeypatch):
     for config in FAMILIES.values():
         build(config)(random_ids(1, 1000))
     window = FAMILIES["mistral"].sliding_window
-    assert max(sizes) == 2 * window**2
+    assert max(sizes) == window * (2 * window + 1)  # of gpt-oss with a column for its sinks
 
 
 # Both twins, by properties that need neither of them to be right.
