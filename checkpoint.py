@@ -183,14 +183,19 @@ def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:
 def quantize_model(
     config: GPTConfig, state_dict: dict, mode: str, group_size: int, rank: int = 0, ranks: int = 1
 ) -> tuple[GPTConfig, dict]:
-    """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own.
+    """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own. What is in
+    MXFP4 stays so.
 
     With `ranks`, the shard of the quantized weights that `rank` holds; of one matrix at a time the whole.
     """
     config, state_dict = untie_head(config, state_dict)
     quantized = {}
     for name, tensor in state_dict.items():
-        part = shard(quantize_weights({name: tensor}, mode, group_size), config, rank, ranks)
+        scales = state_dict.get(f"{name.rpartition('.')[0]}.scales")
+        part = {name: tensor}
+        if scales is None or scales.dtype != torch.uint8:
+            part = quantize_weights(part, mode, group_size)
+        part = shard(part, config, rank, ranks)
         quantized |= {name: t.clone() for name, t in part.items()} if ranks > 1 else part
     return config, quantized
 

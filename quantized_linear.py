@@ -222,12 +222,11 @@ class Int4Linear(nn.Module):
 
 
 class Mxfp4Linear(nn.Module):
-    """weight uint8 [N, K/2], scales uint8 [N, K/32]: numbers of 4 bits (e2m1) times 2^(scale - 127).
+    """weight uint8 [N, K/2], scales uint8 [N, K/32]: numbers of 4 bits times 2^(scale - 127).
 
-    The format is that of the Open Compute Project's Microscaling specification of 2023. Bytes are as in Int4Linear.
+    The bits are sign, two of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. The format
+    is that of the Open Compute Project's Microscaling specification of 2023. Bytes are as in Int4Linear.
     """
-
-    NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -238,8 +237,13 @@ class Mxfp4Linear(nn.Module):
     @staticmethod
     def dequantize(weight, scales):
         """[N, K] in float32, the exact numbers, which bf16 holds too."""
-        numbers = torch.tensor(Mxfp4Linear.NUMBERS, device=weight.device)[Int4Linear.unpack(weight).int()]
-        return torch.ldexp(numbers.unflatten(1, (-1, 32)), scales[..., None].int() - 127).flatten(1)
+        q, scales = Int4Linear.unpack(weight).int(), scales.int()
+        exponent, mantissa = q >> 1 & 3, q & 1
+        large = (exponent + 126 << 23 | mantissa << 22).view(
+            torch.float32
+        )  # their bits, since a graph's 2^x is not exact
+        numbers = torch.where(exponent > 0, large, 0.5 * mantissa) * (1 - (q >> 3 << 1))
+        return (numbers.unflatten(1, (-1, 32)) * (scales << 23).view(torch.float32)[..., None]).flatten(1)
 
     def gpu_weights(self):
         """None: no kernel takes it."""

@@ -105,3 +105,14 @@ def refused(tiny_checkpoint, monkeypatch, capsys):
 def folder(tiny_checkpoint, tmp_path):
     """A copy of the checkpoint's folder, to be changed."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def experts_in_mxfp4(weights: dict) -> dict:
+    """A state dict with random bytes as its experts' weights, and scales that keep these near the others' size."""
+    random, packed = torch.Generator().manual_seed(0), dict(weights)
+    for name in [name for name in weights if ".experts." in name and name.endswith(".weight")]:
+        N, K = weights[name].shape
+        packed[name] = torch.randint(256, (N, K // 2), generator=random, dtype=torch.uint8)
+        scales = torch.randint(122, 125, (N, K // 32), generator=random, dtype=torch.uint8)
+        packed[f"{name.removesuffix('weight')}scales"] = scales
+    return packed

@@ -15,6 +15,7 @@ import pytest
 import test_convert_hf
 import torch
 import transformers
+from conftest import experts_in_mxfp4
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_convert_hf import MODELS, converted, same
@@ -65,12 +66,7 @@ def test_experts_in_mxfp4_are_written_as_they_were_read(tmp_path):
     fields = {"model_type": "gpt_oss", "vocab_size": 101, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
     fields |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
     config = convert_hf.config_from_hf(fields | {"num_experts_per_tok": 2})
-    weights, random = random_weights(config), torch.Generator().manual_seed(0)
-    for name in [name for name in weights if ".experts." in name and name.endswith(".weight")]:
-        N, K = weights[name].shape
-        weights[name] = torch.randint(256, (N, K // 2), generator=random, dtype=torch.uint8)
-        scales = torch.randint(118, 122, (N, K // 32), generator=random, dtype=torch.uint8)
-        weights[f"{name.removesuffix('weight')}scales"] = scales
+    weights = experts_in_mxfp4(random_weights(config))
     write_checkpoint(tmp_path / "model.pth", config, weights)
     out = tmp_path / "out"
     export(tmp_path / "model.pth", out)
