@@ -26,6 +26,11 @@ import torch.nn.functional as F
 
 import tp
 
+try:
+    import gpu_kernels
+except ImportError:  # no Triton, or the file was left behind
+    gpu_kernels = None
+
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -51,10 +56,9 @@ class Sampling:
 
 def to_probabilities(logits, sampling: Sampling):
     """Probabilities [..., V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
-    logits = logits.float() / sampling.temperature
+    logits, given = logits.float() / sampling.temperature, logits
     if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        logits = logits.masked_fill(given < kth_largest(given, sampling.top_k), float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         descending = probabilities.sort(-1, descending=True).values
@@ -63,6 +67,13 @@ def to_probabilities(logits, sampling: Sampling):
         probabilities = probabilities.masked_fill(probabilities < smallest, 0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return probabilities
+
+
+def kth_largest(values, k: int):
+    """The k-th largest number [..., 1] of each row of values [..., V]."""
+    if gpu_kernels is not None and gpu_kernels.runs_on(values.device):
+        return gpu_kernels.kth_largest(values, k)
+    return values.topk(k, sorted=False).values.amin(-1, keepdim=True)
 
 
 def likeliest(values):

@@ -162,6 +162,19 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
             assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kth_largest_is_that_of_a_sort(dtype):
+    import gpu_kernels
+
+    for shape in ((1, 128256), (3, 2, 501), (1, 1)):
+        x = (3 * torch.randn(shape, device="cuda")).to(dtype)
+        for k in {1, min(200, shape[-1]), shape[-1]}:
+            expected = x.float().sort(-1, descending=True).values[..., k - 1 : k]
+            assert torch.equal(gpu_kernels.kth_largest(x, k), expected), (shape, k)
+    x[:] = float("nan")
+    assert gpu_kernels.kth_largest(x, 1).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
 
