@@ -11,7 +11,7 @@ Decisions to know:
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Logits that are not finite become the token -1, which costs no wait, and end the loop where the host reads it.
 
-Copy me: needs torch, and `tp.py` beside it.
+Copy me: needs torch, and `tp.py` beside it, for speed on a GPU `gpu_kernels.py`.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 """

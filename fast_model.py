@@ -332,6 +332,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.sinks else None
         for name in ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache"):  # a module's own buffers are its cache
             self.register_buffer(name, None, persistent=False)
+        self.register_buffer("arrived", None, persistent=False)  # of the GPU's kernel, which counts its programs
 
     def setup_cache(self, shape, dtype, device):
         """Empty caches [B, K, S, C]; those of int8 have a scale for each head of each token."""
@@ -339,6 +340,8 @@ class Attention(nn.Module):
             setattr(self, f"{name}_cache", torch.zeros(shape, dtype=dtype, device=device))
             scales = torch.zeros(shape[:3], dtype=torch.bfloat16, device=device) if dtype == torch.int8 else None
             setattr(self, f"{name}_scale_cache", scales)
+        if gpu_kernels is not None and gpu_kernels.runs_on(device):
+            self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
     def forward(self, x, rope, mask, input_pos):
         B, T, _ = x.shape
@@ -354,7 +357,9 @@ class Attention(nn.Module):
             norms = (
                 (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one) if norms_there else ()
             )
-            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, window, self.scale, self.sinks, *norms)
+            y = gpu_kernels.attention(
+                q, k, v, rope, input_pos, *caches, window, self.scale, self.arrived, self.sinks, *norms
+            )
             return self.out(y.view(B, T, -1))
         if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
             y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)

@@ -729,13 +729,14 @@ def _load_scales(scale_caches, slot, end):
 @jit_for_any_T
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, rope_ptr, pos_ptr,
-    k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, sums_ptr, tops_ptr,
+    k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, sums_ptr, tops_ptr, arrived_ptr, sinks_ptr, y_ptr,
     T, S, window, q_stride, k_stride, v_stride, scale, eps,
     H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, NEW: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PLUS_ONE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one kv head against one part of its older slots: M rows are tokens times query heads.
+    """The queries of one kv head against one part of its older slots: M rows are tokens times query heads. Whoever of
+    the parts ends last joins them.
 
     The last part's program takes the new tokens too, and stores their keys and values. Positions and angles come from
     kernels of the compiler's, older keys and values from earlier steps: they are there before this kernel starts.
@@ -823,46 +824,47 @@ def _attention_kernel(
     tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums)
     tl.store(tops_ptr + 2 * out, top)
     tl.store(tops_ptr + 2 * out + 1, total)
-
-
-@jit_for_any_T
-def _join_splits_kernel(
-    sums_ptr, tops_ptr, sinks_ptr, y_ptr, T,
-    H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One row of y [B T H, C]."""
-    row = tl.program_id(0)
-    b, t, h = row // (T * H), row // H % T, row % H
-    R: tl.constexpr = H // KV
-    split, c = tl.arange(0, SPLITS), tl.arange(0, CP)
-    at = ((b * KV + h // R) * SPLITS + split) * M + t * R + h % R
-    _wait_for_inputs(PDL)
-    top, total = tl.load(tops_ptr + 2 * at), tl.load(tops_ptr + 2 * at + 1)
-    highest, rest = tl.max(top, 0), 0.0
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, sink)
-        rest = tl.exp2(sink - highest)
-    weight = tl.exp2(top - highest)
-    sums = tl.load(sums_ptr + at[:, None] * CP + c[None, :])
-    y = tl.sum(sums * weight[:, None], 0) / (tl.sum(total * weight, 0) + rest)
-    tl.store(y_ptr + row * C + c, y.to(y_ptr.dtype.element_ty), mask=c < C)
+    tl.debug_barrier()  # all warps have stored; the count then tells the other programs
+    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived_ptr + head, 0)  # for the next layer's
+        # Parts of older slots, from the first on; the last one had the new tokens.
+        parts = tl.minimum(tl.cdiv(older - oldest, tl.maximum(per_split, 1)), SPLITS - 1)
+        for other in range(0, parts + 1):
+            part = tl.where(other == parts, SPLITS - 1, other)
+            if part != split:
+                at_part = (head * SPLITS + part) * M + m
+                top_there = tl.load(tops_ptr + 2 * at_part, cache_modifier=".cg")
+                total_there = tl.load(tops_ptr + 2 * at_part + 1, cache_modifier=".cg")
+                higher = tl.maximum(top, top_there)
+                fade, fade_there = tl.exp2(top - higher), tl.exp2(top_there - higher)
+                there = tl.load(sums_ptr + at_part[:, None] * CP + c[None, :], cache_modifier=".cg")
+                sums = sums * fade[:, None] + there * fade_there[:, None]
+                total = total * fade + total_there * fade_there
+                top = higher
+        h = kv * R + m % R
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+            higher = tl.maximum(top, sink)
+            fade = tl.exp2(top - higher)
+            sums, total = sums * fade[:, None], total * fade + tl.exp2(sink - higher)
+        y_at = (b * T + token) * H + h
+        y = (sums / total[:, None]).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + y_at[:, None] * C + c[None, :], y, mask=in_q)
 
 
 @torch.library.custom_op("gpt_twin::attention", mutates_args=(), device_types="cuda")
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    window: int, scale: float, sinks: torch.Tensor | None = None, q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None, eps: float = 0.0, plus_one: bool = False,
+    window: int, scale: float, arrived: torch.Tensor, sinks: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 0.0, plus_one: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T], which counts up
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
     `window` slots up to its own, and `scale` multiplies the scores, to which `sinks` [H] add one of each head that has
-    no value. T H / KV is 64 at most. `q_norm` and `k_norm` [C] are weights of an RMS norm of each head before the
-    rotation, with `plus_one` what is added to 1.
+    no value. `arrived` [B KV] are zeros in int32, and are so again afterwards. T H / KV is 64 at most. `q_norm` and
+    `k_norm` [C] are weights of an RMS norm of each head before the rotation, with `plus_one` what is added to 1.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -884,18 +886,17 @@ def attention(
     block = max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles of it fit into 100 kB, an RTX 4090's
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
-        q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops,
+        q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops, arrived, sinks, y,
         T, S, window, q.stride(1), k.stride(1), v.stride(1),
         scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
         eps=eps, NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None,
         PLUS_ONE=plus_one, **shape, **options,
     )  # fmt: skip
-    _join_splits_kernel[(B * T * H,)](sums, tops, sinks, y, T, **shape, **options)
     return y
 
 
 @attention.register_fake
-def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale,
+def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale, arrived,
       sinks=None, q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
     return q.new_empty(q.shape)
 
