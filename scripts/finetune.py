@@ -44,13 +44,16 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cpu_kernels
@@ -378,17 +381,30 @@ def weights_of(model: nn.Module) -> dict:
     return to_reference(state_dict, model.config) if isinstance(model, FastGPT) else state_dict
 
 
-def shard_layers(model: nn.Module) -> None:
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    return model.layers if isinstance(model, FastGPT) else model.transformer.h
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Let each layer keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    # Not in the compiler's graph, in which the loss without gradients is another one (torch 2.13): so layers are compiled
+    # by themselves, as they are between the hooks of `fully_shard`.
+    outside = torch.compiler.disable(checkpoint, recursive=False)
+    for layer in layers_of(model):
+        layer.forward = partial(outside, layer.forward, use_reentrant=False)
+
+
+def shard_layers(model: nn.Module, device: str) -> None:
     """Divide a model among the ranks, each layer by itself, and the rest."""
-    layers = model.layers if isinstance(model, FastGPT) else model.transformer.h
+    layers, mesh = layers_of(model), init_device_mesh(device.partition(":")[0], rank_and_count()[1:])
     # FastGPT gives the weights of a layer's last norm to the layer after it, so they must be there outside their layer.
     norms = nn.ModuleList(layer.post_mlp for layer in layers if isinstance(model, FastGPT) and layer.post_mlp)
     for layer in layers:
         norm, layer.post_mlp = layer.post_mlp, None if len(norms) else layer.post_mlp
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
         layer.post_mlp = norm
     model.norms = norms
-    fully_shard(model)
+    fully_shard(model, mesh=mesh)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a view of logits, which nobody changes in place
     del model.norms
 
@@ -401,7 +417,7 @@ def build_sharded(config: GPTConfig, state_dict: dict, args) -> nn.Module:
     model.requires_grad_(True)
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
-    shard_layers(model)
+    shard_layers(model, args.device)
     model.to_empty(device=args.device)
     own = {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
     with torch.no_grad():
@@ -619,7 +635,9 @@ class Run:
 
     def autocast(self):
         kind = self.device.partition(":")[0]
-        return torch.autocast(kind, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(kind, self.dtype, cache_enabled=False)  # a cache would hold the whole model in bfloat16
 
 
 # Arguments that decide what is learned.
@@ -650,6 +668,8 @@ def make_run(args) -> Run:
         chat = any(IGNORED in part for part in (rows[1], held_out[1]))
         prompt = encode_sample(args.sample, tokenizer, chat, config.block_size)
     model = make_model(args, config, state_dict)
+    if args.recompute:
+        recompute_layers(model)
     loss, ranks = Loss(model), rank_and_count()[1]
     copied = ranks > 1 and not isinstance(model, FSDPModule)  # the whole model on each rank
     if args.compile:
@@ -723,6 +743,8 @@ def evaluate(args, run: Run, step: int) -> None:
         except FloatingPointError as error:  # in bfloat16, of weights that are worth saving
             text = str(error)
         write0(f"  {args.sample!r} -> {text}")
+    if isinstance(run.model, FSDPModule):
+        run.model.reshard()  # the embedding and the head, which else a backward pass divides again
 
 
 def write0(line: str) -> None:
@@ -816,6 +838,8 @@ def parse_arguments():
     add("--model", choices=("reference", "fast"), default="fast", help="the twin that is trained")
     add("--compile", action="store_true", help="compile the step's forward and backward pass")
     add("--shard", action="store_true", help="divide weights, gradients and AdamW's states among torchrun's ranks")
+    help = "keep the inputs of layers alone for the backward pass, and compute layers again: a third more work"
+    add("--recompute", action="store_true", help=help)
     add("--steps", type=positive, default=1000)
     add("--batch_size", type=positive, default=8, help="rows at a time, on each rank")
     add("--accumulate", type=positive, default=1, help="batches of a step")
