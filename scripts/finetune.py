@@ -387,8 +387,8 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 def recompute_layers(model: nn.Module) -> None:
     """Let each layer keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
-    # Not in the compiler's graph, in which the loss without gradients is another one (torch 2.13): so layers are compiled
-    # by themselves, as they are between the hooks of `fully_shard`.
+    # Outside the compiler's graphs, because in one of the whole model the loss without gradients is another number
+    # (torch 2.13). So each layer is compiled by itself, as it is between the hooks of `fully_shard`.
     outside = torch.compiler.disable(checkpoint, recursive=False)
     for layer in layers_of(model):
         layer.forward = partial(outside, layer.forward, use_reentrant=False)
@@ -397,16 +397,18 @@ def recompute_layers(model: nn.Module) -> None:
 def shard_layers(model: nn.Module, device: str) -> None:
     """Divide a model among the ranks, each layer by itself, and the rest."""
     layers, mesh = layers_of(model), init_device_mesh(device.partition(":")[0], rank_and_count()[1:])
-    # FastGPT gives the weights of a layer's last norm to the layer after it, so they must be there outside their layer.
-    norms = nn.ModuleList(layer.post_mlp for layer in layers if isinstance(model, FastGPT) and layer.post_mlp)
+    # The layer after it takes the weight of FastGPT's post_mlp, so this one belongs to the rest.
+    lent = nn.ModuleList(layer.post_mlp for layer in layers if isinstance(model, FastGPT) and layer.post_mlp)
     for layer in layers:
-        norm, layer.post_mlp = layer.post_mlp, None if len(norms) else layer.post_mlp
+        norm = layer.post_mlp
+        if len(lent):
+            layer.post_mlp = None
         fully_shard(layer, mesh=mesh)
         layer.post_mlp = norm
-    model.norms = norms
+    model.lent = lent
     fully_shard(model, mesh=mesh)
+    del model.lent
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a view of logits, which nobody changes in place
-    del model.norms
 
 
 def build_sharded(config: GPTConfig, state_dict: dict, args) -> nn.Module:
