@@ -745,8 +745,6 @@ def evaluate(args, run: Run, step: int) -> None:
         except FloatingPointError as error:  # in bfloat16, of weights that are worth saving
             text = str(error)
         write0(f"  {args.sample!r} -> {text}")
-    if isinstance(run.model, FSDPModule):
-        run.model.reshard()  # the embedding and the head, which else a backward pass divides again
 
 
 def write0(line: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -52,6 +53,7 @@ def compare(family: str, twin: str, lora: int, compiled: bool, folder: Path) -> 
     )
     if lora:
         finetune.recompute_layers(divided)
+    assert all(isinstance(layer, FSDPModule) for layer in finetune.layers_of(divided))
     held = sum(p.to_local().numel() for p in divided.parameters())
     assert held < 1.1 * sum(p.numel() for p in alone.parameters()) / ranks
     expected, gradients = trained(alone, IDS, compiled=False)
@@ -106,10 +108,11 @@ def test_a_divided_model_has_the_loss_gradients_and_file_of_a_whole_one(tmp_path
 
 STOPPED = """
 import sys, scripts.finetune as finetune
-from runtime import run_command
+from runtime import objects_of_ranks, run_command
 
 def save_model(*arguments):
     saved(*arguments)
+    objects_of_ranks("saved")
     raise FloatingPointError("stopped")
 
 saved, finetune.save_model = finetune.save_model, save_model
