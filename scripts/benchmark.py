@@ -566,11 +566,8 @@ def forwards(args, models: dict, limits: dict):
 
 def training_step(args, model, weights: str, compiled: bool):
     """A function that takes one step on a batch of random tokens, always the same, and returns the loss before it."""
-    loss, optimizer = finetune.Loss(model), finetune.make_optimizer(model, 1e-4, 0.1, args.device)
-    if args.recompute:
-        finetune.recompute_layers(model)
-    if compiled:
-        loss.compile(fullgraph=not (args.shard or args.recompute), dynamic=False)
+    loss = finetune.make_loss(model, compiled, args.recompute)
+    optimizer = finetune.make_optimizer(model, 1e-4, 0.1, args.device)
     rank, ranks = rank_and_count()
     parallel = DistributedDataParallel(loss) if ranks > 1 and not args.shard else loss
     size = args.batch * (args.tokens[0] + 1)

@@ -385,15 +385,6 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return model.layers if isinstance(model, FastGPT) else model.transformer.h
 
 
-def recompute_layers(model: nn.Module) -> None:
-    """Let each layer keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
-    # Outside the compiler's graphs, because in one of the whole model the loss without gradients is another number
-    # (torch 2.13). So each layer is compiled by itself, as it is between the hooks of `fully_shard`.
-    outside = torch.compiler.disable(checkpoint, recursive=False)
-    for layer in layers_of(model):
-        layer.forward = partial(outside, layer.forward, use_reentrant=False)
-
-
 def shard_layers(model: nn.Module, device: str) -> None:
     """Divide a model among the ranks, each layer by itself, and the rest."""
     layers, mesh = layers_of(model), init_device_mesh(device.partition(":")[0], rank_and_count()[1:])
@@ -433,16 +424,38 @@ def build_sharded(config: GPTConfig, state_dict: dict, args) -> nn.Module:
 
 
 class Loss(nn.Module):
-    """The sum of the next tokens' cross-entropy, in one piece for the compiler and for DistributedDataParallel."""
+    """The sum of the next tokens' cross-entropy, in one piece for DistributedDataParallel."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.cross_entropy = model, summed_cross_entropy
 
     def forward(self, ids, targets):
         """A number, for ids and targets [R, T]."""
-        logits = self.model(ids).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return self.cross_entropy(self.model(ids), targets)
+
+
+def summed_cross_entropy(logits, targets):
+    """A number, for logits [R, T, V] and targets [R, T]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def make_loss(model: nn.Module, compiled: bool, recompute: bool) -> Loss:
+    """The loss of a model, of which this changes the layers: compiled, and computed again in the backward pass.
+
+    Each layer is compiled by itself, which is also what `fully_shard` and `checkpoint` need. In one graph of the whole
+    model torch 2.13 computes wrong gradients, if it has three or more of the nested regions that FastGPT's layers are.
+    """
+    loss = Loss(model)
+    compile = partial(torch.compile, fullgraph=isinstance(model, FastGPT), dynamic=False)
+    for layer in layers_of(model):
+        if compiled:
+            layer.forward = compile(layer.forward)
+        if recompute:  # a layer keeps its input alone (Chen et al. 2016, arXiv:1604.06174)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if compiled:
+        loss.cross_entropy = compile(loss.cross_entropy)
+    return loss
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float, device: str):
@@ -474,16 +487,13 @@ DIGESTS |= {"val_data_digest": "other contents of --val_data", "tokenizer_digest
 @torch.no_grad()
 def mean_loss(loss, data, batch_size: int, device: str, autocast) -> float:
     """The mean over all tokens of (ids, targets) that count; each rank takes some of the batches."""
-    (rank, ranks), total, count = rank_and_count(), 0.0, 0
-    batches = list(zip(*(part.split(batch_size) for part in data), strict=True))
-    for first in range(0, len(batches), ranks):
-        ids, targets = batches[min(first + rank, len(batches) - 1)]  # all ranks of a sharded model compute together
+    (rank, ranks), total = rank_and_count(), 0.0
+    missing = -len(data[0]) % (batch_size * ranks)  # so that each rank has as many batches, and the compiler one shape
+    padded = [F.pad(part, (0, 0, 0, missing), value=value) for part, value in zip(data, (0, IGNORED), strict=True)]
+    for ids, targets in list(zip(*(part.split(batch_size) for part in padded), strict=True))[rank::ranks]:
         with autocast():
-            value = loss(ids.to(device).long(), targets.to(device).long()).item()
-        if first + rank < len(batches):
-            total, count = total + value, count + (targets != IGNORED).sum().item()
-    totals, counts = zip(*objects_of_ranks((total, count)), strict=True)
-    return sum(totals) / sum(counts)
+            total += loss(ids.to(device).long(), targets.to(device).long()).item()
+    return sum(objects_of_ranks(total)) / (data[1] != IGNORED).sum().item()
 
 
 class Together(nn.Module):
@@ -670,12 +680,8 @@ def make_run(args) -> Run:
         chat = any(IGNORED in part for part in (rows[1], held_out[1]))
         prompt = encode_sample(args.sample, tokenizer, chat, config.block_size)
     model = make_model(args, config, state_dict)
-    if args.recompute:
-        recompute_layers(model)
-    loss, ranks = Loss(model), rank_and_count()[1]
+    loss, ranks = make_loss(model, args.compile, args.recompute), rank_and_count()[1]
     copied = ranks > 1 and not isinstance(model, FSDPModule)  # the whole model on each rank
-    if args.compile:
-        loss.compile(dynamic=False)
     start = {"start": fingerprint(config, state_dict), "tokenizer_digest": digest_of_tokenizer(folder)}
     more = {"length": length, "lora_targets": args.lora_targets if args.lora_rank else []}
     more |= {"batch_size x accumulate x ranks": args.batch_size * args.accumulate * ranks}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,9 @@ COMPILED = [("gemma-3", "fast"), ("mixtral", "fast")]
 IDS = torch.randint(331, (4, 41), generator=torch.Generator().manual_seed(0))
 
 
-def trained(model, ids, compiled: bool, scale: float = 1.0) -> tuple[float, dict]:
-    """(the loss of rows, {name: its gradient}), over two batches that are accumulated."""
-    loss, total = finetune.Loss(model), 0.0
-    if compiled:
-        loss.compile(backend="aot_eager", dynamic=False)  # the graphs, run by PyTorch's own operators
+def trained(model, ids, compiled: bool = False, recompute: bool = False, scale: float = 1.0) -> tuple[float, dict]:
+    """(the loss of rows, {name: its gradient}), over batches that are accumulated."""
+    loss, total = finetune.make_loss(model, compiled, recompute), 0.0
     for batch in ids.split(1):
         value = loss(batch[:, :-1], batch[:, 1:]) * scale
         value.backward()
@@ -51,14 +50,12 @@ def compare(family: str, twin: str, lora: int, compiled: bool, folder: Path) -> 
         finetune.make_model(Namespace(**args, device="cpu", seed=1, shard=shard), config, weights)
         for shard in (False, True)
     )
-    if lora:
-        finetune.recompute_layers(divided)
     assert all(isinstance(layer, FSDPModule) for layer in finetune.layers_of(divided))
     held = sum(p.to_local().numel() for p in divided.parameters())
     assert held < 1.1 * sum(p.numel() for p in alone.parameters()) / ranks
-    expected, gradients = trained(alone, IDS, compiled=False)
+    expected, gradients = trained(alone, IDS)
     rows = IDS.chunk(ranks)[rank]
-    total, found = trained(divided, rows, compiled, scale=ranks)
+    total, found = trained(divided, rows, compiled, recompute=lora > 0, scale=ranks)
     total = torch.tensor(total)
     dist.all_reduce(total)
     assert total.item() / ranks == pytest.approx(expected, rel=1e-5)
@@ -182,4 +179,5 @@ def test_an_error_of_ranks_that_divide_a_model_is_told_once(tiny_checkpoint, tmp
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # the graphs, run by PyTorch's own operators
     run_command(main, Namespace(compiled=sys.argv[1] == "1", file=sys.argv[2], device="cpu"), splits=True)
