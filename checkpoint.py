@@ -86,14 +86,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().to("meta" if dist.get_rank() else "cpu")
 
 
-def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+def put(tensor: torch.Tensor, source: torch.Tensor) -> None:
     """Copy a whole tensor into one that may be divided, of which this rank holds some rows."""
-    if not hasattr(tensor, "full_tensor"):
-        tensor.copy_(whole)
-        return
-    own, mesh = tensor.to_local(), tensor.device_mesh
-    first = mesh.get_local_rank() * -(-len(whole) // mesh.size())
-    own.copy_(whole[first : first + len(own)])
+    if hasattr(tensor, "full_tensor"):
+        mesh = tensor.device_mesh
+        first, tensor = mesh.get_local_rank() * -(-len(source) // mesh.size()), tensor.to_local()
+        source = source[first : first + len(tensor)]
+    tensor.copy_(source)
 
 
 def reference_state(model: nn.Module) -> dict:

@@ -2,7 +2,7 @@
 
     python -m scripts.finetune --checkpoint_path checkpoints/NAME/model.pth --data FILE.txt --out_dir checkpoints/NEW
     python -m scripts.finetune --config DIR/config.json --data FILE.txt --out_dir checkpoints/NEW --compile
-    torchrun --standalone --nproc_per_node=2 -m scripts.finetune --checkpoint_path ... --data ... --out_dir ...
+    torchrun --standalone --nproc_per_node=2 -m scripts.finetune --checkpoint_path ... --data ... --out_dir ... --shard
 
 Decisions to know:
 
@@ -555,9 +555,8 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
             put(parameters[name], tensor)
         for number, state in content["optimizer"]["state"].items():
             for key, tensor in state.items():
-                if tensor.dim():  # not the step
-                    state[key] = torch.empty_like(numbered[number])
-                    put(state[key], tensor)
+                state[key] = torch.empty_like(numbered[number] if tensor.dim() else tensor)  # the step is a number
+                put(state[key], tensor)
     optimizer.load_state_dict(content["optimizer"])
     return content["step"]
 
