@@ -175,7 +175,7 @@ def test_attention_is_that_of_plain_pytorch(kernels, monkeypatch, threads, dtype
 def test_a_position_outside_of_the_cache_writes_nowhere(kernels):
     q, k, v = (numbers(1, 1, heads, 32, seed=heads) for heads in (4, 2, 3))
     caches = torch.zeros(1, 2, 8, 32), torch.zeros(1, 2, 8, 32)
-    kernels.attention(q, k, v[:, :, :2], None, torch.tensor([[8]]), (*caches, None, None), 8, 0.2)
+    kernels.attention((q, k, v[:, :, :2]), None, torch.tensor([[8]]), (*caches, None, None), 8, 0.2)
     assert not any(cache.any() for cache in caches)
 
 
