@@ -443,8 +443,8 @@ def summed_cross_entropy(logits, targets):
 def make_loss(model: nn.Module, compiled: bool, recompute: bool) -> Loss:
     """The loss of a model, of which this changes the layers: compiled, and computed again in the backward pass.
 
-    Each layer is compiled by itself, which is also what `fully_shard` and `checkpoint` need. In one graph of the whole
-    model torch 2.13 computes wrong gradients, if it has three or more of the nested regions that FastGPT's layers are.
+    Each layer is compiled by itself: that makes two graphs, however many layers there are, and `fully_shard` and
+    `checkpoint` need it.
     """
     loss = Loss(model)
     compile = partial(torch.compile, fullgraph=isinstance(model, FastGPT), dynamic=False)
