@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 import cpu_kernels
@@ -75,13 +76,33 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that `fully_shard` has divided, whole: in rank 0's memory, of other ranks on the device meta.
+
+    All ranks call this together. Any other tensor stays as it is.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.full_tensor().to("meta" if dist.get_rank() else "cpu")
+
+
+def put(tensor: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a whole tensor into one that may be divided, of which this rank holds some rows."""
+    if hasattr(tensor, "full_tensor"):
+        mesh = tensor.device_mesh
+        first, tensor = mesh.get_local_rank() * -(-len(source) // mesh.size()), tensor.to_local()
+        source = source[first : first + len(tensor)]
+    tensor.copy_(source)
+
+
 def reference_state(model: nn.Module) -> dict:
     """The weights of a live GPT or FastGPT, wrapped or not, in the reference's layout; views where that is possible.
 
-    Raises ValueError if they are in the layout of a kernel for int4.
+    Those of a model that `fully_shard` has divided are as `whole` gathers them. Raises ValueError if they are in the
+    layout of a kernel for int4.
     """
     inner = unwrapped(model)
-    state_dict = strip_prefixes(inner.state_dict())
+    state_dict = {name: whole(tensor) for name, tensor in strip_prefixes(inner.state_dict()).items()}
     if isinstance(inner, GPT):
         return state_dict
     if any(isinstance(module, Int4Linear) and module.prepared for module in inner.modules()):
@@ -90,8 +111,14 @@ def reference_state(model: nn.Module) -> dict:
 
 
 def save(model: nn.Module, path) -> None:
-    """Write the `model.pth` of a GPT or FastGPT, compiled, in DistributedDataParallel, or as it is: the same file."""
-    write_checkpoint(path, unwrapped(model).config, dict(sorted(reference_state(model).items())))
+    """Write the `model.pth` of a GPT or FastGPT, compiled, in DistributedDataParallel, or as it is: the same file.
+
+    Of one that `fully_shard` has divided too, if all ranks call this; rank 0 writes.
+    """
+    divided = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    state_dict = reference_state(model)
+    if not divided or dist.get_rank() == 0:
+        write_checkpoint(path, unwrapped(model).config, dict(sorted(state_dict.items())))
 
 
 @torch.no_grad()
@@ -113,7 +140,7 @@ def load(model: nn.Module, path) -> None:
     if own.keys() != state_dict.keys():
         raise ValueError("this model is quantized, or has adapters; load into a plain one")
     for name, tensor in own.items():
-        tensor.copy_(state_dict[name])
+        put(tensor, state_dict[name])
 
 
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:

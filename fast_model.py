@@ -12,7 +12,7 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
 - The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
-- `Block.forward` is a nested compile region: the compiler works on one layer and reuses it for all of them.
+- A layer is a nested compile region: the compiler works on one and reuses it for all. With gradients it is not.
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
@@ -560,12 +560,16 @@ class Block(nn.Module):
         self.post_attn = nn.RMSNorm(config.dim) if config.post_norm else None
         self.post_mlp = nn.RMSNorm(config.dim) if config.post_norm else None
 
-    @torch.compiler.nested_compile_region
-    def forward(self, residual, update, post, rope, mask, input_pos):
+    def forward(self, *inputs):
         """The residual stream, and what the next norm adds to it, so that sum and norm can be one kernel.
 
-        `post` is the weight of the norm that this update goes through first, if there is one.
+        The inputs are those of `compute`, where `post` is the weight of the norm that the update goes through first, if
+        there is one. In a graph with gradients each layer is written out: of three regions and more torch 2.13 gets
+        the gradients wrong, by their own size and without a word.
         """
+        return self.compute(*inputs) if torch.is_grad_enabled() else self.compute_in_region(*inputs)
+
+    def compute(self, residual, update, post, rope, mask, input_pos):
         residual, x = self.norm_1(residual, update, post)
         update = self.attn(x, rope, mask, input_pos)
         if self.parallel:
@@ -573,6 +577,8 @@ class Block(nn.Module):
             return residual, update + self.mlp(x)
         residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
         return residual, self.mlp(x)
+
+    compute_in_region = torch.compiler.nested_compile_region(compute)
 
 
 class FastGPT(nn.Module):

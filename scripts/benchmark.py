@@ -10,6 +10,7 @@
     python -m scripts.benchmark train --shape gpt-124m --batch 16 --tokens 1024
     python -m scripts.benchmark speculate --shape llama-2-7b --acceptance 0.6 0.8 0.9
     torchrun --standalone --nproc_per_node=2 -m scripts.benchmark decode --shape llama-2-7b
+    torchrun --standalone --nproc_per_node=2 -m scripts.benchmark train --shape llama-2-7b --shard --recompute
     python -m scripts.benchmark plot --json_path FILE --png FILE
 
 Decisions to know:
@@ -35,10 +36,12 @@ Decisions to know:
   that the model accepts the wanted share of the drafts. Speed depends on that share alone.
 - Under torchrun `decode` measures a model that is split among the ranks, each with random weights of its own; the
   figures are rank 0's.
+- Under torchrun `train` takes the fast twin alone, --batch rows on each rank; tokens are those of all ranks. Without
+  --shard each rank has the whole model (DistributedDataParallel).
 - Memory is the run's, with all models on the device; in `forward` and `train`, on an NVIDIA GPU, each row's, which is
   alone there.
 - `train` measures whole steps of `finetune.py`, forward, backward and AdamW, of weights in float32, with `--weights
-  bfloat16` under autocast. The losses of the first three steps must be those of `model.py`.
+  bfloat16` under autocast. The losses of the first three steps must be those of the first row.
 
 Copy me: needs torch, safetensors and tqdm, `scripts/finetune.py` beside it, and in the folder above `model.py`,
 `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`,
@@ -66,6 +69,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import fast_model
 import quantized_linear
@@ -181,15 +185,15 @@ FEW = 16  # tokens that `ladder` has of model.py
 
 
 class RandomWeights(Mapping):
-    """bf16 weights of a model whose activations stay near 1; with `ranks`, of one rank's shard.
+    """bf16 weights of a model whose activations stay near 1; with `ranks`, of the shard that `rank` has.
 
     Each is made when it is asked for, always the same, so that a model need not fit onto the device in bf16.
     """
 
-    def __init__(self, config: GPTConfig, device: str, ranks: int = 1):
+    def __init__(self, config: GPTConfig, device: str, rank: int = 0, ranks: int = 1):
         local = tp.shard_config(config, ranks)
         self.shapes = shapes_of(replace(local, vocab_size=tp.vocab_rows(config, ranks)))
-        self.seeds = {name: 2**20 * rank_and_count()[0] + i for i, name in enumerate(self.shapes)}
+        self.seeds = {name: 2**20 * rank + i for i, name in enumerate(self.shapes)}
         self.device, self.ranks, self.norm = device, ranks, 0 if config.norm_plus_one else 1
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -219,6 +223,12 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
     rank, ranks = rank_and_count()
     return build_model(config, state_dict, device, dtype, reference, rank, ranks)
+
+
+def make_trained(args, config: GPTConfig, state_dict: Mapping, reference: bool = False):
+    """A model of `finetune.py`, its weights in float32."""
+    twin = {"model": "reference" if reference else "fast", "lora_rank": 0, "seed": 0}
+    return finetune.make_model(argparse.Namespace(**twin, shard=args.shard, device=args.device), config, state_dict)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
@@ -556,16 +566,17 @@ def forwards(args, models: dict, limits: dict):
 
 def training_step(args, model, weights: str, compiled: bool):
     """A function that takes one step on a batch of random tokens, always the same, and returns the loss before it."""
-    loss, optimizer = finetune.Loss(model), finetune.make_optimizer(model, 1e-4, 0.1, args.device)
-    if compiled:
-        loss.compile(fullgraph=True, dynamic=False)
+    loss = finetune.make_loss(model, compiled, args.recompute)
+    optimizer = finetune.make_optimizer(model, 1e-4, 0.1, args.device)
+    rank, ranks = rank_and_count()
+    parallel = DistributedDataParallel(loss) if ranks > 1 and not args.shard else loss
     size = args.batch * (args.tokens[0] + 1)
-    ids = torch.randint(model.config.vocab_size, (size,), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(args.device).view(args.batch, -1)
+    ids = torch.randint(model.config.vocab_size, (size,), generator=torch.Generator().manual_seed(rank))
+    ids, kind = ids.to(args.device).view(args.batch, -1), args.device.partition(":")[0]
 
     def step() -> torch.Tensor:
-        with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=weights == "bfloat16"):
-            value = loss(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        with torch.autocast(kind, torch.bfloat16, enabled=weights == "bfloat16", cache_enabled=False):
+            value = parallel(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -577,8 +588,8 @@ def training_step(args, model, weights: str, compiled: bool):
 def trainings(args, models: dict, limits: dict):
     """One training step on a batch: the reference, the fast model, and it compiled; `models` is as for `forwards`."""
     ((name, build),) = models.items()
-    expected = None
-    for kind in ("model.py", "fast_model.py", "compiled"):
+    ranks, expected = rank_and_count()[1], None
+    for kind in ("model.py", "fast_model.py", "compiled")[ranks > 1 :]:
         title = f"{name} {kind}"
         model = build(reference=kind == "model.py").train().requires_grad_(True)
         step = training_step(args, model, name, kind == "compiled")
@@ -588,11 +599,11 @@ def trainings(args, models: dict, limits: dict):
         expected = losses if expected is None else expected
         off = ((losses - expected).abs().max() / expected.abs().max()).item()
         if not off < (1e-4 if name == "float32" else 1e-2):
-            raise ValueError(f"{title}: its losses {losses.tolist()} are not those of model.py, {expected.tolist()}")
+            raise ValueError(f"{title}: its losses {losses.tolist()} are not the first row's, {expected.tolist()}")
         seconds, memory = sample_alone(args, step)
-        more = {"tokens": args.batch * args.tokens[0], "losses_within": off} | memory
-        # Two passes more backwards than forwards; what AdamW reads and writes is not counted.
-        floor = 3 * operations_per_token(model) * more["tokens"] / limits["operations_per_second"]
+        more = {"tokens": args.batch * args.tokens[0] * ranks, "losses_within": off} | memory
+        # Two passes more backwards than forwards; what is computed again, and AdamW's traffic, are not counted.
+        floor = 3 * operations_per_token(model) * more["tokens"] / (limits["operations_per_second"] * ranks)
         del model, step
         clear_device()
         yield row_of(title, seconds, floor, **more)
@@ -849,8 +860,10 @@ def check_flags(args) -> None:
     suite, on_cpu = args.suite, args.device == "cpu"
     if args.json_path:
         check_target(args.json_path)
-    if rank_and_count()[1] > 1 and (suite != "decode" or args.checkpoint_path or args.hf):
-        raise ValueError("under torchrun there is the suite decode of a --shape; run the others without it")
+    if rank_and_count()[1] > 1 and (suite not in ("decode", "train") or args.checkpoint_path or args.hf):
+        raise ValueError("under torchrun there are the suites decode and train of a --shape; run others without it")
+    if suite != "train" and (args.shard or args.recompute):
+        raise ValueError(f"--shard and --recompute are for the suite train; leave them out of {suite}")
     if (args.shape is None) == (args.checkpoint_path is None):
         raise ValueError("give either --shape or --checkpoint_path")
     if args.hf and suite != "decode":
@@ -872,7 +885,7 @@ def read_weights(args) -> tuple[GPTConfig, Mapping]:
     """(config, state dict) of the --checkpoint_path, or random ones of the --shape."""
     if not args.checkpoint_path:
         config = read_shape(args.shape)
-        return config, RandomWeights(config, args.device, rank_and_count()[1])
+        return config, RandomWeights(config, args.device, *(() if args.suite == "train" else rank_and_count()))
     config, state_dict = read_checkpoint(args.checkpoint_path)
     if describe_quantization(state_dict):
         raise ValueError(f"{args.checkpoint_path} is quantized already; give the model.pth that it was made from")
@@ -892,12 +905,12 @@ def measure_limits(device: str) -> dict:
 def make_models(args, config: GPTConfig, state_dict: Mapping, limits: dict) -> dict:
     """{kind of weights: the model, a function that builds it, or its pair with a draft}, as the suite takes it."""
     suite, make = args.suite, partial(make_model, group_size=args.group_size, device=args.device)
-    if suite in ALONE:
+    if suite in ALONE and not args.shard:
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # no part of a row's memory
+    if suite == "train":
+        return {args.weights[0]: partial(make_trained, args, config, state_dict)}
     if suite in (*ALONE, "ladder"):
-        return {
-            kind: partial(make, config, state_dict, "float32" if suite == "train" else kind) for kind in args.weights
-        }
+        return {kind: partial(make, config, state_dict, kind) for kind in args.weights}
     if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
         embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
         state_dict = {**state_dict, **embedding}
@@ -995,6 +1008,8 @@ def parse_arguments():
     add("--slots", type=positive, default=131072, help="context: cache slots")
     add("--sizes", type=positive, nargs="+", default=[1, 4, 16, 64], help="batch: rows")
     add("--batch", type=positive, default=32, help="forward, train: rows")
+    add("--shard", action="store_true", help="train: divide the model among torchrun's ranks, as finetune.py does")
+    add("--recompute", action="store_true", help="train: compute layers twice, as finetune.py does")
     add("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="speculate: shares of drafts to accept")
     add("--drafts", type=positive, nargs="+", default=[5], help="speculate: drafts in a round")
     add("--draft_weights", choices=WEIGHTS, default="int4", help="speculate: of the draft, an eighth of the layers")

@@ -2,7 +2,7 @@
 
     python -m scripts.finetune --checkpoint_path checkpoints/NAME/model.pth --data FILE.txt --out_dir checkpoints/NEW
     python -m scripts.finetune --config DIR/config.json --data FILE.txt --out_dir checkpoints/NEW --compile
-    torchrun --standalone --nproc_per_node=2 -m scripts.finetune --checkpoint_path ... --data ... --out_dir ...
+    torchrun --standalone --nproc_per_node=2 -m scripts.finetune --checkpoint_path ... --data ... --out_dir ... --shard
 
 Decisions to know:
 
@@ -21,7 +21,9 @@ Decisions to know:
 - A run is resumed only with the contents and tokenizer files that it began with. Digests are of the files and not of
   the ids, because some chat templates (Llama 3.2's) write the day's date.
 - The loss of a step is the mean over its tokens that count, whatever their spread over rows, accumulation and ranks.
-- Ranks are DistributedDataParallel's: the whole model on each.
+- Ranks are DistributedDataParallel's: the whole model on each. With --shard they are those of `fully_shard` (FSDP2):
+  each keeps a part of every weight, gradient and optimizer state, and gathers the weights of one layer at a time. That
+  costs traffic, so it is asked for. What is saved is the same, and read by any number of ranks.
 - LoRA (Hu et al. 2021, arXiv:2106.09685) trains two thin matrices beside each chosen projection, in a fused matrix
   beside that part of its rows; what is saved is the sum.
 
@@ -39,14 +41,19 @@ import math
 import pickle
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cpu_kernels
@@ -55,15 +62,17 @@ from checkpoint import (
     build_model,
     describe_quantization,
     fingerprint,
+    put,
     read_checkpoint,
     reference_state,
     shapes_of,
+    whole,
     write_checkpoint,
 )
 from convert_hf_checkpoint import config_from_hf, read_json
 from decode import Sampling, check_length, generate
-from fast_model import FastGPT, to_reference
-from model import GPTConfig
+from fast_model import FastGPT, fuse, to_reference
+from model import GPT, GPTConfig
 from runtime import (
     check_device,
     check_target,
@@ -78,6 +87,7 @@ from runtime import (
     written_in_place,
 )
 from tokenizer import FILES, find_tokenizer
+from tp import from_rank_0
 
 IGNORED = -100  # cross_entropy's mark of a target that does not count
 GAP = re.compile(r"[\s\ufeff]*")  # files that begin with a byte order mark may have been joined
@@ -295,8 +305,16 @@ class LoRALinear(nn.Module):
         self.base, self.parts, self.scale = base, parts, alpha / rank
         new = {"dtype": base.weight.dtype, "device": base.weight.device}
         sizes = [rows for rows, trained in parts if trained]
-        self.down = nn.ParameterList(torch.randn(rank, base.in_features, **new) * rank**-0.5 for _ in sizes)
-        self.up = nn.ParameterList(torch.zeros(rows, rank, **new) for rows in sizes)
+        self.down = nn.ParameterList(torch.empty(rank, base.in_features, **new) for _ in sizes)
+        self.up = nn.ParameterList(torch.empty(rows, rank, **new) for rows in sizes)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The numbers to start from, drawn on the CPU, so that they are the same on any device and number of ranks."""
+        for down, up in zip(self.down, self.up, strict=True):
+            put(down, torch.randn(down.shape) * len(down) ** -0.5)
+            up.zero_()
 
     def forward(self, x):
         deltas, pairs = [], zip(self.down, self.up, strict=True)
@@ -315,11 +333,11 @@ class LoRALinear(nn.Module):
         """No kernel takes this layer."""
 
     def merged(self) -> torch.Tensor:
-        """The weight [N, K] of one linear layer that does the same."""
-        weight, pairs, first = self.base.weight.clone(), zip(self.down, self.up, strict=True), 0
+        """The weight [N, K] of one linear layer that does the same, as `whole` gathers it."""
+        weight, pairs, first = whole(self.base.weight).clone(), zip(self.down, self.up, strict=True), 0
         for rows, trained in self.parts:
             if trained:
-                down, up = next(pairs)
+                down, up = map(whole, next(pairs))
                 weight[first : first + rows] += self.scale * up @ down
             first += rows
         return weight
@@ -348,7 +366,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> N
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> dict:
-    """The weights in the reference's layout, LoRA merged."""
+    """The weights in the reference's layout, LoRA merged. All ranks call this; see `checkpoint.whole`."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not adapted:
         return reference_state(model)
@@ -356,24 +374,88 @@ def weights_of(model: nn.Module) -> dict:
     for name, tensor in model.state_dict().items():
         module = next((module for module in adapted if name.startswith(f"{module}.")), None)
         if module is None:
-            state_dict[name] = tensor
+            state_dict[name] = whole(tensor)
         elif name.startswith(f"{module}.base."):
             kind = name.rpartition(".")[2]
-            state_dict[f"{module}.{kind}"] = adapted[module].merged() if kind == "weight" else tensor
+            state_dict[f"{module}.{kind}"] = adapted[module].merged() if kind == "weight" else whole(tensor)
     return to_reference(state_dict, model.config) if isinstance(model, FastGPT) else state_dict
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    return model.layers if isinstance(model, FastGPT) else model.transformer.h
+
+
+def shard_layers(model: nn.Module, device: str) -> None:
+    """Divide a model among the ranks, each layer by itself, and the rest."""
+    layers, mesh = layers_of(model), init_device_mesh(device.partition(":")[0], rank_and_count()[1:])
+    # The layer after it takes the weight of FastGPT's post_mlp, so this one belongs to the rest.
+    lent = nn.ModuleList(layer.post_mlp for layer in layers if isinstance(model, FastGPT) and layer.post_mlp)
+    for layer in layers:
+        norm = layer.post_mlp
+        if len(lent):
+            layer.post_mlp = None
+        fully_shard(layer, mesh=mesh)
+        layer.post_mlp = norm
+    model.lent = lent
+    fully_shard(model, mesh=mesh)
+    del model.lent
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a view of logits, which nobody changes in place
+
+
+def build_sharded(config: GPTConfig, state_dict: dict, args) -> nn.Module:
+    """The model that `build_model` and `add_lora` would make, divided; a rank reads one tensor after the other."""
+    reference = args.model == "reference"
+    with torch.device("meta"):
+        model = (GPT if reference else FastGPT)(config)
+    model.requires_grad_(True)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
+    shard_layers(model, args.device)
+    model.to_empty(device=args.device)
+    own = {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, tensor in state_dict.items() if reference else fuse(state_dict, config):
+            put(own[name], tensor)
+    torch.manual_seed(args.seed)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.reset_parameters()
+    return model
+
+
 class Loss(nn.Module):
-    """The sum of the next tokens' cross-entropy, in one piece for the compiler and for DistributedDataParallel."""
+    """The sum of the next tokens' cross-entropy, in one piece for DistributedDataParallel."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.cross_entropy = model, summed_cross_entropy
 
     def forward(self, ids, targets):
         """A number, for ids and targets [R, T]."""
-        logits = self.model(ids).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return self.cross_entropy(self.model(ids), targets)
+
+
+def summed_cross_entropy(logits, targets):
+    """A number, for logits [R, T, V] and targets [R, T]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def make_loss(model: nn.Module, compiled: bool, recompute: bool) -> Loss:
+    """The loss of a model, of which this changes the layers: compiled, and computed again in the backward pass.
+
+    Each layer is compiled by itself: that makes two graphs, however many layers there are, and `fully_shard` and
+    `checkpoint` need it.
+    """
+    loss = Loss(model)
+    compile = partial(torch.compile, fullgraph=isinstance(model, FastGPT), dynamic=False)
+    for layer in layers_of(model):
+        if compiled:
+            layer.forward = compile(layer.forward)
+        if recompute:  # a layer keeps its input alone (Chen et al. 2016, arXiv:1604.06174)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if compiled:
+        loss.cross_entropy = compile(loss.cross_entropy)
+    return loss
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float, device: str):
@@ -404,34 +486,59 @@ DIGESTS |= {"val_data_digest": "other contents of --val_data", "tokenizer_digest
 
 @torch.no_grad()
 def mean_loss(loss, data, batch_size: int, device: str, autocast) -> float:
-    """The mean over all tokens of (ids, targets) that count."""
-    total, count = 0.0, 0
-    for ids, targets in zip(*(part.split(batch_size) for part in data), strict=True):
+    """The mean over all tokens of (ids, targets) that count; each rank takes some of the batches."""
+    (rank, ranks), total = rank_and_count(), 0.0
+    missing = -len(data[0]) % (batch_size * ranks)  # so that each rank has as many batches, and the compiler one shape
+    padded = [F.pad(part, (0, 0, 0, missing), value=value) for part, value in zip(data, (0, IGNORED), strict=True)]
+    for ids, targets in list(zip(*(part.split(batch_size) for part in padded), strict=True))[rank::ranks]:
         with autocast():
             total += loss(ids.to(device).long(), targets.to(device).long()).item()
-        count += (targets != IGNORED).sum().item()
-    return total / count
+    return sum(objects_of_ranks(total)) / (data[1] != IGNORED).sum().item()
 
 
-def sample_text(model, ids: list[int], tokenizer, device: str, dtype) -> str:
-    """What the model makes of a prompt, 60 tokens at most; a new model, because one in training has no cache."""
-    copy = build_model(model.config, weights_of(model), device, dtype)
-    new = generate(copy, torch.tensor([ids], device=device), 60, Sampling(), eos_ids=tokenizer.eos_ids)
-    return tokenizer.decode([row[0] for row in new])
+class Together(nn.Module):
+    """A sharded model as `generate` takes one without a cache. All ranks compute, and go on with rank 0's logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.config, self.model = model.config, model
+
+    def forward(self, ids):
+        return from_rank_0(self.model(ids), rank_and_count()[1])
+
+
+def sample_text(run) -> str:
+    """What the model makes of the prompt, 60 tokens at most; a new model, because one in training has no cache.
+
+    All ranks of a sharded model call this.
+    """
+    model, eager = run.model, torch.compiler.set_stance("force_eager")
+    if isinstance(model, FSDPModule):  # a new one may not fit
+        model, context = Together(model), run.autocast()
+    else:
+        model, context = build_model(model.config, weights_of(model), run.device, run.dtype), nullcontext()
+    prompt = torch.tensor([run.prompt], device=run.device)
+    with eager, context:
+        new = generate(model, prompt, 60, Sampling(), eos_ids=run.tokenizer.eos_ids)
+        return run.tokenizer.decode([row[0] for row in new])
 
 
 def save_training(path: Path, model: nn.Module, optimizer, step: int, settings: dict) -> None:
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    content = {"settings": settings, "step": step, "trained": trained, "optimizer": optimizer.state_dict()}
-    with written_in_place(path) as temporary:
-        torch.save(content, temporary)
+    """Gather and write what a run continues from. All ranks call this, and rank 0 writes."""
+    trained = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    state = optimizer.state_dict()
+    moments = {number: {key: whole(t) for key, t in of_one.items()} for number, of_one in state["state"].items()}
+    content = {"settings": settings, "step": step, "trained": trained, "optimizer": state | {"state": moments}}
+    if rank_and_count()[0] == 0:
+        with written_in_place(path) as temporary:
+            torch.save(content, temporary)
 
 
 def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> int:
     """Put the trained weights and the optimizer's state back; the number of steps done. Raises ValueError if the run
     was another one."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         was = content["settings"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of something else; give another --out_dir") from error
@@ -442,9 +549,14 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
             message = DIGESTS.get(name, f"{name} = {was[name]}, not {value}")
             raise ValueError(f"{path} is of a run with {message}; give the same, or another --out_dir")
     parameters = dict(model.named_parameters())
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with torch.no_grad():
         for name, tensor in content["trained"].items():
-            parameters[name].copy_(tensor)
+            put(parameters[name], tensor)
+        for number, state in content["optimizer"]["state"].items():
+            for key, tensor in state.items():
+                state[key] = torch.empty_like(numbered[number] if tensor.dim() else tensor)  # the step is a number
+                put(state[key], tensor)
     optimizer.load_state_dict(content["optimizer"])
     return content["step"]
 
@@ -528,18 +640,31 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Loss
-    parallel: nn.Module  # the loss, or among ranks what averages its gradients
+    parallel: nn.Module  # the loss, or what averages its gradients among ranks that each have the whole model
     device: str
     dtype: torch.dtype  # of the products
 
     def autocast(self):
         kind = self.device.partition(":")[0]
-        return torch.autocast(kind, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(kind, self.dtype, cache_enabled=False)  # a cache would hold the whole model in bfloat16
 
 
 # Arguments that decide what is learned.
-DECISIVE = ("steps", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay", "clip", "seed", "model")
-DECISIVE += ("lora_rank", "lora_alpha")
+DECISIVE = ("steps", "learning_rate", "warmup", "weight_decay", "clip", "seed", "model", "lora_rank", "lora_alpha")
+
+
+def make_model(args, config: GPTConfig, state_dict: dict) -> nn.Module:
+    """The model to train, its weights in float32."""
+    if args.shard and rank_and_count()[1] > 1:
+        return build_sharded(config, state_dict, args).train()
+    model = build_model(config, state_dict, args.device, torch.float32, reference=args.model == "reference")
+    model.train().requires_grad_(True)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
+    return model
 
 
 def make_run(args) -> Run:
@@ -553,16 +678,12 @@ def make_run(args) -> Run:
     if args.sample is not None:
         chat = any(IGNORED in part for part in (rows[1], held_out[1]))
         prompt = encode_sample(args.sample, tokenizer, chat, config.block_size)
-    model = build_model(config, state_dict, args.device, torch.float32, reference=args.model == "reference")
-    model.train().requires_grad_(True)
-    if args.lora_rank:
-        torch.manual_seed(args.seed)
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
-    loss, ranks = Loss(model), rank_and_count()[1]
-    if args.compile:
-        loss.compile(dynamic=False)
+    model = make_model(args, config, state_dict)
+    loss, ranks = make_loss(model, args.compile, args.recompute), rank_and_count()[1]
+    copied = ranks > 1 and not isinstance(model, FSDPModule)  # the whole model on each rank
     start = {"start": fingerprint(config, state_dict), "tokenizer_digest": digest_of_tokenizer(folder)}
-    more = {"ranks": ranks, "length": length, "lora_targets": args.lora_targets if args.lora_rank else []}
+    more = {"length": length, "lora_targets": args.lora_targets if args.lora_rank else []}
+    more |= {"batch_size x accumulate x ranks": args.batch_size * args.accumulate * ranks}
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -573,7 +694,7 @@ def make_run(args) -> Run:
         model=model,
         optimizer=make_optimizer(model, args.learning_rate, args.weight_decay, args.device),
         loss=loss,
-        parallel=DistributedDataParallel(loss) if ranks > 1 else loss,
+        parallel=DistributedDataParallel(loss) if copied else loss,
         device=args.device,
         dtype=choose_precision(args.precision, args.device),
     )
@@ -608,26 +729,33 @@ def diverged(what: str, args) -> FloatingPointError:
 
 def evaluate(args, run: Run, step: int) -> None:
     """Print the validation loss. Raises FloatingPointError, on all ranks, if it or a weight is not finite."""
-    rank, bad, when = rank_and_count()[0], None, f"after step {step}" if step else "before the first step"
-    if rank == 0:
-        validation_loss = mean_loss(run.loss, run.held_out, args.batch_size, run.device, run.autocast)
-        if name := next((name for name, t in weights_of(run.model).items() if not t.isfinite().all()), None):
+    bad, when = None, f"after step {step}" if step else "before the first step"
+    validation_loss = mean_loss(run.loss, run.held_out, args.batch_size, run.device, run.autocast)
+    weights = weights_of(run.model)
+    if rank_and_count()[0] == 0:
+        if name := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
             bad = f"{name} {when}"
         elif not math.isfinite(validation_loss):
             bad = f"the validation loss {when}"
+    del weights
     bad = objects_of_ranks(bad)[0]
     if bad and not step:
         raise FloatingPointError(f"{bad} is not finite; convert the model again, or give --precision float32")
     if bad:
         raise diverged(bad, args)
-    if rank == 0:
-        tqdm.write(f"step {step}: validation loss {validation_loss:.4f}")
-        if run.prompt is not None:
-            try:
-                text = repr(sample_text(run.model, run.prompt, run.tokenizer, run.device, run.dtype))
-            except FloatingPointError as error:  # in bfloat16, of weights that are worth saving
-                text = str(error)
-            tqdm.write(f"  {args.sample!r} -> {text}")
+    write0(f"step {step}: validation loss {validation_loss:.4f}")
+    if run.prompt is not None and (isinstance(run.model, FSDPModule) or rank_and_count()[0] == 0):
+        try:
+            text = repr(sample_text(run))
+        except FloatingPointError as error:  # in bfloat16, of weights that are worth saving
+            text = str(error)
+        write0(f"  {args.sample!r} -> {text}")
+
+
+def write0(line: str) -> None:
+    """Print a line above rank 0's progress bar."""
+    if rank_and_count()[0] == 0:
+        tqdm.write(line)
 
 
 def take_step(args, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -641,7 +769,9 @@ def take_step(args, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     batches = chosen[rank * of_rank : (rank + 1) * of_rank].split(args.batch_size)
     for i, batch in enumerate(batches):
         ids, targets = (part[batch].to(run.device).long() for part in rows)
-        waits = run.parallel.no_sync() if ranks > 1 and i < len(batches) - 1 else nullcontext()
+        # Sharded gradients are summed after each batch: those of the whole model may not fit.
+        copied = isinstance(run.parallel, DistributedDataParallel)
+        waits = run.parallel.no_sync() if copied and i < len(batches) - 1 else nullcontext()
         with waits:
             with run.autocast():
                 part = run.parallel(ids, targets) * (ranks / counting)  # the ranks' gradients are averaged
@@ -650,7 +780,7 @@ def take_step(args, run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     norm = nn.utils.clip_grad_norm_((p for p in run.model.parameters() if p.requires_grad), args.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, norm
+    return total, norm.full_tensor() if isinstance(run.model, FSDPModule) else norm
 
 
 def train(args, run: Run, first: int) -> None:
@@ -672,9 +802,15 @@ def train(args, run: Run, first: int) -> None:
                 bar.set_postfix(loss=f"{sum(losses) / ranks:.4f}")
             if saves:
                 evaluate(args, run, step + 1)
-                if rank == 0:
-                    save_training(args.out_dir / "training.pth", run.model, run.optimizer, step + 1, run.settings)
-                    write_checkpoint(args.out_dir / "model.pth", run.config, weights_of(run.model))
+                save_training(args.out_dir / "training.pth", run.model, run.optimizer, step + 1, run.settings)
+                save_model(args.out_dir / "model.pth", run)
+
+
+def save_model(path: Path, run: Run) -> None:
+    """All ranks call this, and rank 0 writes."""
+    weights = weights_of(run.model)
+    if rank_and_count()[0] == 0:
+        write_checkpoint(path, run.config, weights)
 
 
 def main(args) -> None:
@@ -686,8 +822,8 @@ def main(args) -> None:
     print0(f"{parameters:,} parameters to train, {count:,} rows of {length} tokens, {len(run.held_out[0]):,} held out")
     prepare_folder(args)
     train(args, run, first)
-    if first == args.steps and rank_and_count()[0] == 0:  # it may have been killed in between
-        write_checkpoint(out, run.config, weights_of(run.model))
+    if first == args.steps:  # it may have been killed in between
+        save_model(out, run)
     print0(f"wrote {out}, trained for {args.steps} steps")
 
 
@@ -706,6 +842,9 @@ def parse_arguments():
     add("--out_dir", type=Path, required=True, help="for model.pth, training.pth and the tokenizer's files")
     add("--model", choices=("reference", "fast"), default="fast", help="the twin that is trained")
     add("--compile", action="store_true", help="compile the step's forward and backward pass")
+    add("--shard", action="store_true", help="divide weights, gradients and AdamW's states among torchrun's ranks")
+    help = "keep the inputs of layers alone for the backward pass, and compute layers again: a third more work"
+    add("--recompute", action="store_true", help=help)
     add("--steps", type=positive, default=1000)
     add("--batch_size", type=positive, default=8, help="rows at a time, on each rank")
     add("--accumulate", type=positive, default=1, help="batches of a step")

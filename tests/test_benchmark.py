@@ -73,7 +73,7 @@ def build_tiny(reference=False, seed=0):
 LAST_RUNGS = ("compiled", "with kernels")
 NUMBERS = {"device": "cpu", "samples": 2, "prompt_tokens": 3, "new_tokens": 30, "temperature": 0.8, "batch": 2}
 NUMBERS |= {"tokens": [20, 30, 40, 50], "used": [40, 100], "slots": 256, "sizes": [1, 3]}
-NUMBERS |= {"acceptance": [0.5], "drafts": [3]}
+NUMBERS |= {"acceptance": [0.5], "drafts": [3], "shard": False, "recompute": False}
 STEPS = ("decode", "context", "batch", "ladder")
 BUILDS = (*benchmark.ALONE, "ladder")  # suites that build their models themselves
 

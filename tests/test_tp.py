@@ -45,7 +45,7 @@ def joined(shards: list[dict], whole: dict) -> dict:
     state_dict = {}
     for name, tensor in whole.items():
         parts = [part[name] for part in shards]
-        dim = next((dim for module, dim in tp.SHARDS.items() if f"{module}." in name), None)
+        dim = next((dim for part, dim in tp.SHARDS.items() if f"{part}." in f"{name}."), None)
         if dim is None or (dim == 1 and tensor.dim() == 1):
             assert all(torch.equal(part, tensor) for part in parts) or name.endswith("bias")
             state_dict[name] = sum(parts[1:], parts[0]) if name.endswith("bias") and dim == 1 else parts[0]
