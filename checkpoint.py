@@ -26,7 +26,7 @@ import torch.nn as nn
 import cpu_kernels
 from fast_model import FastGPT, expert_matrices, fuse, to_fast, to_reference
 from model import GPT, GPTConfig
-from quantized_linear import Int4Linear, dequantize_weights, quantize_weights, swap_linears
+from quantized_linear import dequantize_weights, quantize_weights, swap_linears
 from runtime import say, written_in_place
 from tp import shard
 
@@ -105,8 +105,8 @@ def reference_state(model: nn.Module) -> dict:
     state_dict = {name: whole(tensor) for name, tensor in strip_prefixes(inner.state_dict()).items()}
     if isinstance(inner, GPT):
         return state_dict
-    if any(isinstance(module, Int4Linear) and module.prepared for module in inner.modules()):
-        raise ValueError("this model's int4 weights are in the layout of this device's kernel; copy its model.pth")
+    if any(getattr(module, "prepared", False) for module in inner.modules()):
+        raise ValueError("this model's 4-bit weights are in the layout of this device's kernel; copy its model.pth")
     return to_reference(state_dict, inner.config)
 
 

@@ -416,14 +416,15 @@ class MLP(nn.Module):
         self.gated, self.activation = config.gated, config.activation
         self.act = Gate(config) if config.gated else ACTIVATIONS[config.activation]()
         self.silu_gated = config.gated and self.act.is_silu and not config.mlp_bias
-        self.in_gpu_kernel = config.gate_clamp is None and config.activation != "gelu_sigmoid"
+        self.clamp = config.gate_clamp
         width = config.hidden_dim * (2 if config.gated else 1)
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        if self.in_gpu_kernel and is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
+        if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
+            more["clamp"] = self.clamp
             y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), **more).view(*x.shape[:-1], -1)
         elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
@@ -489,7 +490,7 @@ class SparseMLP(nn.Module):
         self.ranks, self.n_expert, self.used = ranks, config.n_expert, config.n_expert_used
         self.norm_topk_prob = config.norm_topk_prob
         self.gated, bias = Gate(config), config.mlp_bias
-        self.in_gpu_kernels = self.gated.is_silu and not bias
+        self.activation = config.activation
         self.router = Linear(config.dim, config.n_expert, bias=config.router_bias)
         self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=bias)
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
@@ -497,7 +498,7 @@ class SparseMLP(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
         logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
-        by_kernels = self.in_gpu_kernels and on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
+        by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
         if few and by_kernels:
@@ -512,8 +513,10 @@ class SparseMLP(nn.Module):
 
     def of_few_by_kernels(self, x, logits):
         weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
-        hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *self.experts_gate_up.gpu_weights())
-        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *self.experts_down.gpu_weights())
+        gate_up, down = self.experts_gate_up, self.experts_down
+        kind = (self.activation, self.gated.clamp)
+        hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
+        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), bias=down.bias)
 
     def with_bias(self, y, matrix, expert):
         """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""

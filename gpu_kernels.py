@@ -92,6 +92,8 @@ def _activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
         x *= tl.sigmoid(x)
     elif ACT == "gelu":
         x *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    elif ACT == "gelu_sigmoid":
+        x *= tl.sigmoid(1.702 * x)
     elif ACT == "gelu_tanh":  # (1 + tanh(t)) / 2 is sigmoid(2 t)
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
@@ -100,6 +102,16 @@ def _activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
         if ACT == "relu2":
             x *= x
     return x
+
+
+@triton.jit
+def _gate(gate, up, ACT: tl.constexpr, CLAMP: tl.constexpr, dtype: tl.constexpr):
+    """act(gate) * up, with a clamp as `GPTConfig.gate_clamp` says."""
+    up = up.to(dtype).to(tl.float32)
+    if CLAMP is not None:
+        gate = tl.minimum(gate.to(dtype).to(tl.float32), CLAMP)
+        up = tl.minimum(tl.maximum(up, -CLAMP), CLAMP) + 1
+    return _activate(gate, ACT, dtype) * up
 
 
 # A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
@@ -112,7 +124,7 @@ jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 def _matvec_kernel(
     x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
     A bias [N] or [2 N] is added before the activation, if there is one.
@@ -139,22 +151,22 @@ def _matvec_kernel(
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
     if b_ptr is not None:
-        y += tl.load(b_ptr + row).to(tl.float32)
-    if ACT is not None:
-        y = _activate(y, ACT, y_ptr.dtype.element_ty)
+        y += tl.load(b_ptr + w_row).to(tl.float32)
     if GATED:
         up = _row_dot(x_ptr, up_ptr, w_up, K, BLOCK)
         if SCALED:
             up *= tl.load(s_ptr + w_row + N).to(tl.float32)
         if b_ptr is not None:
-            up += tl.load(b_ptr + row + N).to(tl.float32)
-        y *= up.to(y_ptr.dtype.element_ty).to(tl.float32)
+            up += tl.load(b_ptr + w_row + N).to(tl.float32)
+        y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+    elif ACT is not None:
+        y = _activate(y, ACT, y_ptr.dtype.element_ty)
     tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
 
 
 @jit_for_any_T
 def _experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
@@ -172,6 +184,8 @@ def _experts_sum_kernel(
         out = _row_dot(x_ptr + (token * USED + i) * K, w_ptr + w_row * K, w, K, BLOCK)
         if SCALED:
             out *= tl.load(s_ptr + w_row).to(tl.float32)
+        if b_ptr is not None:
+            out += tl.load(b_ptr + w_row).to(tl.float32)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
     tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty))
@@ -185,6 +199,12 @@ def _int4_load(weights, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS
     block = first + tl.arange(0, BLOCKS)
     w_at = w_ptr + rows * (K // 8) + at
     group = rows * (K // G) + block * 32 // G
+    if z_ptr is None:  # MXFP4, whose scales are exponents, beside numbers that are 2^126 too small
+        mask = (rows < N) & (block < K // 32)
+        words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
+        exponent = tl.load(s_ptr + group, mask=mask, other=0).to(tl.int32)
+        scale = (exponent << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        return words, scale, scale
     if MASKED:
         words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
         scale = tl.load(s_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
@@ -208,7 +228,18 @@ def _pair_of_nibbles(words, i: tl.constexpr):
 
 
 @triton.jit
-def _int4_dot(tile, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr):
+def _fp4(words, i: tl.constexpr):
+    """Nibble i as a number 2^126 too small: its exponent and mantissa stand at the end of float32's exponent, so that
+    0.5, which has neither, is the denormal number that it is here too."""
+    nibble = words >> (4 * i)
+    return ((nibble & 7) << 22 | (nibble & 8) << 28).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4_dot(
+    tile, x_ptr, first,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, FP4: tl.constexpr,
+):  # fmt: skip
     """Products [ROWS, BLOCKS] of what `_int4_load` gave."""
     words, scale, zero = tile
     at = first * 4 + tl.arange(0, BLOCKS * 4)
@@ -219,17 +250,23 @@ def _int4_dot(tile, x_ptr, first, K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: t
     total = tl.zeros([ROWS, BLOCKS * 4], tl.float32)
     x_sum = tl.zeros([BLOCKS * 4], tl.float32)
     for i in tl.static_range(4):
-        pair = _pair_of_nibbles(words, i)
         if MASKED:
             x_low = tl.load(x_ptr + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
             x_high = tl.load(x_ptr + 16 + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
         else:
             x_low = tl.load(x_ptr + 4 * i).to(tl.float32)
             x_high = tl.load(x_ptr + 16 + 4 * i).to(tl.float32)
-        total += ((pair << 16).to(tl.float32, bitcast=True) - EARLY) * x_low
-        total += ((pair & -65536).to(tl.float32, bitcast=True) - EARLY) * x_high
-        x_sum += x_low + x_high
+        if FP4:
+            total += _fp4(words, i) * x_low
+            total += _fp4(words, i + 4) * x_high
+        else:
+            pair = _pair_of_nibbles(words, i)
+            total += ((pair << 16).to(tl.float32, bitcast=True) - EARLY) * x_low
+            total += ((pair & -65536).to(tl.float32, bitcast=True) - EARLY) * x_high
+            x_sum += x_low + x_high
     product = tl.sum(tl.reshape(total, [ROWS, BLOCKS, 4]), 2)
+    if FP4:
+        return product * scale
     x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
     return (product - (136 - EARLY) * x_sum) * scale + x_sum * zero
 
@@ -241,27 +278,31 @@ def _int4_rows_dot(
 ):  # fmt: skip
     """Rows of weights, of which the first tile is there, times x."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
-    total = _int4_dot(tile, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE))
+    FP4: tl.constexpr = weights[2] is None
+    total = _int4_dot(tile, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE), FP4)
     for first in range(BLOCKS, WHOLE, BLOCKS):
         later = _int4_load(weights, rows, N, first, K, G, BLOCKS, not EVEN)
-        total += _int4_dot(later, x_ptr, first, K, ROWS, BLOCKS, not EVEN)
+        total += _int4_dot(later, x_ptr, first, K, ROWS, BLOCKS, not EVEN, FP4)
     if BLOCKS <= WHOLE and WHOLE < K // 32:
         last = _int4_load(weights, rows, N, WHOLE, K, G, BLOCKS, True)
-        total += _int4_dot(last, x_ptr, WHOLE, K, ROWS, BLOCKS, True)
+        total += _int4_dot(last, x_ptr, WHOLE, K, ROWS, BLOCKS, True, FP4)
     return tl.sum(total, 1)[:, None]
 
 
 @triton.jit
 def _int4_from_row(weights, row, K: tl.constexpr, G: tl.constexpr):
     """The weights (words, scales, zeros) from a row on."""
-    return weights[0] + row * (K // 8), weights[1] + row * (K // G), weights[2] + row * (K // G)
+    words_ptr, s_ptr, z_ptr = weights
+    if z_ptr is not None:
+        z_ptr += row * (K // G)
+    return words_ptr + row * (K // 8), s_ptr + row * (K // G), z_ptr
 
 
 @jit_for_any_T
 def _int4_matvec_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
 
@@ -278,6 +319,8 @@ def _int4_matvec_kernel(
         _wait_for_choice(PDL)
         first = tl.load(chosen_ptr + token) * (2 * N if GATED else N)
         weights = _int4_from_row(weights, first, K, G)
+        if b_ptr is not None:
+            b_ptr += first
     tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
     if GATED:
         up_tile = _int4_load(weights, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
@@ -286,19 +329,19 @@ def _int4_matvec_kernel(
     y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if b_ptr is not None:
         y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    if ACT is not None:
-        y = _activate(y, ACT, y_ptr.dtype.element_ty)
     if GATED:
         up = _int4_rows_dot(x_ptr, weights, up_tile, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN)
         if b_ptr is not None:
             up += tl.load(b_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
-        y *= up.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+    elif ACT is not None:
+        y = _activate(y, ACT, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
 @jit_for_any_T
 def _int4_experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -315,6 +358,8 @@ def _int4_experts_sum_kernel(
         tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
         x_at = x_ptr + (token * USED + i) * K
         out = _int4_rows_dot(x_at, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
+        if b_ptr is not None:
+            out += tl.load(b_ptr + first + rows, mask=rows < N, other=0.0).to(tl.float32)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
     tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
@@ -351,10 +396,15 @@ def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr
     eight = (tl.program_id(0).to(tl.int64) * BLOCK // 8 + tl.arange(0, BLOCK // 8))[:, None]
     at = 8 * eight + tl.arange(0, 8)[None, :]  # weights in their order, so that whole lines are written
     word = tl.load(w_ptr + at // 32 * 4 + at % 4, mask=at < total, other=0)
-    scale = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
-    zero = tl.load(z_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
     q = (word >> (at % 32 // 4 * 4).to(tl.int32)) & 15
-    tl.store(out_ptr + at, ((q.to(tl.float32) - 8) * scale + zero).to(out_ptr.dtype.element_ty), mask=at < total)
+    if z_ptr is None:  # MXFP4
+        exponent = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0).to(tl.int32)
+        y = _fp4(q, 0) * ((exponent << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37)
+    else:
+        scale = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
+        zero = tl.load(z_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
+        y = (q.to(tl.float32) - 8) * scale + zero
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < total)
 
 
 def int4_layout(q: torch.Tensor) -> torch.Tensor:
@@ -366,15 +416,20 @@ def int4_layout(q: torch.Tensor) -> torch.Tensor:
     return words.flatten(1).contiguous().view(torch.uint8)
 
 
+def columns(weight: torch.Tensor) -> int:
+    """K of a weight as for `linear`; a byte of packed ones is two numbers."""
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
 @torch.library.custom_op("gpt_twin::dequantize", mutates_args=(), device_types="cuda")
 def dequantize(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Weights [N, K] in one pass over packed ones."""
-    N, K = weight.shape[0], weight.shape[1] * (1 if zeros is None else 2)
+    N, K = weight.shape[0], columns(weight)
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
     grid = (triton.cdiv(out.numel(), 4096),)
-    if zeros is None:
+    if weight.dtype == torch.int8:
         _int8_dequantize_kernel[grid](weight, scales, out, out.numel(), K, BLOCK=4096)
     else:
         words, group = weight.view(torch.int32), K // scales.shape[1]
@@ -384,7 +439,7 @@ def dequantize(
 
 @dequantize.register_fake
 def _(weight, scales, zeros, dtype):
-    return weight.new_empty(weight.shape[0], weight.shape[1] * (1 if zeros is None else 2), dtype=dtype)
+    return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
 
 
 def int4_options(N: int, K: int, scales, rows: int) -> dict:
@@ -393,16 +448,16 @@ def int4_options(N: int, K: int, scales, rows: int) -> dict:
     return {"K": K, "G": K // scales.shape[1], "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
 
 
-def launch_matvec(x, weights, y, activation: str | None, gated: bool, chosen=None) -> None:
+def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: float | None = None, chosen=None) -> None:
     """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
 
-    `weights` are the weight, scales, zeros and bias of `linear`. Without `chosen`, a T above 1 is for int4 alone.
+    `weights` are the weight, scales, zeros and bias of `linear`. Without `chosen`, T above 1 is for packed ones.
     """
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     used = 1 if chosen is None else chosen.shape[1]
-    options = {"USED": used, "GATED": gated, "ACT": activation} | launch_options(x.device)
-    if zeros is None:
+    options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
+    if weight.dtype != torch.uint8:
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
             x, weight, scales, bias, y, chosen, T, N,
@@ -418,32 +473,34 @@ def launch_matvec(x, weights, y, activation: str | None, gated: bool, chosen=Non
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False,
+    bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G].
+    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
+    MXFP4 in that layout, and scales [N, K/32] in uint8.
 
     For T = 1 there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result with its bias [N], and if it is
-    `gated`, y [1, N/2] is activation(first half) * second half.
+    `gated`, y [1, N/2] is activation(first half) * second half, with a clamp as `GPTConfig.gate_clamp` says.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
-    if scales is not None and T > (64 if zeros is None else 6):
+    packed = weight.dtype == torch.uint8
+    if scales is not None and T > (6 if packed else 64):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     assert T == 1 or activation is None
     if T > 1 and scales is None:
         return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
-    if T > 1 and zeros is None:
+    if T > 1 and not packed:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
         return y if bias is None else y + bias
-    launch_matvec(x, (weight, scales, zeros, bias), y, activation, gated)
+    launch_matvec(x, (weight, scales, zeros, bias), y, activation, gated, clamp)
     return y
 
 
 @linear.register_fake
-def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False):
+def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None):
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
@@ -493,28 +550,29 @@ def _(logits, used, norm):
 
 @torch.library.custom_op("gpt_twin::gated_experts", mutates_args=(), device_types="cuda")
 def gated_experts(
-    x: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor, scales: torch.Tensor | None = None,
-    zeros: torch.Tensor | None = None,
+    x: torch.Tensor, chosen: torch.Tensor, experts: int, activation: str, clamp: float | None, weight: torch.Tensor,
+    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """silu(gate) * up [T used, F] of x [T, K] by each of a token's `chosen` [T, used].
+    """activation(gate) * up [T used, F] of x [T, K] by each of a token's `chosen` [T, used].
 
-    So many experts' matrices, F rows of gate and F of up, stand one under the other in a weight as for `linear`.
+    So many experts' matrices, F rows of gate and F of up, stand one under the other in a weight as for `linear`, and
+    so do their biases.
     """
     x = x.contiguous()
     y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-    launch_matvec(x, (weight, scales, zeros, None), y, "silu", gated=True, chosen=chosen)
+    launch_matvec(x, (weight, scales, zeros, bias), y, activation, True, clamp, chosen)
     return y
 
 
 @gated_experts.register_fake
-def _(x, chosen, experts, weight, scales=None, zeros=None):
+def _(x, chosen, experts, activation, clamp, weight, scales=None, zeros=None, bias=None):
     return x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
 
 
 @torch.library.custom_op("gpt_twin::sum_experts", mutates_args=(), device_types="cuda")
 def sum_experts(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor,
-    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
 
@@ -524,19 +582,20 @@ def sum_experts(
     K, N = x.shape[1], weight.shape[0] // experts
     y = x.new_empty(T, N)
     options = {"USED": used} | launch_options(x.device)
-    if zeros is None:
+    if weight.dtype != torch.uint8:
         _experts_sum_kernel[(N * T,)](
-            x, weight, scales, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
+            x, weight, scales, bias, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
         )
     else:
         options |= int4_options(N, K, scales, 8)
         grid = (triton.cdiv(N, 8) * T,)
-        _int4_experts_sum_kernel[grid](x, weight.view(torch.int32), scales, zeros, y, weights, chosen, T, N, **options)
+        words = weight.view(torch.int32)
+        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, T, N, **options)
     return y
 
 
 @sum_experts.register_fake
-def _(x, weights, chosen, experts, weight, scales=None, zeros=None):
+def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None):
     return x.new_empty(len(chosen), weight.shape[0] // experts)
 
 

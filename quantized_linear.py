@@ -233,6 +233,7 @@ class Mxfp4Linear(nn.Module):
         self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(out_features, in_features // 32, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.for_gpu_kernels = False
 
     @staticmethod
     def dequantize(weight, scales):
@@ -245,14 +246,26 @@ class Mxfp4Linear(nn.Module):
         numbers = torch.where(exponent > 0, large, 0.5 * mantissa) * (1 - (q >> 3 << 1))
         return (numbers.unflatten(1, (-1, 32)) * (scales << 23).view(torch.float32)[..., None]).flatten(1)
 
+    def prepare(self, experts: bool = False):
+        """Change to the layout of the GPU's kernel, which is int4's."""
+        if gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device):
+            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(Int4Linear.unpack(self.weight)), True
+
+    @property
+    def prepared(self) -> bool:
+        return self.for_gpu_kernels
+
     def gpu_weights(self):
-        """None: no kernel takes it."""
+        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        return (self.weight, self.scales) if self.for_gpu_kernels else None
 
     def cpu_weights(self, x):
         """None: no kernel takes it."""
 
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
+        if self.for_gpu_kernels:
+            return gpu_kernels.dequantize(self.weight, self.scales, None, dtype)
         return self.dequantize(self.weight, self.scales).to(dtype)
 
     def rows(self, expert, experts: int):
@@ -261,6 +274,9 @@ class Mxfp4Linear(nn.Module):
         return self.dequantize(*parts).unflatten(0, (len(expert), -1))
 
     def forward(self, x):
+        if self.for_gpu_kernels:
+            y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights(), bias=self.bias)
+            return y.view(*x.shape[:-1], -1)
         return F.linear(x, self.plain_weight(x.dtype), self.bias)
 
 
