@@ -204,8 +204,8 @@ def _int4_load(weights, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS
         words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
         exponent = tl.load(s_ptr + group, mask=mask, other=0).to(tl.int32)
         scale = (exponent << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37
-        return words, scale, scale
-    if MASKED:
+        zero = scale
+    elif MASKED:
         words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
         scale = tl.load(s_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
         zero = tl.load(z_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
@@ -266,9 +266,11 @@ def _int4_dot(
             x_sum += x_low + x_high
     product = tl.sum(tl.reshape(total, [ROWS, BLOCKS, 4]), 2)
     if FP4:
-        return product * scale
-    x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
-    return (product - (136 - EARLY) * x_sum) * scale + x_sum * zero
+        product *= scale
+    else:
+        x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
+        product = (product - (136 - EARLY) * x_sum) * scale + x_sum * zero
+    return product
 
 
 @triton.jit
@@ -287,15 +289,6 @@ def _int4_rows_dot(
         last = _int4_load(weights, rows, N, WHOLE, K, G, BLOCKS, True)
         total += _int4_dot(last, x_ptr, WHOLE, K, ROWS, BLOCKS, True, FP4)
     return tl.sum(total, 1)[:, None]
-
-
-@triton.jit
-def _int4_from_row(weights, row, K: tl.constexpr, G: tl.constexpr):
-    """The weights (words, scales, zeros) from a row on."""
-    words_ptr, s_ptr, z_ptr = weights
-    if z_ptr is not None:
-        z_ptr += row * (K // G)
-    return words_ptr + row * (K // 8), s_ptr + row * (K // G), z_ptr
 
 
 @jit_for_any_T
@@ -318,7 +311,9 @@ def _int4_matvec_kernel(
     if chosen_ptr is not None:
         _wait_for_choice(PDL)
         first = tl.load(chosen_ptr + token) * (2 * N if GATED else N)
-        weights = _int4_from_row(weights, first, K, G)
+        if z_ptr is not None:
+            z_ptr += first * (K // G)
+        weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr)
         if b_ptr is not None:
             b_ptr += first
     tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
@@ -354,7 +349,10 @@ def _int4_experts_sum_kernel(
     y = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         first = tl.load(chosen_ptr + i) * N
-        weights = _int4_from_row((w_ptr, s_ptr, z_ptr), first, K, G)
+        if z_ptr is None:
+            weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), None)
+        else:
+            weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr + first * (K // G))
         tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
         x_at = x_ptr + (token * USED + i) * K
         out = _int4_rows_dot(x_at, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
