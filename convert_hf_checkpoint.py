@@ -837,10 +837,8 @@ def rope_of(field: dict, head_dim: int) -> dict:
     if not isinstance(rope, dict):
         entry = reprlib.repr(rope)
         raise ValueError(f"config.json has {entry} as its rope_scaling or rope_parameters; it must be an object")
-    context, kind = (
-        field["max_position_embeddings"],
-        rope_kind(rope, is_phi3="original_max_position_embeddings" in field),
-    )
+    context = field["max_position_embeddings"]
+    kind = rope_kind(rope, is_phi3="original_max_position_embeddings" in field)
     partial = {name: field[name] for name in ("partial_rotary_factor",) if name in field}
     known = ("rope_theta", "rope_type", "type", *partial, *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()))
     refuse_unknown(rope, known)
@@ -988,7 +986,9 @@ def positions_of(field: dict, model_type: str, head_dim: int) -> dict:
         return gpt_neo_windows_of(field)
     if "rope_parameters" not in field:
         return {}
-    field = {"rope_theta": OWN_FIXED["olmo3"]["rope_theta"]} | field
+    field = dict(field)
+    if model_type == "olmo3":
+        field["rope_theta"] = OWN_FIXED["olmo3"]["rope_theta"]
     if model_type == "gpt_oss" and not (field["rope_scaling"] or field["rope_parameters"]):
         field["rope_scaling"] = GPT_OSS_ROPE
     if "rotary_pct" in field:  # GPT-NeoX
@@ -1025,9 +1025,10 @@ def config_from_hf(config: dict) -> GPTConfig:
         values["logit_scale"] = float(scale if model_type == "hyperclovax" else 1 / scale)
     if "swiglu_limit" in field:
         values["gate_clamp"] = float(positive("swiglu_limit", field["swiglu_limit"], float))
-        method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
-        if method != "mxfp4":
-            raise ValueError(f"config.json has quant_method = {reprlib.repr(method)}; only mxfp4 is implemented")
+        stored = config.get("quantization_config") or {"quant_method": "mxfp4"}
+        if not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
+            entry = f"quantization_config = {reprlib.repr(stored)}"
+            raise ValueError(f"config.json has {entry}; only a quant_method of mxfp4 is implemented")
     if model_type in GEMMAS:
         values["embed_scale"] = float(sizes["dim"] ** 0.5)
     if "query_pre_attn_scalar" in field:
@@ -1217,7 +1218,7 @@ def split_rows(tensor, targets: list[str], stored: str, expected: dict, order: l
     elif stored == BY_TURNS and tensor.ndim in (2, 3, 4):
         if tensor.ndim == 3 and tensor.is_floating_point():
             tensor = tensor.transpose(1, 2)
-        if targets[0].rpartition(".")[0].endswith(".gate_proj"):
+        if targets[0].rpartition(".")[0].endswith(".gate_proj") and tensor.shape[1] % 2 == 0:
             tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         tensor, turned = tensor.flatten(0, 1), " with its experts one under the other"
         tensor = tensor.flatten(1) if tensor.ndim > 2 else tensor

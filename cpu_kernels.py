@@ -783,10 +783,10 @@ def attention_takes(q, k_cache) -> bool:
 
 
 def attention(qkv, rope, input_pos, caches, window: int, scale: float, sinks=None):
-    """y [B, T, H, C] for q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T] and `rope`
-    [B or 1, T, 1, 2, C/2] (None: no rotation). `caches` are those of keys and values [B, KV, S, C], which get the new
-    ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token sees the last `window` slots up
-    to its own; `scale` multiplies the scores, to which `sinks` [H] add one of each head that has no value.
+    """y [B, T, H, C] for `qkv`, which are q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T]
+    and `rope` [B or 1, T, 1, 2, C/2] (None: no rotation). `caches` are those of keys and values [B, KV, S, C], which
+    get the new ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token sees the last `window`
+    slots up to its own; `scale` multiplies the scores, to which `sinks` [H] add one of each head that has no value.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used.

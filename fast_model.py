@@ -354,12 +354,11 @@ class Attention(nn.Module):
         caches = (self.k_cache, self.v_cache, self.k_scale_cache, self.v_scale_cache)
         window = self.window or (0 if input_pos is None else self.k_cache.shape[2])
         if by_gpu_kernel:
-            norms = (
-                (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one) if norms_there else ()
-            )
-            y = gpu_kernels.attention(
-                q, k, v, rope, input_pos, *caches, window, self.scale, self.arrived, self.sinks, *norms
-            )
+            norms = ()
+            if norms_there:
+                norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one)
+            more = (window, self.scale, self.arrived, self.sinks, *norms)
+            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, *more)
             return self.out(y.view(B, T, -1))
         if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
             y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)

@@ -777,10 +777,9 @@ def _load_slots(caches, slot, end, c, in_c, C: tl.constexpr):
 
 @triton.jit
 def _load_scales(scale_caches, slot, end):
-    inside = slot < end
-    return tl.load(scale_caches[0] + slot, mask=inside, other=0.0), tl.load(
-        scale_caches[1] + slot, mask=inside, other=0.0
-    )
+    k_scale = tl.load(scale_caches[0] + slot, mask=slot < end, other=0.0)
+    v_scale = tl.load(scale_caches[1] + slot, mask=slot < end, other=0.0)
+    return k_scale, v_scale
 
 
 @jit_for_any_T

@@ -504,8 +504,12 @@ def test_experts_in_mxfp4_stay_so_and_are_exact(copy_of, saved, capsys):
     (folder / "model.pth").unlink()
     reweigh(folder, lambda tensors: tensors | {short: tensors[short][:-1]})
     refused(folder, short, "with its experts one under the other")
-    edit(folder, quantization_config={"quant_method": "gptq"})
-    refused(folder, "gptq", "mxfp4")
+    gate_up = "model.layers.1.mlp.experts.gate_up_proj_scales"
+    reweigh(folder, lambda tensors: tensors | {gate_up: tensors[gate_up][:, 1:]})
+    refused(folder, "_proj_scales", "where config.json asks for")
+    for wrong in ({"quant_method": "gptq"}, "gptq", ["gptq"], {"gptq": 4}):
+        edit(folder, quantization_config=wrong)
+        refused(folder, "gptq", "mxfp4")
 
 
 def test_the_best_source_wins(saved, copy_of):
@@ -848,36 +852,51 @@ REAL = {  # as published, with one thing to find in the result
         {"sliding_window": None, "qkv_bias": True, "o_bias": False},
     ),
     "phi-3 mini 4k": (
-        {
-            "architectures": ["Phi3ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3"},
-            "bos_token_id": 1,
-            "embd_pdrop": 0.0,
-            "eos_token_id": 32000,
-            "hidden_act": "silu",
-            "hidden_size": 3072,
-            "initializer_range": 0.02,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 4096,
-            "model_type": "phi3",
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 32,
-            "original_max_position_embeddings": 4096,
-            "pad_token_id": 32000,
-            "resid_pdrop": 0.0,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": None,
-            "rope_theta": 10000.0,
-            "sliding_window": 2047,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "use_cache": True,
-            "vocab_size": 32064,
-        },
+        PHI3_128K | {"max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047},
         {"sliding_window": 2047, "head_dim": 96, "qkv_bias": False},
+    ),
+    "gpt-oss 20b": (
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "eos_token_id": 200002,
+            "experts_per_token": 4,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2880,
+            "initial_context_length": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 2880,
+            "layer_types": [SLIDING, FULL] * 12,
+            "max_position_embeddings": 131072,
+            "model_type": "gpt_oss",
+            "num_attention_heads": 64,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "output_router_logits": False,
+            "pad_token_id": 199999,
+            "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "router_aux_loss_coef": 0.9,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "vocab_size": 201088,
+        },
+        {"sinks": True, "gate_clamp": 7.0, "full_layers": tuple(range(1, 24, 2)), "block_size": 131072, "n_expert": 32},
     ),
     "ernie 4.5 0.3b": (
         {
