@@ -191,176 +191,217 @@ def _experts_sum_kernel(
     tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _int4_load(weights, rows, N, first, K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of weights (words, scales, zeros): [rows, 4 BLOCKS] and twice [rows, BLOCKS], BLOCKS times 32 columns."""
-    w_ptr, s_ptr, z_ptr = weights
-    at = first * 4 + tl.arange(0, BLOCKS * 4)
-    block = first + tl.arange(0, BLOCKS)
-    w_at = w_ptr + rows * (K // 8) + at
-    group = rows * (K // G) + block * 32 // G
-    if z_ptr is None:  # MXFP4, whose scales are exponents, beside numbers that are 2^126 too small
-        mask = (rows < N) & (block < K // 32)
-        words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
-        exponent = tl.load(s_ptr + group, mask=mask, other=0).to(tl.int32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37
-        zero = scale
-    elif MASKED:
-        words = tl.load(w_at, mask=(rows < N) & (at < K // 8), other=0)
-        scale = tl.load(s_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
-        zero = tl.load(z_ptr + group, mask=(rows < N) & (block < K // 32), other=0.0)
-    else:
-        words, scale, zero = tl.load(w_at), tl.load(s_ptr + group), tl.load(z_ptr + group)
-    return words, scale.to(tl.float32), zero.to(tl.float32)
+# Weights of 4 bits, in words of 8 columns, as they are on disk. KIND is "floats": a group has a scale and a zero point;
+# "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
 
 
 @triton.jit
-def _pair_of_nibbles(words, i: tl.constexpr):
-    """Nibbles i and i + 4 as two bf16 numbers in 32 bits, both 128 too large."""
-    return tl.inline_asm_elementwise(  # (word >> 4 i) & 0x000F000F | 0x43004300
-        "lop3.b32 $0, $1, $2, $3, 0xEA;",
-        "=r,r,r,r",
-        [words >> (4 * i), 0x000F000F, 0x43004300],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
+def _dot_bytes(a, b, total):
+    """total and the products of the four signed bytes of a and b."""
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _fp4(words, i: tl.constexpr):
-    """Nibble i as a number 2^126 too small: its exponent and mantissa stand at the end of float32's exponent, so that
-    0.5, which has neither, is the denormal number that it is here too."""
-    nibble = words >> (4 * i)
-    return ((nibble & 7) << 22 | (nibble & 8) << 28).to(tl.float32, bitcast=True)
+def _pick_bytes(first, second, places):
+    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`, which are below 8."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, places], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _int4_dot(
-    tile, x_ptr, first,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, FP4: tl.constexpr,
-):  # fmt: skip
-    """Products [ROWS, BLOCKS] of what `_int4_load` gave."""
-    words, scale, zero = tile
-    at = first * 4 + tl.arange(0, BLOCKS * 4)
-    x_ptr += at // 4 * 32 + at % 4
-    # 136 is the 128 of the trick and the middle of 0..15. Taken off at the end it costs no time, but 5 of the 24 bits
-    # of float32 activations.
-    EARLY: tl.constexpr = 136.0 if x_ptr.dtype.element_ty == tl.float32 else 0.0
-    total = tl.zeros([ROWS, BLOCKS * 4], tl.float32)
-    x_sum = tl.zeros([BLOCKS * 4], tl.float32)
-    for i in tl.static_range(4):
-        if MASKED:
-            x_low = tl.load(x_ptr + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
-            x_high = tl.load(x_ptr + 16 + 4 * i, mask=at < K // 8, other=0.0).to(tl.float32)
-        else:
-            x_low = tl.load(x_ptr + 4 * i).to(tl.float32)
-            x_high = tl.load(x_ptr + 16 + 4 * i).to(tl.float32)
-        if FP4:
-            total += _fp4(words, i) * x_low
-            total += _fp4(words, i + 4) * x_high
-        else:
-            pair = _pair_of_nibbles(words, i)
-            total += ((pair << 16).to(tl.float32, bitcast=True) - EARLY) * x_low
-            total += ((pair & -65536).to(tl.float32, bitcast=True) - EARLY) * x_high
-            x_sum += x_low + x_high
-    product = tl.sum(tl.reshape(total, [ROWS, BLOCKS, 4]), 2)
-    if FP4:
-        product *= scale
+def _to_bytes(x):
+    """Words [W] of the signed bytes nearest to x [W, 4], and what is left of x."""
+    rounded = x + 12582912.0  # 1.5 * 2^23: the last byte of the sum is the integer
+    bits = (rounded.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, :]
+    return tl.sum(bits, 1), x - (rounded - 12582912.0)
+
+
+@triton.jit
+def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
+    """x from block `first` on as step * (254 * byte + second byte), blocks of 32 columns: for every 8 columns two words
+    of bytes, two of second bytes and the sum [4 BLOCKS]; the steps [BLOCKS]. A NaN becomes the step of its block."""
+    at = first * 32 + tl.arange(0, BLOCKS * 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if MASKED:
+        x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
     else:
-        x_sum = tl.sum(tl.reshape(x_sum, [BLOCKS, 4]), 1)
-        product = (product - (136 - EARLY) * x_sum) * scale + x_sum * zero
-    return product
+        x = tl.load(x_ptr + at).to(tl.float32)
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # of integers, because NaN is the largest of these
+    top = tl.maximum(tl.max(tl.reshape(top, [BLOCKS, 4]), 1), 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
+    x *= tl.reshape(tl.broadcast_to((127 / top)[:, None], [BLOCKS, 4]), [BLOCKS * 4])[:, None]
+    if KIND == "fp4":  # four neighbours in a word, else every second column, as `_weights_in_bytes` has them
+        a, b = tl.split(tl.permute(tl.reshape(x, [BLOCKS * 4, 2, 4]), (0, 2, 1)))
+    else:
+        a, b = tl.split(tl.reshape(x, [BLOCKS * 4, 4, 2]))
+    a_bytes, a = _to_bytes(a)
+    b_bytes, b = _to_bytes(b)
+    a_second, a = _to_bytes(a * 254)
+    b_second, b = _to_bytes(b * 254)
+    sums = _dot_bytes(b_bytes, 0x01010101, _dot_bytes(a_bytes, 0x01010101, 0)) * 254
+    sums = _dot_bytes(b_second, 0x01010101, _dot_bytes(a_second, 0x01010101, sums))
+    return a_bytes, b_bytes, a_second, b_second, sums, top * (1 / (127 * 254))
+
+
+@triton.jit
+def _fp4_in_bytes(places, negative):
+    """Twice the numbers of four nibbles: the places without their signs, and 1 where that is negative."""
+    plus = _pick_bytes(0x03020100, 0x0C080604, places)
+    minus = _pick_bytes(0xFDFEFF00 - 2**32, 0xF4F8FAFC - 2**32, places)
+    sign = _pick_bytes(0xFF00, 0, negative)
+    return (minus & sign) | (plus & ~sign)
+
+
+@triton.jit
+def _weights_in_bytes(words, KIND: tl.constexpr):
+    """Two words of bytes: twice the numbers of MXFP4, or q from 0 to 15."""
+    if KIND == "fp4":
+        places, negative = words & 0x77777777, (words >> 3) & 0x11111111
+        first, second = _fp4_in_bytes(places, negative), _fp4_in_bytes(places >> 16, negative >> 16)
+    else:
+        first, second = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    return first, second
+
+
+@triton.jit
+def _byte_to_float(byte):
+    """A byte without sign, by its place in a float32 instead of a conversion."""
+    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _int4_load(
+    weights, rows, inside, first,
+    K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """A tile of weights: words [rows, 4 BLOCKS], and what is stored of scales and zeros [rows, BLOCKS]."""
+    w_ptr, s_ptr, z_ptr = weights
+    at, block = first * 4 + tl.arange(0, BLOCKS * 4)[None, :], first + tl.arange(0, BLOCKS)[None, :]
+    w_at, group = w_ptr + rows * (K // 8) + at, rows * (K // G) + block // (G // 32)
+    if MASKED:
+        inside_groups = inside & (block < K // 32)
+        words = tl.load(w_at, mask=inside & (at < K // 8), other=0)
+        scale = tl.load(s_ptr + group, mask=inside_groups, other=0)
+        zero = tl.load(z_ptr + group, mask=inside_groups, other=0) if KIND == "floats" else scale
+    else:
+        words, scale = tl.load(w_at), tl.load(s_ptr + group)
+        zero = tl.load(z_ptr + group) if KIND == "floats" else scale
+    return words, scale, zero
+
+
+@triton.jit
+def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr):
+    """Products [ROWS, BLOCKS] of what `_int4_load` and `_x_in_bytes` gave."""
+    words, scale, zero = tile
+    a_bytes, b_bytes, a_second, b_second, sums, step = x
+    a, b = _weights_in_bytes(words, KIND)
+    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254
+    if KIND != "fp4":  # q - 8
+        dot -= 8 * sums[None, :]
+    dot = _dot_bytes(b, b_second[None, :], _dot_bytes(a, a_second[None, :], dot))
+    dot = tl.sum(tl.reshape(dot, [ROWS, BLOCKS, 4]), 2).to(tl.float32)
+    if KIND == "fp4":
+        dot *= (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
+    else:
+        x_sum = tl.sum(tl.reshape(sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :]
+        if KIND == "bytes":
+            both = scale.to(tl.int32)
+            zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
+            dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
+        else:
+            dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
+    return dot * step[None, :]
 
 
 @triton.jit
 def _int4_rows_dot(
-    x_ptr, weights, tile, rows, N,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, weights, tile, rows, inside,
+    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights, of which the first tile is there, times x."""
+    """Rows of weights, of which the first tile is there, times x; [ROWS, 1]."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
-    FP4: tl.constexpr = weights[2] is None
-    total = _int4_dot(tile, x_ptr, 0, K, ROWS, BLOCKS, not (EVEN and BLOCKS <= WHOLE), FP4)
+    factor, zero_step = 1.0, 1.0
+    if KIND == "bytes":
+        factor = tl.load(weights[2] + 2 * rows, mask=inside, other=0.0)
+        zero_step = tl.load(weights[2] + 2 * rows + 1, mask=inside, other=0.0)
+    x = _x_in_bytes(x_ptr, 0, K, BLOCKS, BLOCKS > WHOLE, KIND)
+    total = _int4_dot(tile, x, zero_step, ROWS, BLOCKS, KIND)
     for first in range(BLOCKS, WHOLE, BLOCKS):
-        later = _int4_load(weights, rows, N, first, K, G, BLOCKS, not EVEN)
-        total += _int4_dot(later, x_ptr, first, K, ROWS, BLOCKS, not EVEN, FP4)
+        later = _int4_load(weights, rows, inside, first, K, G, BLOCKS, not EVEN, KIND)
+        x = _x_in_bytes(x_ptr, first, K, BLOCKS, False, KIND)
+        total += _int4_dot(later, x, zero_step, ROWS, BLOCKS, KIND)
     if BLOCKS <= WHOLE and WHOLE < K // 32:
-        last = _int4_load(weights, rows, N, WHOLE, K, G, BLOCKS, True)
-        total += _int4_dot(last, x_ptr, WHOLE, K, ROWS, BLOCKS, True, FP4)
-    return tl.sum(total, 1)[:, None]
+        last = _int4_load(weights, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
+        total += _int4_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND)
+    return tl.sum(total, 1)[:, None] * factor
 
 
 @jit_for_any_T
 def _int4_matvec_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
+    """ROWS of N rows and all of T tokens a program; GATED: half as many as gate, and as many from row N on as up.
 
-    The programs of all T tokens come one after the other for the same rows, which are then in the cache. Experts and
-    bias are as for `_matvec_kernel`.
+    Of experts a program takes one of T pairs of a token and an expert. They and the bias are as for `_matvec_kernel`.
     """
-    token = tl.program_id(0) % T
-    x_ptr += token // USED * K
-    y_ptr += token * N
-    rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
-    weights = (w_ptr, s_ptr, z_ptr)
-    PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
+    DIFFERENT: tl.constexpr = ROWS // 2 if GATED else ROWS
+    i = tl.arange(0, ROWS)[:, None]
+    program, tokens, first = tl.program_id(0), T, 0
     if chosen_ptr is not None:
+        pair, program, tokens = program % T, program // T, 1
         _wait_for_choice(PDL)
-        first = tl.load(chosen_ptr + token) * (2 * N if GATED else N)
-        if z_ptr is not None:
-            z_ptr += first * (K // G)
-        weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr)
-        if b_ptr is not None:
-            b_ptr += first
-    tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
-    if GATED:
-        up_tile = _int4_load(weights, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
+        first = tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
+        x_ptr += pair // USED * K
+        y_ptr += pair * N
+    out = program * DIFFERENT + i % DIFFERENT
+    rows, inside, weights = first + out + i // DIFFERENT * N, out < N, (w_ptr, s_ptr, z_ptr)
+    tile = _int4_load(weights, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
-    y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
-    if b_ptr is not None:
-        y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    if GATED:
-        up = _int4_rows_dot(x_ptr, weights, up_tile, N + rows, 2 * N, K, G, ROWS, BLOCKS, EVEN)
+    for _ in range(tokens):
+        y = _int4_rows_dot(x_ptr, weights, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
         if b_ptr is not None:
-            up += tl.load(b_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
-        y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
-    elif ACT is not None:
-        y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+            y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
+            y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+            at = program * DIFFERENT + tl.arange(0, DIFFERENT)
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
+        else:
+            if ACT is not None:
+                y = _activate(y, ACT, y_ptr.dtype.element_ty)
+            tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
+        x_ptr += K
+        y_ptr += N
 
 
 @jit_for_any_T
 def _int4_experts_sum_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
     token = tl.program_id(0) % T
-    rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
-    PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
+    out = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
+    inside, weights = out < N, (w_ptr, s_ptr, z_ptr)
     chosen_ptr += token * USED
     _wait_for_inputs(PDL)
-    y = tl.zeros([ROWS, 1], tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
-        first = tl.load(chosen_ptr + i) * N
-        if z_ptr is None:
-            weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), None)
-        else:
-            weights = (w_ptr + first * (K // 8), s_ptr + first * (K // G), z_ptr + first * (K // G))
-        tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
+        rows = tl.load(chosen_ptr + i) * N + out
+        tile = _int4_load(weights, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
         x_at = x_ptr + (token * USED + i) * K
-        out = _int4_rows_dot(x_at, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
+        y = _int4_rows_dot(x_at, weights, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
         if b_ptr is not None:
-            out += tl.load(b_ptr + first + rows, mask=rows < N, other=0.0).to(tl.float32)
-        out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
-        y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+            y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        total += y * tl.load(weights_ptr + token * USED + i).to(tl.float32)
+    tl.store(y_ptr + token * N + out, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -390,28 +431,46 @@ def _int8_dequantize_kernel(w_ptr, s_ptr, out_ptr, total, K, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _fp4(nibble):
+    """MXFP4's number 2^126 too small: exponent and mantissa stand at the end of float32's exponent, so that 0.5, which
+    has neither, is the denormal number that it is here too."""
+    return ((nibble & 7) << 22 | (nibble & 8) << 28).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr, BLOCK: tl.constexpr):
-    eight = (tl.program_id(0).to(tl.int64) * BLOCK // 8 + tl.arange(0, BLOCK // 8))[:, None]
-    at = 8 * eight + tl.arange(0, 8)[None, :]  # weights in their order, so that whole lines are written
-    word = tl.load(w_ptr + at // 32 * 4 + at % 4, mask=at < total, other=0)
-    q = (word >> (at % 32 // 4 * 4).to(tl.int32)) & 15
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = (tl.load(w_ptr + at // 8, mask=at < total, other=0) >> (at % 8 * 4).to(tl.int32)) & 15
+    scale = tl.load(s_ptr + at // G, mask=at < total, other=0)
     if z_ptr is None:  # MXFP4
-        exponent = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0).to(tl.int32)
-        y = _fp4(q, 0) * ((exponent << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37)
+        y = _fp4(q) * ((scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37)
     else:
-        scale = tl.load(s_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
-        zero = tl.load(z_ptr + 8 * eight // G, mask=8 * eight < total, other=0.0).to(tl.float32)
-        y = (q.to(tl.float32) - 8) * scale + zero
+        zero = tl.load(z_ptr + at // G, mask=at < total, other=0.0).to(tl.float32)
+        y = (q.to(tl.float32) - 8) * scale.to(tl.float32) + zero
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < total)
 
 
-def int4_layout(q: torch.Tensor) -> torch.Tensor:
-    """These kernels' bytes [N, K/2] of q [N, K], uint8 from 0 to 15."""
-    columns = q.unflatten(1, (-1, 8, 4)).int()  # [N, K/32, nibble, word]
-    words = columns[:, :, 0]
-    for i in range(1, 8):
-        words = words | columns[:, :, i] << 4 * i
-    return words.flatten(1).contiguous().view(torch.uint8)
+def in_bytes(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int16 [N, K/G], float32 [N, 2]) of int4's scales and zeros [N, K/G], if these are such numbers as
+    `quantized_linear.Int4Linear.quantize` makes, which bytes hold; else themselves.
+
+    A scale is the low byte, a zero point the high one. What a row's bytes count by is first the step of its scales,
+    then how many of those a step of its zeros is.
+    """
+    steps = [torch.ldexp(torch.ones(len(t), 1, device=t.device), t.float().abs().amax(1, True).frexp()[1] - bits)
+             for t, bits in ((scales, 8), (zeros, 7))]  # fmt: skip
+    scale, zero = (t.float() / step for t, step in zip((scales, zeros), steps, strict=True))
+    if not ((scale == scale.round()) & (zero == zero.round()) & (scale >= 0)).all():
+        return scales, zeros
+    both = (zero.int() << 8 | scale.int()).to(torch.int16)
+    return both, torch.cat([steps[0], steps[1] / steps[0]], dim=1)
+
+
+def from_bytes(both: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros in float32 of what `in_bytes` gave; of other scales and zeros, themselves."""
+    if both.dtype != torch.int16:
+        return both, steps
+    return (both & 255) * steps[:, :1], (both >> 8) * (steps[:, 1:] * steps[:, :1])
 
 
 def columns(weight: torch.Tensor) -> int:
@@ -431,6 +490,7 @@ def dequantize(
         _int8_dequantize_kernel[grid](weight, scales, out, out.numel(), K, BLOCK=4096)
     else:
         words, group = weight.view(torch.int32), K // scales.shape[1]
+        scales, zeros = from_bytes(scales, zeros)
         _int4_dequantize_kernel[grid](words, scales, zeros, out, out.numel(), G=group, BLOCK=4096)
     return out
 
@@ -441,9 +501,10 @@ def _(weight, scales, zeros, dtype):
 
 
 def int4_options(N: int, K: int, scales, rows: int) -> dict:
-    """Constants of the int4 kernels, which take so many rows a program."""
+    """Constants of the int4 kernels, which take ROWS rows a program, `rows` of them of one kind."""
+    kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
     blocks = min(128, triton.next_power_of_2(K // 32))
-    return {"K": K, "G": K // scales.shape[1], "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
+    return {"K": K, "G": K // scales.shape[1], "ROWS": 16, "BLOCKS": blocks, "EVEN": N % rows == 0, "KIND": kind}
 
 
 def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: float | None = None, chosen=None) -> None:
@@ -462,10 +523,11 @@ def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: flo
             K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
         )  # fmt: skip
     else:
-        options |= int4_options(N, K, scales, 4 if gated else 8)
-        grid = (triton.cdiv(N, options["ROWS"]) * T,)
+        rows = 8 if gated else 16
+        options |= int4_options(N, K, scales, rows)
+        grid = (triton.cdiv(N, rows) * (1 if chosen is None else T),)
         words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=4, **options)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=8, **options)
 
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
@@ -585,10 +647,10 @@ def sum_experts(
             x, weight, scales, bias, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
         )
     else:
-        options |= int4_options(N, K, scales, 8)
-        grid = (triton.cdiv(N, 8) * T,)
+        options |= int4_options(N, K, scales, 16)
+        grid = (triton.cdiv(N, 16) * T,)
         words = weight.view(torch.int32)
-        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, T, N, **options)
+        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, T, N, num_warps=8, **options)
     return y
 
 

@@ -48,11 +48,15 @@ def gptq(weight, hessian, group_size: int) -> dict:
     upper = torch.linalg.solve_triangular(factor, torch.eye(len(columns), device=hessian.device), upper=True)
     q, errors = torch.empty_like(columns), torch.empty_like(columns)
     scales, zeros = [], []
+    # Groups grow by the errors of others before it is their turn.
+    scale_step, zero_step = (
+        step[:, 0] for step in Int4Linear.steps(1.1 * weight.float().unflatten(1, (-1, group_size)))
+    )
     for start in range(0, len(columns), BLOCK):
         end = min(start + BLOCK, len(columns))
         for i in range(start, end):
             if i % group_size == 0:  # the group as it is by now, which holds its share of the errors before it
-                scale, zero = Int4Linear.grid(columns[i : i + group_size].T)
+                scale, zero = Int4Linear.grid(columns[i : i + group_size].T, scale_step, zero_step)
                 scales.append(scale)
                 zeros.append(zero)
             q[i] = Int4Linear.nearest(columns[i], scale, zero)

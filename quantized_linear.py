@@ -135,16 +135,31 @@ class Int4Linear(nn.Module):
     def quantize(weight, group_size: int) -> dict:
         """{"weight", "scales", "zeros"} of a weight [N, K]: the range of each group in 16 steps."""
         groups = weight.float().unflatten(1, (-1, group_size))  # [N, K/G, G]
-        scales, zeros = Int4Linear.grid(groups)
+        scales, zeros = Int4Linear.grid(groups, *Int4Linear.steps(groups))
         q = Int4Linear.nearest(groups, scales[..., None], zeros[..., None])
         return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales, "zeros": zeros}
 
     @staticmethod
-    def grid(groups):
-        """(scales, zeros), bf16 [...], that spread 16 steps over the range of each group [..., G]."""
+    def exact_grid(groups):
+        """(scales, zeros), float32 [...], that spread 16 steps over the range of each group [..., G]."""
         low, high = groups.amin(-1), groups.amax(-1)
-        scales = ((high - low).clamp(min=1e-8) / 15).bfloat16()
-        return scales, (low + 8 * scales.float()).bfloat16()
+        return (high - low).clamp(min=1e-8) / 15, low + (high - low).clamp(min=1e-8) / 15 * 8
+
+    @staticmethod
+    def steps(groups):
+        """Powers of two [N, 1] by which the scales and the zeros of a row's groups [N, K/G, G] are rounded, so that whole
+        numbers of a byte hold them, up to 255 and from -127 to 127, and bf16 does too."""
+        scales, zeros = Int4Linear.exact_grid(groups)
+        one = torch.ones_like(scales[:, :1])
+        largest = ((scales, 8), (zeros.abs().clamp(min=1e-30), 7))
+        return [torch.ldexp(one, values.amax(1, True).frexp().exponent - bits) for values, bits in largest]
+
+    @staticmethod
+    def grid(groups, scale_step, zero_step):
+        """`exact_grid` in bf16, rounded to multiples of `steps`."""
+        scales, zeros = Int4Linear.exact_grid(groups)
+        scales = (scales / scale_step).round().clamp(1, 255) * scale_step
+        return scales.bfloat16(), ((zeros / zero_step).round().clamp(-127, 127) * zero_step).bfloat16()
 
     @staticmethod
     def nearest(weight, scales, zeros):
@@ -186,15 +201,17 @@ class Int4Linear(nn.Module):
         return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
     def prepare(self, experts: bool = False):
-        """Change to the layout of this device's kernel. That of `cpu_kernels.py` reads weights as they are on disk;
-        without it, PyTorch's takes bf16 and a multiple of 16 rows, and no matrix of experts, of which single rows are
+        """Change to the layout of this device's kernel. Those of `gpu_kernels.py` take scales and zeros in bytes, if they
+        are such numbers; `cpu_kernels.py` reads all as it is on disk; without it, PyTorch's takes bf16 and a multiple of 16 rows, and no matrix of experts, of which single rows are
         read."""
-        q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
+        device, dtype = self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
+            self.scales, self.zeros = gpu_kernels.in_bytes(self.scales, self.zeros)
+            self.for_gpu_kernels = True
         elif device.type == "cpu" and cpu_kernels is not None and cpu_kernels.available():
             self.scales, self.zeros = self.scales.bfloat16(), self.zeros.bfloat16()  # as they are on disk
-        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0 and not experts:
+        elif device.type == "cpu" and dtype == torch.bfloat16 and len(self.weight) % 16 == 0 and not experts:
+            q = self.unpack(self.weight)
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
 
@@ -247,13 +264,8 @@ class Mxfp4Linear(nn.Module):
         return (numbers.unflatten(1, (-1, 32)) * (scales << 23).view(torch.float32)[..., None]).flatten(1)
 
     def prepare(self, experts: bool = False):
-        """Change to the layout of the GPU's kernel, which is int4's."""
-        if gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device):
-            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(Int4Linear.unpack(self.weight)), True
-
-    @property
-    def prepared(self) -> bool:
-        return self.for_gpu_kernels
+        """On a GPU let its kernel take the weights, as they are."""
+        self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
 
     def gpu_weights(self):
         """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
