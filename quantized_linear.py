@@ -5,11 +5,12 @@ Only weights are quantized; activations stay as they are. Decisions to know:
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
 - Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
   costs nothing.
-- MXFP4 has a power of two per group of 32. It is read as it is published (gpt-oss's experts), not made.
+- MXFP4 has a power of two per group of 32. A mixture's experts alone become MXFP4, which is the form of gpt-oss. What
+  has it already stays as it is when the rest is quantized. No CPU kernel takes it, so it is slow there.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
   gets a quantized copy of the embedding, which ends the tie.
-- The head is int8 beside int4 too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4 head
-  alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
+- The head is int8 beside 4-bit weights too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4
+  head alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
 - On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
 - For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied,
@@ -36,7 +37,8 @@ try:
 except ImportError:  # the file was left behind
     cpu_kernels = None
 
-GROUP_SIZES = (32, 64, 128, 256)
+MODES = ("int8", "int4", "mxfp4")
+GROUP_SIZES = (32, 64, 128, 256)  # of int4
 
 
 def int4_linear_cpu(x, weight, scales, group_size: int):
@@ -147,8 +149,8 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def steps(groups):
-        """Powers of two [N, 1] by which the scales and the zeros of a row's groups [N, K/G, G] are rounded, so that whole
-        numbers of a byte hold them, up to 255 and from -127 to 127, and bf16 does too."""
+        """Powers of two [N, 1], of which the scales and zeros of a row's groups [N, K/G, G] are multiples: from 1 to 255
+        and from -127 to 127, so that a byte holds each, and bf16 too."""
         scales, zeros = Int4Linear.exact_grid(groups)
         one = torch.ones_like(scales[:, :1])
         largest = ((scales, 8), (zeros.abs().clamp(min=1e-30), 7))
@@ -201,9 +203,9 @@ class Int4Linear(nn.Module):
         return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
     def prepare(self, experts: bool = False):
-        """Change to the layout of this device's kernel. Those of `gpu_kernels.py` take scales and zeros in bytes, if they
-        are such numbers; `cpu_kernels.py` reads all as it is on disk; without it, PyTorch's takes bf16 and a multiple of 16 rows, and no matrix of experts, of which single rows are
-        read."""
+        """Change to the layout of this device's kernel. `gpu_kernels.py` takes scales and zeros as bytes, if they are
+        multiples of such `steps`; `cpu_kernels.py` takes all as it is on disk. Without it, PyTorch's kernel takes bf16
+        and a multiple of 16 rows, and no matrix of experts, of which single rows are read."""
         device, dtype = self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.scales, self.zeros = gpu_kernels.in_bytes(self.scales, self.zeros)
@@ -253,13 +255,28 @@ class Mxfp4Linear(nn.Module):
         self.for_gpu_kernels = False
 
     @staticmethod
+    def quantize(weight) -> dict:
+        """{"weight", "scales"} of a weight [N, K]: to the nearest number, of two as near to the one of even bits.
+
+        A scale is the least with which its group's largest number is within 6, so that none is cut off. (The
+        specification's own, in its section 6.3, is half of that where the largest would be between 6 and 8.)
+        """
+        groups = weight.float().unflatten(1, (-1, 32))  # [N, K/32, 32]
+        mantissa, exponent = torch.frexp(groups.abs().amax(-1) / 6)  # a mantissa is from 0.5 to below 1, or 0
+        scales = (exponent - (mantissa == 0.5).int() + 127).clamp(min=1)
+        x = groups / (scales << 23).view(torch.float32)[..., None]
+        size = x.abs()
+        q = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, 2 + size.round(), 4 + (size / 2).round()))
+        q = q.clamp(max=7) + 8 * (x < 0)
+        return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales.to(torch.uint8)}
+
+    @staticmethod
     def dequantize(weight, scales):
         """[N, K] in float32, the exact numbers, which bf16 holds too."""
         q, scales = Int4Linear.unpack(weight).int(), scales.int()
         exponent, mantissa = q >> 1 & 3, q & 1
-        large = (exponent + 126 << 23 | mantissa << 22).view(
-            torch.float32
-        )  # their bits, since a graph's 2^x is not exact
+        bits = exponent + 126 << 23 | mantissa << 22  # a graph's 2^x is not exact
+        large = bits.view(torch.float32)
         numbers = torch.where(exponent > 0, large, 0.5 * mantissa) * (1 - (q >> 3 << 1))
         return (numbers.unflatten(1, (-1, 32)) * (scales << 23).view(torch.float32)[..., None]).flatten(1)
 
@@ -295,7 +312,7 @@ class Mxfp4Linear(nn.Module):
 def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
     """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
 
-    The head becomes int8 in mode int4 too. Raises ValueError if a weight does not divide into groups, or is quantized
+    The head becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized
     already.
     """
     quantized = {}
@@ -303,14 +320,21 @@ def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dic
         if not name.endswith(("_proj.weight", "lm_head.weight")):
             quantized[name] = tensor
             continue
-        int8 = mode == "int8" or name == "lm_head.weight"
-        check_weight(name, tensor, None if int8 else group_size)
-        # A few rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
-        some = tensor.split(max(1, 2**20 // tensor.shape[1]))
-        parts = [Int8Linear.quantize(rows) if int8 else Int4Linear.quantize(rows, group_size) for rows in some]
-        for kind in parts[0]:
-            quantized[f"{name.removesuffix('weight')}{kind}"] = torch.cat([part[kind] for part in parts])
+        kind = "int8" if name == "lm_head.weight" else mode
+        check_weight(name, tensor, {"int8": None, "int4": group_size, "mxfp4": 32}[kind])
+        # Some rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
+        some = tensor.split(max(1, (2**20 if tensor.device.type == "cpu" else 2**24) // tensor.shape[1]))
+        parts = [quantize_rows(rows, kind, group_size) for rows in some]
+        for part in parts[0]:
+            quantized[f"{name.removesuffix('weight')}{part}"] = torch.cat([tensors[part] for tensors in parts])
     return quantized
+
+
+def quantize_rows(weight, mode: str, group_size: int | None) -> dict:
+    """The tensors of a format, by their names in a module, of a weight [N, K]."""
+    if mode == "int4":
+        return Int4Linear.quantize(weight, group_size)
+    return {"int8": Int8Linear, "mxfp4": Mxfp4Linear}[mode].quantize(weight)
 
 
 def check_weight(name: str, tensor, group_size: int | None) -> None:

@@ -14,8 +14,8 @@ import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate
-from fast_model import ACTIVATIONS, AddNorm
-from quantized_linear import Int4Linear, Int8Linear
+from fast_model import ACTIVATIONS, AddNorm, rope_table
+from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -127,7 +127,7 @@ def close(y, expected, dtype, times=1):
     return (y - expected).norm() <= times * (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", 32, 256])
+@pytest.mark.parametrize("kind", ["plain", "int8", "mxfp4", "floats", 32, 256])
 @pytest.mark.parametrize("shape", [(34, 768), (96, 11008)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
@@ -139,11 +139,19 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
     elif kind == "int8":
         parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
         expected = (Int8Linear.dequantize(parts[0], parts[1].double()),)
+    elif kind == "mxfp4":
+        parts = Mxfp4Linear.quantize(weight)
+        expected = (Mxfp4Linear.dequantize(**parts).double(),)
+        parts = tuple(parts.values())
     else:
-        parts = Int4Linear.quantize(weight, kind)
+        parts = Int4Linear.quantize(weight, 64 if kind == "floats" else kind)
         scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
+        if kind == "floats":  # that bytes do not hold
+            scales *= 1.01
         expected = (Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double()),)
-        parts = (gpu_kernels.int4_layout(Int4Linear.unpack(parts["weight"])), scales, zeros)
+        scales, zeros = gpu_kernels.in_bytes(scales, zeros)
+        assert (scales.dtype == torch.int16) == (kind != "floats")
+        parts = (parts["weight"], scales, zeros)
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     for tokens in (1, 2, 16, 17, 70):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
@@ -245,7 +253,25 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
             assert changed.max() <= allowed and (changed > 0).double().mean() < 0.01, (name, first)
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("heads, kv_heads, size", [(8, 1, 64), (4, 4, 128), (6, 3, 24)])
+@pytest.mark.parametrize("window", [None, 5, 128])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (1, 2), (3, 129), (1, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prompt_with_sinks_gives_what_the_plain_path_gives(heads, kv_heads, size, window, batch, tokens, dtype):
+    config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size, sinks=True)
+    model = build_model(config, random_weights(config), "cuda", dtype)
+    attn = model.layers[0].attn
+    attn.window = window
+    x = torch.randn(batch, tokens, config.dim, device="cuda", dtype=dtype)
+    rope = rope_table(config, tokens, "cuda")[torch.arange(tokens, device="cuda")[None]].unsqueeze(2)
+    y, expected = [], []
+    for gradients, found in ((False, y), (True, expected)):  # with gradients the plain path is taken
+        with torch.set_grad_enabled(gradients):
+            found.append(attn(x, rope, None, None))
+    assert (y[0] - expected[0]).norm() <= 1e-2 * expected[0].norm()
+
+
+@pytest.mark.parametrize("kind", ["plain", *MODES])
 @pytest.mark.parametrize("experts, used, hidden", [(8, 2, 3584), (12, 5, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, hidden, dtype):
@@ -292,8 +318,8 @@ def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
     assert list(generate(model, prompt, 12, Sampling(temperature=0), steps=Steps(decode_step=step))) == expected
 
 
-@pytest.mark.parametrize("family", ["llama-2", "mixtral"])
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama-2", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_quantized_model_decodes_the_same_compiled(mode, family):
     torch.compiler.reset()
     config, state = quantize_model(FAMILIES[family], random_weights(FAMILIES[family]), mode, 32)
