@@ -149,7 +149,7 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def steps(groups):
-        """Powers of two [N, 1], of which the scales and zeros of a row's groups [N, K/G, G] are multiples: from 1 to 255
+        """Powers of two [N, 1]. The scales and the zeros of a row's groups [N, K/G, G] are multiples of them, from 1 to 255
         and from -127 to 127, so that a byte holds each, and bf16 too."""
         scales, zeros = Int4Linear.exact_grid(groups)
         one = torch.ones_like(scales[:, :1])
