@@ -386,82 +386,63 @@ def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, 
     tl.store(s_ptr + token, scale)
 
 
-@gluon.jit
-def _fetch(desc, tiles, full, row, at, slot, pred):
-    hopper.tma.async_copy_global_to_shared(desc, [row, at], full.index(slot), tiles.index(slot), pred)
-
-
 @gluon.jit(do_not_specialize_on_alignment=["T"])
 def _few_tokens_kernel(
     w_desc, x_desc, x_scale_ptr, s_ptr, b_ptr, y_ptr, T, N, K,
-    STAGES: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Some of N rows of weights, as `_matvec_kernel` has them, times all of T tokens, whose x are columns of a tensor
-    core's product. Weights are on their way before the wait for x. int8 weights take x as `_two_int8_kernel` makes it.
+    """Some of N rows of weights [1 or 2, N, K] times all of T tokens, as columns of a tensor core's product; of 2 parts
+    the first is gate, the other up. The first tiles of weights are on their way before the wait for x. int8 weights
+    take x as `_two_int8_kernel` makes it.
     """
-    ROWS: gl.constexpr = w_desc.block_type.shape[0]
-    BLOCK: gl.constexpr = w_desc.block_type.shape[1]
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    BLOCK: gl.constexpr = w_desc.block_type.shape[2]
     COLS: gl.constexpr = x_desc.block_type.shape[0]
     SIZE: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
-    BYTES: gl.constexpr = ((2 if GATED else 1) * ROWS + COLS) * BLOCK * SIZE
+    BYTES: gl.constexpr = (PARTS * ROWS + COLS) * BLOCK * SIZE
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLS, 32 // SIZE])
-    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, ROWS, BLOCK], w_desc.layout)
+    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, BLOCK], w_desc.layout)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLS, BLOCK], x_desc.layout)
-    w_up = gl.allocate_shared_memory(w_desc.dtype, [STAGES if GATED else 1, ROWS, BLOCK], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     row = gl.program_id(0) * ROWS
-    for first in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(first), count=1)
-        hopper.mbarrier.expect(full.index(first), BYTES)
-        _fetch(w_desc, w, full, row, first * BLOCK, first, True)
-        if GATED:
-            _fetch(w_desc, w_up, full, N + row, first * BLOCK, first, True)
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(i), count=1)
+        hopper.mbarrier.expect(full.index(i), BYTES)
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, i * BLOCK], full.index(i), w.index(i))
     _wait_for_inputs(PDL)
-    for first in gl.static_range(STAGES):
-        _fetch(x_desc, x, full, 0, first * BLOCK, first, True)
-    y = gl.zeros([ROWS, COLS], gl.int32 if SIZE == 1 else gl.float32, mma)
-    up = y
+    for i in gl.static_range(STAGES):
+        hopper.tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK], full.index(i), x.index(i))
+    y = gl.zeros([PARTS * ROWS, COLS], gl.int32 if SIZE == 1 else gl.float32, mma)
     steps = gl.maximum(gl.cdiv(K, BLOCK), STAGES)  # beyond K all are zeros
     for step in range(steps):
         slot = step % STAGES
         hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
-        columns = x.index(slot).permute((1, 0))
-        y = hopper.warpgroup_mma(w.index(slot), columns, y, is_async=True)
-        if GATED:
-            up = hopper.warpgroup_mma(w_up.index(slot), columns, up, is_async=True)
-            up = hopper.warpgroup_mma_wait(0, deps=[up])
-        y = hopper.warpgroup_mma_wait(0, deps=[y])
+        rows = w.index(slot).reshape([PARTS * ROWS, BLOCK])
+        y = hopper.warpgroup_mma(rows, x.index(slot).permute((1, 0)), y)
         more, at = step + STAGES < steps, (step + STAGES) * BLOCK
         hopper.mbarrier.expect(full.index(slot), BYTES, more)
-        _fetch(w_desc, w, full, row, at, slot, more)
-        if GATED:
-            _fetch(w_desc, w_up, full, N + row, at, slot, more)
-        _fetch(x_desc, x, full, 0, at, slot, more)
-    y = _finish_few(y, row, x_scale_ptr, s_ptr, b_ptr, T, N)
-    if GATED:
-        up = _finish_few(up, N + row, x_scale_ptr, s_ptr, b_ptr, T, 2 * N)
-        y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, at], full.index(slot), w.index(slot), more)
+        hopper.tma.async_copy_global_to_shared(x_desc, [0, at], full.index(slot), x.index(slot), more)
+    if SIZE == 1:
+        high, low = y.reshape([PARTS * ROWS, COLS // 2, 2]).split()
+        y = high.to(gl.float32) + low.to(gl.float32) / 254
+    at = gl.arange(0, PARTS * ROWS, gl.SliceLayout(1, y.type.layout))
+    token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
+    at, inside = at // ROWS * N + row + at % ROWS, row + at % ROWS < N
+    if SIZE == 1:
+        y *= gl.load(s_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
+        y *= gl.load(x_scale_ptr + token, mask=token < T, other=0.0)[None, :]
+    if b_ptr is not None:
+        y += gl.load(b_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
+    if PARTS == 2:
+        gate, up = y.reshape([2, ROWS, y.shape[1]]).permute((1, 2, 0)).split()
+        y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
     elif ACT is not None:
         y = _activate(y, ACT, y_ptr.dtype.element_ty)
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
     token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))[None, :]
     gl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=(token < T) & (rows < N))
-
-
-@gluon.jit
-def _finish_few(y, row, x_scale_ptr, s_ptr, b_ptr, T, N):
-    """Products with scales and bias."""
-    if x_scale_ptr is not None:
-        high, low = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
-        y = high.to(gl.float32) + low.to(gl.float32) / 254
-    rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
-    if x_scale_ptr is not None:
-        token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
-        y *= gl.load(x_scale_ptr + token, mask=token < T, other=0.0)[None, :]
-        y *= gl.load(s_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
-    if b_ptr is not None:
-        y += gl.load(b_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
-    return y
 
 
 @jit_for_any_T
@@ -585,13 +566,13 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
         x, columns = q, 2 * columns
-    block, rows, warps = 256 // x.element_size(), 64, 4
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), 2)
-    weight = TensorDescriptor.from_tensor(weight, [rows, block], layout)
-    x = TensorDescriptor.from_tensor(x, [columns, block], layout)
-    _few_tokens_kernel[(triton.cdiv(N, rows),)](
+    bits, block = 8 * x.element_size(), 256 // x.element_size()
+    weight = weight.view(2 if gated else 1, N, K)
+    weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
+    x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
+    _few_tokens_kernel[(triton.cdiv(N, 64),)](
         weight, x, x_scales, scales, bias, y, T, N, K,
-        STAGES=4, GATED=gated, ACT=activation, CLAMP=clamp, num_warps=warps, **options,
+        STAGES=2 if gated else 4, ACT=activation, CLAMP=clamp, num_warps=4, **options,
     )  # fmt: skip
 
 
