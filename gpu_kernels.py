@@ -33,6 +33,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def runs_on(device: torch.device) -> bool:
@@ -407,6 +411,81 @@ def _int4_experts_sum_kernel(
 # --- More than one token ----------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A token's x [K] as (q1 + q2 / 254) times a scale, two rows of int8: 15 bits of the largest number."""
+    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    _wait_for_inputs(PDL)
+    x = tl.load(x_ptr + token * K + at, mask=at < K, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-30) / 127
+    x /= scale
+    high = x + 12582912.0  # the nearest integer stands in the last bits
+    low = (x - (high - 12582912.0)) * 254 + 12582912.0
+    q_ptr += token * 2 * K + at
+    tl.store(q_ptr, high.to(tl.int32, bitcast=True).to(tl.int8), mask=at < K)
+    tl.store(q_ptr + K, low.to(tl.int32, bitcast=True).to(tl.int8), mask=at < K)
+    tl.store(s_ptr + token, scale)
+
+
+@gluon.jit(do_not_specialize_on_alignment=["T"])
+def _few_tokens_kernel(
+    w_desc, x_desc, x_scale_ptr, s_ptr, b_ptr, y_ptr, T, N, K,
+    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Some of N rows of weights [1 or 2, N, K] times all of T tokens, as columns of a tensor core's product; of 2 parts
+    the first is gate, the other up. The first tiles of weights are on their way before the wait for x. int8 weights
+    take x as `_two_int8_kernel` makes it.
+    """
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    BLOCK: gl.constexpr = w_desc.block_type.shape[2]
+    COLS: gl.constexpr = x_desc.block_type.shape[0]
+    SIZE: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (PARTS * ROWS + COLS) * BLOCK * SIZE
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLS, 32 // SIZE])
+    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, BLOCK], w_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLS, BLOCK], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    row = gl.program_id(0) * ROWS
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(i), count=1)
+        hopper.mbarrier.expect(full.index(i), BYTES)
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, i * BLOCK], full.index(i), w.index(i))
+    _wait_for_inputs(PDL)
+    for i in gl.static_range(STAGES):
+        hopper.tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK], full.index(i), x.index(i))
+    y = gl.zeros([PARTS * ROWS, COLS], gl.int32 if SIZE == 1 else gl.float32, mma)
+    steps = gl.maximum(gl.cdiv(K, BLOCK), STAGES)  # beyond K all are zeros
+    for step in range(steps):
+        slot = step % STAGES
+        hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
+        rows = w.index(slot).reshape([PARTS * ROWS, BLOCK])
+        y = hopper.warpgroup_mma(rows, x.index(slot).permute((1, 0)), y)
+        more, at = step + STAGES < steps, (step + STAGES) * BLOCK
+        hopper.mbarrier.expect(full.index(slot), BYTES, more)
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, at], full.index(slot), w.index(slot), more)
+        hopper.tma.async_copy_global_to_shared(x_desc, [0, at], full.index(slot), x.index(slot), more)
+    if SIZE == 1:
+        high, low = y.reshape([PARTS * ROWS, COLS // 2, 2]).split()
+        y = high.to(gl.float32) + low.to(gl.float32) / 254
+    at = gl.arange(0, PARTS * ROWS, gl.SliceLayout(1, y.type.layout))
+    token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
+    at, inside = at // ROWS * N + row + at % ROWS, row + at % ROWS < N
+    if SIZE == 1:
+        y *= gl.load(s_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
+        y *= gl.load(x_scale_ptr + token, mask=token < T, other=0.0)[None, :]
+    if b_ptr is not None:
+        y += gl.load(b_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
+    if PARTS == 2:
+        gate, up = y.reshape([2, ROWS, y.shape[1]]).permute((1, 2, 0)).split()
+        y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+    elif ACT is not None:
+        y = _activate(y, ACT, y_ptr.dtype.element_ty)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
+    token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))[None, :]
+    gl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=(token < T) & (rows < N))
+
+
 @jit_for_any_T
 def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -530,6 +609,35 @@ def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: flo
         _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=8, **options)
 
 
+def takes_few_tokens(x, weight: torch.Tensor) -> bool:
+    """Whether `linear` takes 2 to 64 tokens of such x by `_few_tokens_kernel`: Hopper, rows of whole 16 bytes."""
+    return (
+        torch.cuda.get_device_capability(x.device)[0] == 9
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype in (x.dtype, torch.int8)
+        and weight.shape[1] * weight.element_size() % 16 == 0
+    )
+
+
+def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp: float | None) -> None:
+    """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
+    (T, N), K = y.shape, x.shape[1]
+    weight, scales, _, bias = weights
+    options, x_scales, columns = launch_options(x.device), None, 8 if T <= 8 else 16 if T <= 16 else 64
+    if scales is not None:
+        q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
+        _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
+        x, columns = q, 2 * columns
+    bits, block = 8 * x.element_size(), 256 // x.element_size()
+    weight = weight.view(2 if gated else 1, N, K)
+    weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
+    x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
+    _few_tokens_kernel[(triton.cdiv(N, 64),)](
+        weight, x, x_scales, scales, bias, y, T, N, K,
+        STAGES=2 if gated else 4, ACT=activation, CLAMP=clamp, num_warps=4, **options,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
@@ -538,24 +646,27 @@ def linear(
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
     MXFP4 in that layout, and scales [N, K/32] in uint8.
 
-    For T = 1 there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result with its bias [N], and if it is
-    `gated`, y [1, N/2] is activation(first half) * second half, with a clamp as `GPTConfig.gate_clamp` says.
+    For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
+    with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as
+    `GPTConfig.gate_clamp` says.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
+    few = 1 < T <= 64 and takes_few_tokens(x, weight)
     packed = weight.dtype == torch.uint8
     if scales is not None and T > (6 if packed else 64):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
-    assert T == 1 or activation is None
-    if T > 1 and scales is None:
+    assert T == 1 or few or activation is None
+    if T > 1 and scales is None and not few:
         return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
-    if T > 1 and not packed:
+    if T > 1 and not few and not packed:
         BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
         return y if bias is None else y + bias
-    launch_matvec(x, (weight, scales, zeros, bias), y, activation, gated, clamp)
+    launch = launch_few_tokens if few else launch_matvec
+    launch(x, (weight, scales, zeros, bias), y, activation, gated, clamp)
     return y
 
 

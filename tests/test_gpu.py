@@ -170,6 +170,57 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
             assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("shape", [(34, 304), (1030, 776), (70, 4112), (66, 515)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape, dtype):
+    import gpu_kernels
+
+    weight, (N, K) = torch.randn(shape, device="cuda"), shape
+    parts, expected = (weight.to(dtype),), weight.to(dtype).double()
+    if kind == "int8":
+        parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
+        expected = Int8Linear.dequantize(parts[0], parts[1].double())
+    bias = torch.randn(N, device="cuda", dtype=dtype)
+    for tokens in (2, 5, 8, 9, 16, 33, 64, 65):
+        x = torch.randn(tokens, K, device="cuda", dtype=dtype) / K**0.5
+        x[1] *= 100  # has a scale of its own
+        exact = x.double() @ expected.T
+        for added, y in ((None, exact), (bias, exact + bias)):
+            assert close(gpu_kernels.linear(x, *parts, bias=added), y, dtype), tokens
+            if tokens == 65 or not gpu_kernels.takes_few_tokens(x, parts[0]):
+                continue
+            gate, up = y.chunk(2, dim=-1)
+            for activation, make in ACTIVATIONS.items():
+                found = gpu_kernels.linear(x, *parts, bias=added, activation=activation)
+                assert close(found, make()(y), dtype, times=4), activation
+                found = gpu_kernels.linear(x, *parts, bias=added, activation=activation, gated=True)
+                assert close(found, make()(gate) * up, dtype, times=4), activation
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
+    import gpu_kernels
+
+    weight = torch.randn(2048, 2048, device="cuda")
+    quantized = Int8Linear.quantize(weight)
+    parts = tuple(quantized.values()) if kind == "int8" else (weight.bfloat16(),)
+    parts = tuple(t.bfloat16() if t.is_floating_point() else t for t in parts)
+    x, ones = torch.randn(tokens, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
+
+    def chain(between):
+        y = x
+        for _ in range(20):
+            y = gpu_kernels.add_norm(gpu_kernels.linear(y, *parts), None, ones, None, None, 1e-5)[1]
+            between()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        assert torch.equal(chain(lambda: None), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kth_largest_is_that_of_a_sort(dtype):
     import gpu_kernels
