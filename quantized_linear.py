@@ -149,8 +149,8 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def steps(groups):
-        """Powers of two [N, 1]: scales of a row's groups [N, K/G, G] are 1 to 255 times the first, zeros -127 to 127 times
-        the second, so that a byte holds each, and bf16 too."""
+        """Powers of two [N, 1]: a scale of a row's groups [N, K/G, G] is 1 to 255 times the first, a zero -127 to 127
+        times the second, so that a byte holds each, and bf16 too."""
         scales, zeros = Int4Linear.exact_grid(groups)
         one = torch.ones_like(scales[:, :1])
         largest = ((scales, 8), (zeros.abs().clamp(min=1e-30), 7))
