@@ -225,8 +225,9 @@ def _to_bytes(x):
 
 @triton.jit
 def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
-    """x from block `first` on as step * (254 * byte + second byte), blocks of 32 columns: for every 8 columns two words
-    of bytes, two of second bytes and the sum [4 BLOCKS]; the steps [BLOCKS]. A NaN becomes the step of its block."""
+    """x from block `first` on as step * (254 * byte + second byte + third byte / 254, the last of float32 alone), blocks
+    of 32 columns. Two words for 8 columns' bytes, two for second ones, their sum [4 BLOCKS], the steps [BLOCKS], and
+    words and sums of third ones. A NaN becomes the step of its block."""
     at = first * 32 + tl.arange(0, BLOCKS * 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     if MASKED:
         x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
@@ -245,7 +246,12 @@ def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.
     b_second, b = _to_bytes(b * 254)
     sums = _dot_bytes(b_bytes, 0x01010101, _dot_bytes(a_bytes, 0x01010101, 0)) * 254
     sums = _dot_bytes(b_second, 0x01010101, _dot_bytes(a_second, 0x01010101, sums))
-    return a_bytes, b_bytes, a_second, b_second, sums, top * (1 / (127 * 254))
+    a_third, b_third, third_sums = a_second, b_second, sums
+    if x_ptr.dtype.element_ty == tl.float32:
+        a_third, a = _to_bytes(a * 254)
+        b_third, b = _to_bytes(b * 254)
+        third_sums = _dot_bytes(b_third, 0x01010101, _dot_bytes(a_third, 0x01010101, 0))
+    return a_bytes, b_bytes, a_second, b_second, sums, top * (1 / (127 * 254)), a_third, b_third, third_sums
 
 
 @triton.jit
@@ -295,26 +301,28 @@ def _int4_load(
 
 
 @triton.jit
-def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr):
-    """Products [ROWS, BLOCKS] of what `_int4_load` and `_x_in_bytes` gave."""
+def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
+    """Products [ROWS, BLOCKS] of what `_int4_load` and `_x_in_bytes` gave, with two bytes of x or THREE."""
     words, scale, zero = tile
-    a_bytes, b_bytes, a_second, b_second, sums, step = x
+    a_bytes, b_bytes, a_second, b_second, sums, step, a_third, b_third, third_sums = x
     a, b = _weights_in_bytes(words, KIND)
-    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254
-    if KIND != "fp4":  # q - 8
-        dot -= 8 * sums[None, :]
+    minus: tl.constexpr = 0 if KIND == "fp4" else 8  # q - 8
+    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254 - minus * sums[None, :]
     dot = _dot_bytes(b, b_second[None, :], _dot_bytes(a, a_second[None, :], dot))
     dot = tl.sum(tl.reshape(dot, [ROWS, BLOCKS, 4]), 2).to(tl.float32)
+    x_sum = tl.sum(tl.reshape(sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :]
+    if THREE:
+        third = _dot_bytes(b, b_third[None, :], _dot_bytes(a, a_third[None, :], -minus * third_sums[None, :]))
+        dot += tl.sum(tl.reshape(third, [ROWS, BLOCKS, 4]), 2).to(tl.float32) * (1 / 254)
+        x_sum += tl.sum(tl.reshape(third_sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :] * (1 / 254)
     if KIND == "fp4":
         dot *= (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
+    elif KIND == "bytes":
+        both = scale.to(tl.int32)
+        zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
+        dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
     else:
-        x_sum = tl.sum(tl.reshape(sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :]
-        if KIND == "bytes":
-            both = scale.to(tl.int32)
-            zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
-            dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
-        else:
-            dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
+        dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
     return dot * step[None, :]
 
 
@@ -325,19 +333,20 @@ def _int4_rows_dot(
 ):  # fmt: skip
     """Rows of weights, of which the first tile is there, times x; [ROWS, 1]."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
+    THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     factor, zero_step = 1.0, 1.0
     if KIND == "bytes":
         factor = tl.load(weights[2] + 2 * rows, mask=inside, other=0.0)
         zero_step = tl.load(weights[2] + 2 * rows + 1, mask=inside, other=0.0)
     x = _x_in_bytes(x_ptr, 0, K, BLOCKS, BLOCKS > WHOLE, KIND)
-    total = _int4_dot(tile, x, zero_step, ROWS, BLOCKS, KIND)
+    total = _int4_dot(tile, x, zero_step, ROWS, BLOCKS, KIND, THREE)
     for first in range(BLOCKS, WHOLE, BLOCKS):
         later = _int4_load(weights, rows, inside, first, K, G, BLOCKS, not EVEN, KIND)
         x = _x_in_bytes(x_ptr, first, K, BLOCKS, False, KIND)
-        total += _int4_dot(later, x, zero_step, ROWS, BLOCKS, KIND)
+        total += _int4_dot(later, x, zero_step, ROWS, BLOCKS, KIND, THREE)
     if BLOCKS <= WHOLE and WHOLE < K // 32:
         last = _int4_load(weights, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
-        total += _int4_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND)
+        total += _int4_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
     return tl.sum(total, 1)[:, None] * factor
 
 
