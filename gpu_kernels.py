@@ -225,8 +225,8 @@ def _to_bytes(x):
 
 @triton.jit
 def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
-    """x from block `first` on as step * (254 * byte + second byte + third byte / 254, the last of float32 alone), blocks
-    of 32 columns. Two words for 8 columns' bytes, two for second ones, their sum [4 BLOCKS], the steps [BLOCKS], and
+    """x from block `first` on as step * (254 * byte + second byte + third byte / 254, of float32 alone), in blocks of
+    32 columns. Two words for 8 columns' bytes, two for second ones, their sum [4 BLOCKS], the steps [BLOCKS], and
     words and sums of third ones. A NaN becomes the step of its block."""
     at = first * 32 + tl.arange(0, BLOCKS * 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     if MASKED:
