@@ -623,7 +623,7 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
     """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
     (T, N), K = y.shape, x.shape[1]
     weight, scales, _, bias = weights
-    options, x_scales, columns = launch_options(x.device), None, 8 if T <= 8 else 16 if T <= 16 else 64
+    options, x_scales, columns = launch_options(x.device), None, 16 if T <= 16 else 64
     if scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
@@ -632,9 +632,13 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
     weight = weight.view(2 if gated else 1, N, K)
     weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
     x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
+    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With three at once, early
+    # blocks crowd onto a few multiprocessors: 153 us a layer instead of 144.
+    stage = 256 * (weight.block_shape[0] * 64 + columns)
+    stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
     _few_tokens_kernel[(triton.cdiv(N, 64),)](
         weight, x, x_scales, scales, bias, y, T, N, K,
-        STAGES=2 if gated else 4, ACT=activation, CLAMP=clamp, num_warps=4, **options,
+        STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=4, **options,
     )  # fmt: skip
 
 
