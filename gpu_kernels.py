@@ -5,8 +5,10 @@ int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.
 which runs. Decisions to know:
 
 - `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
-  up to 6 do so one by one in int4; for up to 64, int8 weights are converted inside a matrix product; otherwise weights
-  are unpacked, then cuBLAS.
+  up to 6 do so one by one in int4. On Hopper 2 to 64 go through a tensor core's product, for which the copy engine
+  (TMA) fetches the weights; it is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
+  meet x there as two int8 numbers, 15 bits, so that no weight is converted; elsewhere they are converted inside a
+  product. Otherwise weights are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
 - Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
   operation: 0x4300 is 128, and its last mantissa bits count by one.
