@@ -5,8 +5,10 @@ int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.
 which runs. Decisions to know:
 
 - `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
-  up to 6 do so one by one in int4; for up to 64, int8 weights are converted inside a matrix product; otherwise weights
-  are unpacked, then cuBLAS.
+  up to 6 do so one by one in int4. On Hopper 2 to 64 go through a tensor core's product, for which the copy engine
+  (TMA) fetches the weights; it is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
+  meet x there as two int8 numbers, 15 bits, so that no weight is converted; elsewhere they are converted inside a
+  product. Otherwise weights are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
 - Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
   operation: 0x4300 is 128, and its last mantissa bits count by one.
@@ -632,7 +634,7 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
     """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
     (T, N), K = y.shape, x.shape[1]
     weight, scales, _, bias = weights
-    options, x_scales, columns = launch_options(x.device), None, 8 if T <= 8 else 16 if T <= 16 else 64
+    options, x_scales, columns = launch_options(x.device), None, 16 if T <= 16 else 64
     if scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
@@ -641,9 +643,13 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
     weight = weight.view(2 if gated else 1, N, K)
     weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
     x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
+    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With three at once, early
+    # blocks crowd onto a few multiprocessors: 153 us a layer instead of 144.
+    stage = 256 * (weight.block_shape[0] * 64 + columns)
+    stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
     _few_tokens_kernel[(triton.cdiv(N, 64),)](
         weight, x, x_scales, scales, bias, y, T, N, K,
-        STAGES=2 if gated else 4, ACT=activation, CLAMP=clamp, num_warps=4, **options,
+        STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=4, **options,
     )  # fmt: skip
 
 
