@@ -484,19 +484,21 @@ if not hasattr(torch.ops.gpt_twin, "multiply_by_experts"):
 class SparseMLP(nn.Module):
     """A mixture of experts, one rank's part of each."""
 
-    def __init__(self, config: GPTConfig, ranks: int):
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
-        self.ranks, self.n_expert, self.used = ranks, config.n_expert, config.n_expert_used
+        self.rank, self.ranks, self.n_expert, self.used = rank, ranks, config.n_expert, config.n_expert_used
         self.norm_topk_prob = config.norm_topk_prob
         self.gated, bias = Gate(config), config.mlp_bias
         self.activation = config.activation
         self.router = Linear(config.dim, config.n_expert, bias=config.router_bias)
         self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=bias)
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, D]
-        logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
+        logits = self.router(rows)  # [N, experts]
+        logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
         by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
@@ -557,7 +559,7 @@ class Block(nn.Module):
         self.norm_1 = AddNorm(config, rank, ranks, config.pre_norm)
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks, config.pre_norm)
-        self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
+        self.mlp = SparseMLP(config, rank, ranks) if config.n_expert else MLP(config)
         # Norms of updates, whose weights are for the AddNorm that adds those.
         self.post_attn = nn.RMSNorm(config.dim) if config.post_norm else None
         self.post_mlp = nn.RMSNorm(config.dim) if config.post_norm else None
@@ -601,7 +603,8 @@ class FastGPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=config.head_bias)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.register_buffer("rope_window", None, persistent=False)  # of layers with a base of their own
-        self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
+        self.inbox = None  # this rank's memory for what the others tell it; no buffer, because it must stay where it is
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks] of all of them
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
 
@@ -633,13 +636,21 @@ class FastGPT(nn.Module):
             self.rope_window = rope_table(config, self.max_seq_length, device, windowed=True)
 
     def connect_ranks(self):
-        """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
+        """Give the kernels, on GPUs that reach each other's memory, some of it for their messages."""
         device = self.wte.weight.device
-        if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.inbox, peers = shared_memory(gpu_kernels.inbox_words(self.ranks, self.config.dim), device)
-            for module in self.modules():
-                if isinstance(module, AddNorm):
-                    module.peers = peers
+        if gpu_kernels is None or not gpu_kernels.runs_on(device):
+            return
+        words = gpu_kernels.inbox_words(self.ranks, self.config.dim)
+        self.inbox, peers = shared_memory(words + gpu_kernels.gather_words(self.ranks), device)
+        for module in self.modules():
+            if isinstance(module, AddNorm):
+                module.peers = peers
+            elif isinstance(module, (SparseMLP, FastGPT)):  # who gather in the words after those of the norms
+                module.peers = None if peers is None else peers + 8 * words
+
+    def from_rank_0(self, x):
+        """Rank 0's x, of integers up to 2^24, on every rank."""
+        return from_rank_0(x, self.ranks, self.peers, self.rank)
 
     def _apply(self, fn, recurse=True):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
@@ -708,7 +719,7 @@ class FastGPT(nn.Module):
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
-        return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
+        return all_gather(logits, self.ranks, self.peers, self.rank)[..., : self.config.vocab_size]
 
 
 def expert_matrices(model) -> set:

@@ -597,40 +597,116 @@ def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None):
     return x.new_empty(len(chosen), weight.shape[0] // experts)
 
 
+# --- Between ranks ----------------------------------------------------------------------------------------------------
+
+# Each rank writes numbers into the memory of the others as words of a float32 and the round's count, which arrive
+# together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
+# round ahead of the same one of another, so two places for each word are enough. An inbox begins with the counts of
+# the programs' rounds, zeros at first as all words are.
+#
+# Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
+
+
+@triton.jit
+def _inboxes(peers_ptr, RANKS: tl.constexpr):
+    """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
+    inboxes = ()
+    for rank in tl.static_range(RANKS):
+        inbox = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64))
+        inboxes = inboxes + (tl.multiple_of(inbox, 16),)
+    return inboxes
+
+
+@triton.jit
+def _tell(values, count, inside, place, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr):
+    """Write float32 values to their place at every other rank, which has SIZE words from each."""
+    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            tl.store(inboxes[rank] + place + RANK * SIZE, words, mask=inside)
+
+
+@triton.jit
+def _hear(words_ptr, count, inside):
+    """The float32 values of this round at these places, when they have come."""
+    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
+        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    return words.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+MOST_GATHERED = 2**18  # numbers of a rank, for which an inbox has room: 8 MB for two ranks
+GATHERED = 512  # by a program
+
+
+@triton.jit(do_not_specialize=["n"])
+def _gather_kernel(
+    x_ptr, y_ptr, peers_ptr, n,
+    RANK: tl.constexpr, RANKS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program, counts = tl.program_id(0), MOST // BLOCK
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    inboxes = _inboxes(peers_ptr, RANKS)
+    own = inboxes[RANK]
+    _wait_for_inputs(PDL)
+    count = tl.load(own + program) + 1
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    place = counts + (count & 1) * RANKS * MOST + at
+    _tell(x.to(tl.float32), count, inside, place, inboxes, RANK, RANKS, MOST)
+    tl.store(y_ptr + RANK * n + at, x, mask=inside)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = _hear(own + place + rank * MOST, count, inside)
+            tl.store(y_ptr + rank * n + at, theirs.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # all warps have read the count
+    tl.store(own + program, count)
+
+
+def gather_words(ranks: int) -> int:
+    """Words of 8 bytes, zeros at first, that each rank has for what the others tell it in `gather`."""
+    return MOST_GATHERED // GATHERED + 2 * ranks * MOST_GATHERED
+
+
+@torch.library.custom_op("gpt_twin::gather", mutates_args=(), device_types="cuda")
+def gather(x: torch.Tensor, peers: torch.Tensor, rank: int) -> torch.Tensor:
+    """Every rank's x [...], as [ranks, ...]; of integers those that float32 holds, up to 2^24.
+
+    `peers` [ranks] are the addresses of the ranks' inboxes (`gather_words`, `tp.shared_memory`). As of `add_norm`, all
+    ranks make the same calls, which need one another in turn.
+    """
+    assert x.numel() <= MOST_GATHERED, "the inboxes have no room for so many numbers"
+    y = x.new_empty(len(peers), *x.shape)
+    _gather_kernel[(triton.cdiv(x.numel(), GATHERED),)](
+        x.contiguous(), y, peers, x.numel(),
+        RANK=rank, RANKS=len(peers), MOST=MOST_GATHERED, BLOCK=GATHERED, num_warps=4, **launch_options(x.device),
+    )  # fmt: skip
+    return y
+
+
+@gather.register_fake
+def _(x, peers, rank):
+    return x.new_empty(len(peers), *x.shape)
+
+
 # --- The residual sum and the norm after it ---------------------------------------------------------------------------
 
 
 @triton.jit
 def _sum_over_ranks(
-    values, at, row, peers_ptr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
+    values, at, inside, row, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
 ):
-    """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum.
-
-    Each rank writes its own into the memory of the others as words of a number and the round's count, which arrive
-    together, so that nobody waits for more than the words (as NCCL's protocol LL). A rank is at most one round ahead of
-    another, so two places for each word are enough. The memory is that of `inbox_words`, and begins with the counts.
-
-    Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
-    """
-    inside = at < D
-    own = tl.load(peers_ptr + RANK).to(tl.pointer_type(tl.int64))
+    """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum."""
+    own = inboxes[RANK]
     count = tl.load(own + row) + 1
-    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
     place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            inbox = tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(inbox + place + RANK * D, words, mask=inside)
+    _tell(values, count, inside, place, inboxes, RANK, RANKS, D)
     total = tl.zeros_like(values)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += values
         else:
-            inbox = tl.multiple_of(own, 16) + place + rank * D
-            words = tl.load(inbox, mask=inside, other=0, volatile=True)
-            while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
-                words = tl.load(inbox, mask=inside, other=0, volatile=True)
-            total += words.to(tl.uint32).to(tl.float32, bitcast=True)
+            total += _hear(own + place + rank * D, count, inside)
     tl.debug_barrier()  # all warps have read the count
     tl.store(own + row, count)
     return total
@@ -656,12 +732,14 @@ def _add_norm_kernel(
         bias = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if post_ptr is not None:
         post = _load_norm(post_ptr, at, inside, PLUS_ONE)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32)
     if update_ptr is not None:
         update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
         if RANKS > 1:
-            update = _sum_over_ranks(update, at, row, peers_ptr, RANK, RANKS, ROWS, D)
+            update = _sum_over_ranks(update, at, inside, row, inboxes, RANK, RANKS, ROWS, D)
         if post_ptr is not None:
             update *= tl.rsqrt(tl.sum(update * update, 0) / D + eps) * post
         x += scale * update

@@ -9,10 +9,11 @@ Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXi
 - Fewer kv heads than ranks are each held by several ranks. Heads that do not divide otherwise are refused.
 - `shard` works on the unfused state dict before it is loaded, plain or quantized: of a mapped file a rank reads its own
   slices only. Quantized columns are cut between groups, so that a shard holds exactly the numbers of the whole.
-- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. Those of a
-  few tokens, on GPUs that reach each other's memory, are in the kernel of the next norm (`gpu_kernels.add_norm`).
+- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. On GPUs
+  that reach each other's memory, those of a few tokens are in the kernel of the next norm (`gpu_kernels.add_norm`), and
+  few logits and the token are gathered by a kernel too.
 
-Copy me: needs torch.
+Copy me: needs torch, and for speed on GPUs `gpu_kernels.py`.
 
 Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 """
@@ -22,6 +23,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+try:
+    import gpu_kernels
+except ImportError:  # no Triton, or the file was left behind
+    gpu_kernels = None
 
 # The dimension of each module's weight that is divided, of every expert's too: 0 its output rows, 1 its input columns.
 # What is not here is whole on every rank. A bias is divided like rows; that of a module divided by columns is added
@@ -106,19 +113,31 @@ def all_reduce(x, ranks: int):
     return x if ranks == 1 else ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
 
 
-def all_gather(x, ranks: int):
+def by_kernel(x, peers) -> bool:
+    """Whether x goes through the memory that ranks share, of which `peers` are the addresses, if there is some."""
+    few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_GATHERED)
+    return few and not torch.is_grad_enabled()
+
+
+def all_gather(x, ranks: int, peers=None, rank: int = 0):
     """Every rank's x [..., N] one after the other, [..., ranks N]."""
     if ranks == 1:
         return x
-    parts = ops.wait_tensor(
-        ops.all_gather_into_tensor(x.contiguous(), ranks, dist.group.WORLD.group_name)
-    )  # one under the other
-    return torch.cat(parts.chunk(ranks), dim=-1)
+    if by_kernel(x, peers):
+        parts = gpu_kernels.gather(x, peers, rank)
+    else:
+        parts = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), ranks, dist.group.WORLD.group_name))
+        parts = parts.view(ranks, *x.shape)
+    return parts.movedim(0, -2).flatten(-2)
 
 
-def from_rank_0(x, ranks: int):
+def from_rank_0(x, ranks: int, peers=None, rank: int = 0):
     """Rank 0's x. Ranks compute alike but for a last bit here and there, and a token must be the same to the bit."""
-    return x if ranks == 1 else ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
+    if ranks == 1:
+        return x
+    if by_kernel(x, peers):
+        return gpu_kernels.gather(x, peers, rank)[0]  # the others' too: who only told would not be held back
+    return ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
 
 
 def shared_memory(words: int, device) -> tuple:

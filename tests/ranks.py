@@ -84,13 +84,32 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
             update = update if post is None else torch.nn.functional.rms_norm(update, (size,), post, 1e-5)
             expected = x + 0.3 * update
             torch.testing.assert_close(total, expected)
+            bits = objects_of_ranks((total.tolist(), y.tolist()))
+            assert bits == bits[:1] * ranks, "a rank has another last bit"
             torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))
+
+
+def check_gathering(device: str, rank: int, ranks: int) -> None:
+    """The kernel that gathers, of many and few numbers in turn, against what every rank can compute by itself."""
+    import gpu_kernels
+
+    memory, peers = tp.shared_memory(gpu_kernels.gather_words(ranks), device)
+    most = gpu_kernels.MOST_GATHERED
+    for round, size in enumerate((1, most, 5, 1, 16001, 2, most, 1, 1) * 10):
+        for dtype in (torch.bfloat16, torch.float32, torch.int64):
+            random = torch.Generator().manual_seed(round)
+            every = torch.randint(-1, 2**24, (ranks, 1, size), generator=random).to(device, dtype)
+            with torch.no_grad():
+                assert torch.equal(gpu_kernels.gather(every[rank], peers, rank), every)
+                assert torch.equal(tp.all_gather(every[rank], ranks, peers, rank), every.flatten()[None])
+                assert torch.equal(tp.from_rank_0(every[rank], ranks, peers, rank), every[0])
 
 
 def main(args) -> None:
     rank, ranks = rank_and_count()
-    if args.mode == "norms":
-        return check_norms(args.device, rank, ranks)
+    if args.mode == "kernels":
+        check_norms(args.device, rank, ranks)
+        return check_gathering(args.device, rank, ranks)
     if args.mode == "fail" and rank == 1:
         raise ValueError("this rank has had enough")
     if args.mode == "results":
@@ -103,5 +122,5 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    device = "cuda" if sys.argv[1] == "norms" else "cpu"
+    device = "cuda" if sys.argv[1] == "kernels" else "cpu"
     run_command(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device), splits=True)

@@ -42,8 +42,8 @@ def test_every_way_agrees_on_two_gpus(family, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_norm_kernel_sums_over_two_gpus():
-    on_two_gpus(Path(__file__).with_name("ranks.py"), "norms", "-")
+def test_kernels_sum_and_gather_over_two_gpus():
+    on_two_gpus(Path(__file__).with_name("ranks.py"), "kernels", "-")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])

@@ -130,6 +130,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         MOST_ROWS=16,
         runs_on=lambda device: True,
         inbox_words=lambda ranks, dim: ranks * dim,
+        gather_words=lambda ranks: ranks,
         add_norm=lambda x, update, *norms: taken.append((len(norms[-2]), norms[-1])),  # peers, rank
     )
 
@@ -155,11 +156,42 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
-    assert asked == [2 * CONFIGS[name].dim for name in ("few kv heads", "gpt-2")]  # once
+    assert asked == [2 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
+    assert all(module.peers.tolist() == [8 * 2 * model.config.dim] * 2 for model in models for module in [model])
     with torch.no_grad():
         assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, other, models[0].norm_f))
         assert not by_kernel(17, rms)
     assert not by_kernel(1, rms)
+
+
+def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
+    """Rank 1 of 2, with a made-up kernel: in one layout and with the same numbers as by a collective."""
+    collectives = SimpleNamespace(
+        wait_tensor=lambda x: x,
+        all_gather_into_tensor=lambda x, ranks, group: torch.cat([x + 100, x]),
+        broadcast=lambda x, rank, group: x + 100,
+    )
+    asked = []
+
+    def gather(x, peers, rank):
+        asked.append((peers, rank, x.numel()))
+        return torch.stack([x + 100, x])
+
+    monkeypatch.setattr(tp, "gpu_kernels", SimpleNamespace(MOST_GATHERED=8, gather=gather))
+    monkeypatch.setattr(tp, "ops", collectives)
+    monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
+    x = torch.arange(12.0).view(2, 2, 3)
+    for given, kernel in ((x[:1], True), (x, False)):
+        expected = torch.cat([given + 100, given], dim=-1)
+        for peers in ("peers", None):
+            with torch.no_grad():
+                assert torch.equal(tp.all_gather(given, 2, peers, 1), expected)
+                assert torch.equal(tp.from_rank_0(given, 2, peers, 1), given + 100)
+            assert asked == ([("peers", 1, 6)] * 2 if kernel and peers else [])
+            asked.clear()
+    tp.all_gather(x[:1], 2, "peers", 1)
+    tp.from_rank_0(x[:1], 2, "peers", 1)
+    assert asked == []  # the kernel has no gradients
 
 
 def test_the_bias_after_a_sum_is_added_once():
