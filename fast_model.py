@@ -275,6 +275,22 @@ def plus_one_norm(x, weight, eps: float):
     return F.rms_norm(x.float(), weight.shape, weight.float() + 1, eps).to(x.dtype)
 
 
+def tells(x, peers) -> bool:
+    """Whether a product's kernel tells other ranks its part of the update of x, so that the next norm's only hears."""
+    return peers is not None and is_single_token(x) and on_gpu_kernels(x)
+
+
+ALONE = (None, 0)  # whom a product tells its part of an update, and as which rank: nobody
+
+
+def part_of_sum(matrix, x, to):
+    """matrix(x), of which each rank has a part, told to all of them if it can be."""
+    if not tells(x, to[0]):
+        return matrix(x)
+    more = {"bias": matrix.bias, "peers": to[0], "rank": to[1]}
+    return gpu_kernels.linear(x.flatten(0, -2), *matrix.gpu_weights(), **more).view(*x.shape[:-1], -1)
+
+
 class AddNorm(nn.Module):
     """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
 
@@ -285,18 +301,21 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.dim)) if pre_norm else None
         self.bias = nn.Parameter(torch.zeros(config.dim)) if pre_norm and not self.is_rms else None
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+        self.register_buffer("told_peers", None, persistent=False)  # those that the product before has told its part
 
-    def forward(self, residual, update=None, post=None):
-        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update."""
+    def forward(self, residual, update=None, post=None, told=True):
+        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update. A row
+        that was one of several when it was computed, so that nobody has told it, is not `told`."""
         if self.ranks == 1 or update is None:
             few = is_single_token(residual)
         else:
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and on_gpu_kernels(residual):
-            peers = None if update is None else self.peers
+            told = told and update is not None and tells(residual, self.told_peers)
+            peers = None if update is None else self.told_peers if told else self.peers
             norms = (self.weight, self.bias, post, self.eps, self.plus_one)
-            return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank)
+            return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank, told)
         plain = self.is_rms and self.pre_norm and post is None and not self.plus_one and self.scale == 1
         if self.ranks == 1 and plain and update is not None and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
@@ -343,7 +362,7 @@ class Attention(nn.Module):
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
-    def forward(self, x, rope, mask, input_pos):
+    def forward(self, x, rope, mask, input_pos, to=ALONE):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
@@ -359,7 +378,7 @@ class Attention(nn.Module):
                 norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one)
             more = (window, self.scale, self.arrived, self.sinks, *norms)
             y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, *more)
-            return self.out(y.view(B, T, -1))
+            return part_of_sum(self.out, y.view(B, T, -1), to)
         if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
             y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)
             return self.out(y.view(B, T, -1))
@@ -371,7 +390,7 @@ class Attention(nn.Module):
             y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale, self.sinks)
         else:
             y = attention(q.transpose(1, 2), k, v, mask, self.scale, self.sinks)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return part_of_sum(self.out, y.transpose(1, 2).reshape(B, T, -1), to)
 
 
 class SigmoidGELU(nn.Module):
@@ -420,7 +439,7 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x, to=ALONE):
         if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
             more["clamp"] = self.clamp
@@ -429,7 +448,7 @@ class MLP(nn.Module):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         else:
             y = self.act(self.gate_up(x))
-        return self.down(y)
+        return part_of_sum(self.down, y, to)
 
 
 def multiply_by_experts(x, weight, ends):
@@ -495,7 +514,7 @@ class SparseMLP(nn.Module):
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
-    def forward(self, x):
+    def forward(self, x, to=ALONE):
         rows = x.flatten(0, -2)  # [N, D]
         logits = self.router(rows)  # [N, experts]
         logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
@@ -503,7 +522,7 @@ class SparseMLP(nn.Module):
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
         if few and by_kernels:
-            y = self.of_few_by_kernels(rows, logits)
+            y = self.of_few_by_kernels(rows, logits, to if tells(x, to[0]) else ALONE)
         else:
             weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]
             if self.norm_topk_prob:
@@ -512,12 +531,13 @@ class SparseMLP(nn.Module):
             y = (self.of_few if of_few else self.of_many)(rows, weights.to(x.dtype), chosen)
         return y.view(x.shape)
 
-    def of_few_by_kernels(self, x, logits):
+    def of_few_by_kernels(self, x, logits, to):
         weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
         gate_up, down = self.experts_gate_up, self.experts_down
         kind = (self.activation, self.gated.clamp)
         hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
-        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), bias=down.bias)
+        more = {"bias": down.bias, "peers": to[0], "rank": to[1]}
+        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), **more)
 
     def with_bias(self, y, matrix, expert):
         """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""
@@ -555,7 +575,8 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
-        self.parallel = config.parallel
+        self.parallel, self.rank = config.parallel, rank
+        self.register_buffer("told_peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
         self.norm_1 = AddNorm(config, rank, ranks, config.pre_norm)
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks, config.pre_norm)
@@ -575,12 +596,13 @@ class Block(nn.Module):
 
     def compute(self, residual, update, post, rope, mask, input_pos):
         residual, x = self.norm_1(residual, update, post)
-        update = self.attn(x, rope, mask, input_pos)
+        to = (self.told_peers, self.rank)
+        update = self.attn(x, rope, mask, input_pos, to)
         if self.parallel:
             _, x = self.norm_2(residual)
             return residual, update + self.mlp(x)
         residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
-        return residual, self.mlp(x)
+        return residual, self.mlp(x, to)
 
     compute_in_region = torch.compiler.nested_compile_region(compute)
 
@@ -640,13 +662,23 @@ class FastGPT(nn.Module):
         device = self.wte.weight.device
         if gpu_kernels is None or not gpu_kernels.runs_on(device):
             return
-        words = gpu_kernels.inbox_words(self.ranks, self.config.dim)
-        self.inbox, peers = shared_memory(words + gpu_kernels.gather_words(self.ranks), device)
+        sizes = [f(self.ranks, self.config.dim) for f in (gpu_kernels.inbox_words, gpu_kernels.told_words)]
+        self.inbox, peers = shared_memory(gpu_kernels.gather_words(self.ranks) + sum(sizes), device)
+        if peers is None:
+            return
+        self.peers = peers
+        peers_of_norms = peers + 8 * gpu_kernels.gather_words(self.ranks)
+        told_peers = peers_of_norms + 8 * sizes[0]
         for module in self.modules():
             if isinstance(module, AddNorm):
+                module.peers = peers_of_norms
+            elif isinstance(module, SparseMLP):
                 module.peers = peers
-            elif isinstance(module, (SparseMLP, FastGPT)):  # who gather in the words after those of the norms
-                module.peers = None if peers is None else peers + 8 * words
+        # The two updates of a parallel block are one sum, and the first update of all is the embedding.
+        following = [*(layer.norm_1 for layer in self.layers[1:]), self.norm_f]
+        for layer, norm in zip(self.layers, following, strict=True):
+            if not layer.parallel:
+                layer.told_peers = layer.norm_2.told_peers = norm.told_peers = told_peers
 
     def from_rank_0(self, x):
         """Rank 0's x, of integers up to 2^24, on every rank."""
@@ -715,7 +747,7 @@ class FastGPT(nn.Module):
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
-        _, x = self.norm_f(residual, update, post)
+        _, x = self.norm_f(residual, update, post, told=idx.numel() == 1)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale

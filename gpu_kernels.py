@@ -51,6 +51,53 @@ def launch_options(device: torch.device) -> dict:
     return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
 
 
+# --- What ranks tell each other ---------------------------------------------------------------------------------------
+
+# Each rank writes numbers into the memory of the others as words of a float32 and the round's count, which arrive
+# together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
+# round ahead of the same one of another, so two places for each word are enough. An inbox begins with the counts of
+# the programs' rounds, zeros at first as all words are.
+#
+# Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
+
+
+@triton.jit
+def _inboxes(peers_ptr, RANKS: tl.constexpr):
+    """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
+    inboxes = ()
+    for rank in tl.static_range(RANKS):
+        inbox = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64))
+        inboxes = inboxes + (tl.multiple_of(inbox, 16),)
+    return inboxes
+
+
+@triton.jit
+def _tell(values, count, inside, place, inboxes, SIZE, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Write float32 values to their place at every other rank, which has SIZE words from each."""
+    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            tl.store(inboxes[rank] + place + RANK * SIZE, words, mask=inside)
+
+
+@triton.jit
+def _hear(words_ptr, count, inside):
+    """The float32 values of this round at these places, when they have come."""
+    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
+        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    return words.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Tell all ranks these rows of N, of which each has a count of its own, for the `add_norm` that comes next."""
+    place = N + (count & 1) * RANKS * N + rows
+    _tell(y.to(tl.float32), count, rows < N, place, inboxes, N, RANK, RANKS)
+    tl.debug_barrier()  # all warps have read the count
+    tl.store(inboxes[RANK] + rows, count, mask=rows < N)
+
+
 # --- Matrix-vector products -------------------------------------------------------------------------------------------
 
 
@@ -122,9 +169,9 @@ jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 @jit_for_any_T
 def _matvec_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, CLAMP: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
     A bias [N] or [2 N] is added before the activation, if there is one.
@@ -145,8 +192,12 @@ def _matvec_kernel(
     w = tl.load(w_ptr + at, mask=at < K, other=0)
     if GATED:
         w_up = tl.load(up_ptr + at, mask=at < K, other=0)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + row) + 1
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
@@ -161,13 +212,17 @@ def _matvec_kernel(
         y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
     elif ACT is not None:
         y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row, y)
+    if RANKS > 1:
+        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
 @jit_for_any_T
 def _experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
     token, row = tl.program_id(0) % T, tl.program_id(0) // T
@@ -175,7 +230,11 @@ def _experts_sum_kernel(
     chosen_ptr += token * USED
     first = w_ptr + (tl.load(chosen_ptr) * N + row) * K
     w = tl.load(first + at, mask=at < K, other=0)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + row) + 1
     y = 0.0
     for i in tl.static_range(USED):
         w_row = tl.load(chosen_ptr + i) * N + row
@@ -188,7 +247,10 @@ def _experts_sum_kernel(
             out += tl.load(b_ptr + w_row).to(tl.float32)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty))
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * N + row, y)
+    if RANKS > 1:
+        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
 @triton.jit
@@ -293,9 +355,10 @@ def _int4_rows_dot(
 
 @jit_for_any_T
 def _int4_matvec_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program; GATED: those as gate, and as many from row N on as up.
 
@@ -319,8 +382,12 @@ def _int4_matvec_kernel(
     tile = _int4_load(weights, rows, N, 0, K, G, BLOCKS, PART)
     if GATED:
         up_tile = _int4_load(weights, N + rows, 2 * N, 0, K, G, BLOCKS, PART)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + rows, mask=rows < N, other=0) + 1
     y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if b_ptr is not None:
         y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
@@ -331,21 +398,28 @@ def _int4_matvec_kernel(
         y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
     elif ACT is not None:
         y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows, y, mask=rows < N)
+    if RANKS > 1:
+        _tell_rows(y, rows, N, count, inboxes, RANK, RANKS)
 
 
 @jit_for_any_T
 def _int4_experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
     token = tl.program_id(0) % T
     rows = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
     PART: tl.constexpr = not (EVEN and BLOCKS <= K // 32)
     chosen_ptr += token * USED
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + rows, mask=rows < N, other=0) + 1
     y = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         first = tl.load(chosen_ptr + i) * N
@@ -360,7 +434,10 @@ def _int4_experts_sum_kernel(
             out += tl.load(b_ptr + first + rows, mask=rows < N, other=0.0).to(tl.float32)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * N + rows, y, mask=rows < N)
+    if RANKS > 1:
+        _tell_rows(y, rows, N, count, inboxes, RANK, RANKS)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -446,45 +523,50 @@ def int4_options(N: int, K: int, scales, rows: int) -> dict:
     return {"K": K, "G": K // scales.shape[1], "ROWS": rows, "BLOCKS": blocks, "EVEN": N % rows == 0}
 
 
-def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: float | None = None, chosen=None) -> None:
+def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
     """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
 
-    `weights` are the weight, scales, zeros and bias of `linear`. Without `chosen`, T above 1 is for packed ones.
+    `weights` are the weight, scales, zeros and bias of `linear`, `act` its activation, gated and clamp, `to` its peers
+    and rank. Without `chosen`, T above 1 is for packed ones.
     """
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     used = 1 if chosen is None else chosen.shape[1]
+    (activation, gated, clamp), (peers, rank) = act, to
     options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
+    options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
     if weight.dtype != torch.uint8:
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
-            x, weight, scales, bias, y, chosen, T, N,
+            x, weight, scales, bias, y, chosen, peers, T, N,
             K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
         )  # fmt: skip
     else:
         options |= int4_options(N, K, scales, 4 if gated else 8)
         grid = (triton.cdiv(N, options["ROWS"]) * T,)
         words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=4, **options)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=4, **options)
 
 
 @torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
     MXFP4 in that layout, and scales [N, K/32] in uint8.
 
     For T = 1 there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result with its bias [N], and if it is
-    `gated`, y [1, N/2] is activation(first half) * second half, with a clamp as `GPTConfig.gate_clamp` says.
+    `gated`, y [1, N/2] is activation(first half) * second half, with a clamp as `GPTConfig.gate_clamp` says. With
+    `peers`, addresses of inboxes of `told_words`, a y of T = 1 is told to all ranks for the `add_norm` that comes next.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
     packed = weight.dtype == torch.uint8
     if scales is not None and T > (6 if packed else 64):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
-    assert T == 1 or activation is None
+    assert T == 1 or (activation is None and peers is None)
     if T > 1 and scales is None:
         return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
@@ -493,12 +575,12 @@ def linear(
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
         return y if bias is None else y + bias
-    launch_matvec(x, (weight, scales, zeros, bias), y, activation, gated, clamp)
+    launch_matvec(x, (weight, scales, zeros, bias), y, (activation, gated, clamp), to=(peers, rank))
     return y
 
 
 @linear.register_fake
-def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None):
+def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0):
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
@@ -558,7 +640,7 @@ def gated_experts(
     """
     x = x.contiguous()
     y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-    launch_matvec(x, (weight, scales, zeros, bias), y, activation, True, clamp, chosen)
+    launch_matvec(x, (weight, scales, zeros, bias), y, (activation, True, clamp), chosen)
     return y
 
 
@@ -571,68 +653,49 @@ def _(x, chosen, experts, activation, clamp, weight, scales=None, zeros=None, bi
 def sum_experts(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
+    With `peers`, y is told as by `linear`.
 
     The `chosen` are those of the `gated_experts` before it: on Hopper this kernel reads them before that one has ended.
     """
     x, (T, used) = x.contiguous(), chosen.shape
     K, N = x.shape[1], weight.shape[0] // experts
     y = x.new_empty(T, N)
-    options = {"USED": used} | launch_options(x.device)
+    assert T == 1 or peers is None
+    options = {"USED": used, "RANK": rank, "RANKS": 1 if peers is None else len(peers)} | launch_options(x.device)
     if weight.dtype != torch.uint8:
         _experts_sum_kernel[(N * T,)](
-            x, weight, scales, bias, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
+            x,
+            weight,
+            scales,
+            bias,
+            y,
+            weights,
+            chosen,
+            peers,
+            T,
+            N,
+            K=K,
+            BLOCK=1024,
+            SCALED=scales is not None,
+            **options,
         )
     else:
         options |= int4_options(N, K, scales, 8)
         grid = (triton.cdiv(N, 8) * T,)
         words = weight.view(torch.int32)
-        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, T, N, **options)
+        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, peers, T, N, **options)
     return y
 
 
 @sum_experts.register_fake
-def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None):
+def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
     return x.new_empty(len(chosen), weight.shape[0] // experts)
 
 
-# --- Between ranks ----------------------------------------------------------------------------------------------------
-
-# Each rank writes numbers into the memory of the others as words of a float32 and the round's count, which arrive
-# together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
-# round ahead of the same one of another, so two places for each word are enough. An inbox begins with the counts of
-# the programs' rounds, zeros at first as all words are.
-#
-# Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
-
-
-@triton.jit
-def _inboxes(peers_ptr, RANKS: tl.constexpr):
-    """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
-    inboxes = ()
-    for rank in tl.static_range(RANKS):
-        inbox = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64))
-        inboxes = inboxes + (tl.multiple_of(inbox, 16),)
-    return inboxes
-
-
-@triton.jit
-def _tell(values, count, inside, place, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr):
-    """Write float32 values to their place at every other rank, which has SIZE words from each."""
-    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            tl.store(inboxes[rank] + place + RANK * SIZE, words, mask=inside)
-
-
-@triton.jit
-def _hear(words_ptr, count, inside):
-    """The float32 values of this round at these places, when they have come."""
-    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
-        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    return words.to(tl.uint32).to(tl.float32, bitcast=True)
+# --- Numbers of every rank --------------------------------------------------------------------------------------------
 
 
 MOST_GATHERED = 2**18  # numbers of a rank, for which an inbox has room: 8 MB for two ranks
@@ -653,7 +716,7 @@ def _gather_kernel(
     count = tl.load(own + program) + 1
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     place = counts + (count & 1) * RANKS * MOST + at
-    _tell(x.to(tl.float32), count, inside, place, inboxes, RANK, RANKS, MOST)
+    _tell(x.to(tl.float32), count, inside, place, inboxes, MOST, RANK, RANKS)
     tl.store(y_ptr + RANK * n + at, x, mask=inside)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
@@ -694,21 +757,27 @@ def _(x, peers, rank):
 
 @triton.jit
 def _sum_over_ranks(
-    values, at, inside, row, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
-):
+    values, at, inside, row, inboxes,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, TOLD: tl.constexpr,
+):  # fmt: skip
     """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum."""
     own = inboxes[RANK]
-    count = tl.load(own + row) + 1
-    place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
-    _tell(values, count, inside, place, inboxes, RANK, RANKS, D)
+    if TOLD:  # by the product before, whose programs have counted already
+        count = tl.load(own)
+        place = D + (count & 1) * RANKS * D + at
+    else:
+        count = tl.load(own + row) + 1
+        place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
+        _tell(values, count, inside, place, inboxes, D, RANK, RANKS)
     total = tl.zeros_like(values)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += values
         else:
             total += _hear(own + place + rank * D, count, inside)
-    tl.debug_barrier()  # all warps have read the count
-    tl.store(own + row, count)
+    if not TOLD:
+        tl.debug_barrier()  # all warps have read the count
+        tl.store(own + row, count)
     return total
 
 
@@ -722,7 +791,7 @@ def _load_norm(w_ptr, at, inside, PLUS_ONE: tl.constexpr):
 def _add_norm_kernel(
     x_ptr, update_ptr, w_ptr, b_ptr, post_ptr, sum_ptr, y_ptr, peers_ptr, eps, scale,
     RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
+    TOLD: tl.constexpr, PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, mine = at < D, tl.program_id(0) * D + at
@@ -739,7 +808,7 @@ def _add_norm_kernel(
     if update_ptr is not None:
         update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
         if RANKS > 1:
-            update = _sum_over_ranks(update, at, inside, row, inboxes, RANK, RANKS, ROWS, D)
+            update = _sum_over_ranks(update, at, inside, row, inboxes, RANK, RANKS, ROWS, D, TOLD)
         if post_ptr is not None:
             update *= tl.rsqrt(tl.sum(update * update, 0) / D + eps) * post
         x += scale * update
@@ -763,34 +832,40 @@ def inbox_words(ranks: int, dim: int) -> int:
     return MOST_ROWS * (1 + 2 * ranks * dim)
 
 
+def told_words(ranks: int, dim: int) -> int:
+    """The same of what products tell in `linear`."""
+    return dim * (1 + 2 * ranks)
+
+
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
     x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     post: torch.Tensor | None, eps: float, plus_one: bool = False, scale: float = 1.0,
-    peers: torch.Tensor | None = None, rank: int = 0,
+    peers: torch.Tensor | None = None, rank: int = 0, told: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [..., D] + scale * update and its norm: LayerNorm with a bias, RMS norm without, none without a weight. With
     `peers` the update is the sum of all ranks', up to MOST_ROWS rows of D. With `post` the update goes through an RMS
     norm of that weight before it is added. With `plus_one` weights are what is added to 1.
 
-    `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
-    calls; who comes first waits. The compiler is told that this changes nothing: each sum needs the one before it, so
-    none is dropped, joined or moved.
+    `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). An update of one row
+    that the `linear` before has `told` is in inboxes of `told_words`. All ranks make the same calls; who comes first
+    waits. The compiler is told that this changes nothing: each sum needs the one before it, so none is dropped, joined
+    or moved.
     """
     x, update, D = x.contiguous(), None if update is None else update.contiguous(), x.shape[-1]
     total, y = torch.empty_like(x), torch.empty_like(x)
     ranks = 1 if peers is None else len(peers)
-    assert ranks == 1 or x.numel() <= MOST_ROWS * D, "the inboxes have no room for so many rows"
+    assert ranks == 1 or x.numel() <= (1 if told else MOST_ROWS) * D, "the inboxes have no room for so many rows"
     _add_norm_kernel[(x.numel() // D,)](
         x, update, weight, bias, post, total, y, peers, eps, scale,
-        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), PLUS_ONE=plus_one, num_warps=8,
-        **launch_options(x.device),
+        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), TOLD=told, PLUS_ONE=plus_one,
+        num_warps=8 if D <= 4096 else 16, **launch_options(x.device),
     )  # fmt: skip
     return total, y
 
 
 @add_norm.register_fake
-def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0):
+def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0, told=False):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

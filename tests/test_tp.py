@@ -130,8 +130,9 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         MOST_ROWS=16,
         runs_on=lambda device: True,
         inbox_words=lambda ranks, dim: ranks * dim,
+        told_words=lambda ranks, dim: dim,
         gather_words=lambda ranks: ranks,
-        add_norm=lambda x, update, *norms: taken.append((len(norms[-2]), norms[-1])),  # peers, rank
+        add_norm=lambda x, update, *norms: taken.append(norms[6:]),  # peers, rank, told
     )
 
     def shared_memory(words, device):
@@ -142,12 +143,14 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     monkeypatch.setattr(fast_model, "shared_memory", shared_memory)
     monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: 2 * update)
 
-    def by_kernel(rows, norm):
+    def by_kernel(rows, norm, told=True):
         taken.clear()
         x = torch.ones(1, rows, len(norm.weight))
-        result = norm(x, x)
+        result = norm(x, x, told=told)
         assert result is None or torch.equal(result[0], 3 * x)
-        return taken == [(2, 1)]
+        told = told and rows == 1 and norm is not models[0].layers[0].norm_1
+        assert not taken or taken[0][0] is (norm.told_peers if told else norm.peers)
+        return [call[1:] for call in taken] == [(1, told)]
 
     models = [fast_model.FastGPT(CONFIGS[name], rank=1, ranks=2) for name in ("few kv heads", "gpt-2")]
     rms, other = (model.layers[1].norm_2 for model in models)
@@ -156,10 +159,14 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
-    assert asked == [2 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
-    assert all(module.peers.tolist() == [8 * 2 * model.config.dim] * 2 for model in models for module in [model])
+    assert asked == [3 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
+    dim = CONFIGS["gpt-2"].dim  # the words of gathering come first, then those of sums
+    places = [module.tolist()[0] for module in (models[1].peers, other.peers, other.told_peers)]
+    assert places == [0, 8 * 2, 8 * (2 + 2 * dim)]
     with torch.no_grad():
-        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, other, models[0].norm_f))
+        norms = (rms, other, models[0].norm_f, models[0].layers[0].norm_1)
+        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in norms)
+        assert by_kernel(1, models[0].norm_f, told=False)
         assert not by_kernel(17, rms)
     assert not by_kernel(1, rms)
 
