@@ -19,7 +19,10 @@ Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 """
 
 import os
+import sys
+import warnings
 from dataclasses import replace
+from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -140,29 +143,49 @@ def from_rank_0(x, ranks: int, peers=None, rank: int = 0):
     return ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
 
 
+PATIENCE = 60  # seconds for ranks to give each other their memory, which takes less than one
+
+
 def shared_memory(words: int, device) -> tuple:
     """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them, valid as long as the first
-    is held), or (None, None) if GPUs are on several hosts or do not reach each other's memory. All ranks call this."""
+    is held), or (None, None) with a warning if ranks cannot reach each other's memory. All ranks call this.
+
+    PyTorch waits without end for a rank that has failed to give its memory, so a rank that waits for long ends its
+    process, which ends the run.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
-    def of_ranks(value) -> list:
-        values = [None] * ranks
-        dist.all_gather_object(values, value)
-        return values
+    def first_of_ranks(why: str | None) -> str | None:
+        reasons = [None] * ranks
+        dist.all_gather_object(reasons, why)
+        return next(filter(None, reasons), None)
 
-    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ranks
-    reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
-    if not all(of_ranks(reached)):
-        return None, None
-    import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
+    def give_up():
+        print(f"error: rank {rank} has not got the memory of other ranks in {PATIENCE} s", file=sys.stderr, flush=True)
+        os._exit(1)
 
-    own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
-    torch.cuda.synchronize(device)
-    try:
-        handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
-        addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
-    except RuntimeError:  # in a container, say, that does not let processes share memory; then all of them come here
-        addresses = None
-    if None in of_ranks(addresses):
-        return None, None
-    return own, torch.tensor(addresses, device=device)
+    why = own = addresses = None
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != ranks:
+        why = "torchrun's LOCAL_WORLD_SIZE says that they are not all on one host"
+    elif not all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank):
+        why = f"the GPU of rank {rank} does not reach the memory of every other"
+    why = first_of_ranks(why)
+    if why is None:
+        import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
+
+        own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+        torch.cuda.synchronize(device)
+        timer = Timer(PATIENCE, give_up)
+        timer.start()
+        try:
+            handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
+            addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
+        except RuntimeError as error:  # in a container, say, that does not let processes share memory
+            why = f"rank {rank} cannot share memory: {str(error).partition(chr(10))[0]}"
+        why = first_of_ranks(why)
+        timer.cancel()
+    if why is None:
+        return own, torch.tensor(addresses, device=device)
+    if rank == 0:
+        warnings.warn(f"ranks add up by NCCL, which is slower than by kernels, because {why}", stacklevel=2)
+    return None, None

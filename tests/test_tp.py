@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,39 +90,72 @@ def test_one_rank_gets_the_same_tensors():
     assert tp.shard(state_dict, config, 0, 1) is state_dict
 
 
-@pytest.mark.parametrize(
-    "missing", [None, "on this host", "reached", "reached by others", "shared", "shared by others"]
-)
-def test_ranks_share_memory_where_all_of_them_can(missing, monkeypatch):
-    """Rank 0 of 2, with PyTorch's symmetric memory and the other rank made up."""
+WHYS = {
+    None: None,
+    "one host": "not all on one host",
+    "reached": "the GPU of rank 0 does not reach the memory",
+    "reached by others": "rank 1 says so",
+    "shared": "rank 0 cannot share memory: no$",
+    "shared by others": "rank 1 says so",
+}
+
+
+@pytest.fixture
+def made_up_ranks(monkeypatch):
+    """Rank 0 of 2, with PyTorch's symmetric memory and the other rank made up; what they are is what can change."""
+    ranks = SimpleNamespace(missing=None, asked=0, wait=0, memories=torch.ones(2, 8, dtype=torch.int64))
 
     def rendezvous(own, group):
-        if missing == "shared":
-            raise RuntimeError("no")
-        return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: memories[rank])
+        time.sleep(ranks.wait)
+        if ranks.missing == "shared":
+            raise RuntimeError("no\nCUDA kernel errors might be reported late")
+        return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: ranks.memories[rank])
 
     def of_both(values, value):
-        other = missing != "reached by others" and value
-        values[:] = [value, None if missing == "shared by others" and isinstance(value, list) else other]
+        ranks.asked += 1
+        says_so = ranks.missing == ("reached by others", "shared by others")[ranks.asked - 1]
+        values[:] = [value, "rank 1 says so" if says_so else None]
 
-    memories = torch.ones(2, 8, dtype=torch.int64)
     symmetric_memory = "torch.distributed._symmetric_memory"
-    monkeypatch.setattr(f"{symmetric_memory}.empty", lambda words, dtype, device: memories[0])
+    monkeypatch.setattr(f"{symmetric_memory}.empty", lambda words, dtype, device: ranks.memories[0])
     monkeypatch.setattr(f"{symmetric_memory}.rendezvous", rendezvous)
     monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: missing != "reached")
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: ranks.missing != "reached")
     monkeypatch.setattr("torch.distributed.all_gather_object", of_both)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, "1" if name == "LOCAL_WORLD_SIZE" and missing == "on this host" else value)
-    own, addresses = tp.shared_memory(8, "cpu")
-    if missing:
-        assert own is None and addresses is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    return ranks
+
+
+@pytest.mark.parametrize("missing, why", WHYS.items())
+def test_ranks_share_memory_where_all_of_them_can_and_say_why_not(missing, why, made_up_ranks, monkeypatch):
+    made_up_ranks.missing = missing
+    if missing == "one host":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        own, addresses = tp.shared_memory(8, "cpu")
+    if missing is None:
+        assert not own.any() and not said
+        assert addresses.tolist() == [memory.data_ptr() for memory in made_up_ranks.memories]
     else:
-        assert not own.any()
-        assert addresses.tolist() == [memory.data_ptr() for memory in memories]
+        assert own is None and addresses is None
+        (warning,) = said
+        assert re.search(f"^ranks add up by NCCL, .*{why}", str(warning.message))
+
+
+def test_a_rank_that_waits_for_memory_without_end_ends_the_run(made_up_ranks, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr(tp, "PATIENCE", 0.1)
+    tp.shared_memory(8, "cpu")
+    time.sleep(0.3)
+    assert codes == []
+    made_up_ranks.wait, made_up_ranks.asked = 0.5, 0
+    tp.shared_memory(8, "cpu")
+    assert codes == [1] and "error: rank 0 has not got the memory of other ranks" in capsys.readouterr().err
 
 
 def test_kernels_sum_what_there_is_room_for(monkeypatch):
@@ -340,6 +375,13 @@ def test_a_failing_rank_ends_the_run_with_its_own_error():
     assert done.stderr.count("error: rank 1: this rank has had enough") == 1
     assert "Connection" not in done.stderr  # what rank 0 met
     assert time.perf_counter() - start < 30
+
+
+def test_rank_0_alone_warns():
+    done = finish(torchrun(2, ROOT / "tests/ranks.py", "warn", "-"))
+    assert done.returncode == 0, done.stderr
+    assert "a warning of rank 0" in done.stderr and "a line of rank 0" in done.stderr
+    assert "rank 1" not in done.stderr
 
 
 @pytest.mark.parametrize(
