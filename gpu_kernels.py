@@ -53,10 +53,11 @@ def launch_options(device: torch.device) -> dict:
 
 # --- What ranks tell each other ---------------------------------------------------------------------------------------
 
-# Each rank writes numbers into the memory of the others as words of a float32 and the round's count, which arrive
+# Each rank writes numbers into the memory of the others as words of a number and the round's count, which arrive
 # together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
-# round ahead of the same one of another, so two places for each word are enough. An inbox begins with the counts of
-# the programs' rounds, zeros at first as all words are.
+# round ahead of the same one of another, so two places for each word are enough. Words of numbers of 16 bits have 32,
+# with the count's last 16: what is in such a place is of this round or of the one two before. An inbox is [2, ranks,
+# SIZE] words of 64 or 32 bits, and then, behind the place that 64 would take, the counts of the programs' rounds.
 #
 # Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
 
@@ -66,36 +67,46 @@ def _inboxes(peers_ptr, RANKS: tl.constexpr):
     """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
     inboxes = ()
     for rank in tl.static_range(RANKS):
-        inbox = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64))
-        inboxes = inboxes + (tl.multiple_of(inbox, 16),)
+        inboxes = inboxes + (tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)),)
     return inboxes
 
 
 @triton.jit
-def _tell(values, count, inside, place, inboxes, SIZE, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Write float32 values to their place at every other rank, which has SIZE words from each."""
-    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            tl.store(inboxes[rank] + place + RANK * SIZE, words, mask=inside)
+def _words(inbox, dtype: tl.constexpr):
+    """The inbox as words for numbers of this kind."""
+    WORD: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
+    return tl.multiple_of(inbox.to(tl.pointer_type(WORD), bitcast=True), 16)
 
 
 @triton.jit
-def _hear(words_ptr, count, inside):
-    """The float32 values of this round at these places, when they have come."""
+def _tell(values, count, inside, place, inboxes, SIZE, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Write values, float32 or of 16 bits, to their place at every other rank, which has SIZE words from each."""
+    if values.dtype.primitive_bitwidth == 16:
+        words = (count.to(tl.int32) << 16) | values.to(tl.uint16, bitcast=True).to(tl.int32)
+    else:
+        words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            tl.store(_words(inboxes[rank], values.dtype) + place + RANK * SIZE, words, mask=inside)
+
+
+@triton.jit
+def _hear(words_ptr, count, inside, dtype: tl.constexpr):
+    """The values of this round at these places, when they have come."""
+    SHORT: tl.constexpr = dtype.primitive_bitwidth == 16
+    count = count.to(tl.int16 if SHORT else tl.int32)
     words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
+    while tl.max((inside & ((words >> (16 if SHORT else 32)).to(count.dtype) != count)).to(tl.int32), 0) > 0:
         words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    return words.to(tl.uint32).to(tl.float32, bitcast=True)
+    return words.to(tl.uint16 if SHORT else tl.uint32).to(dtype, bitcast=True)
 
 
 @triton.jit
 def _tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Tell all ranks these rows of N, of which each has a count of its own, for the `add_norm` that comes next."""
-    place = N + (count & 1) * RANKS * N + rows
-    _tell(y.to(tl.float32), count, rows < N, place, inboxes, N, RANK, RANKS)
+    _tell(y, count, rows < N, (count & 1) * RANKS * N + rows, inboxes, N, RANK, RANKS)
     tl.debug_barrier()  # all warps have read the count
-    tl.store(inboxes[RANK] + rows, count, mask=rows < N)
+    tl.store(inboxes[RANK] + 2 * RANKS * N + rows, count, mask=rows < N)
 
 
 # --- Matrix-vector products -------------------------------------------------------------------------------------------
@@ -197,7 +208,7 @@ def _matvec_kernel(
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + row) + 1
+        count = tl.load(inboxes[RANK] + 2 * RANKS * N + row) + 1
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
@@ -234,7 +245,7 @@ def _experts_sum_kernel(
         inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + row) + 1
+        count = tl.load(inboxes[RANK] + 2 * RANKS * N + row) + 1
     y = 0.0
     for i in tl.static_range(USED):
         w_row = tl.load(chosen_ptr + i) * N + row
@@ -387,7 +398,7 @@ def _int4_matvec_kernel(
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + rows, mask=rows < N, other=0) + 1
+        count = tl.load(inboxes[RANK] + 2 * RANKS * N + rows, mask=rows < N, other=0) + 1
     y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if b_ptr is not None:
         y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
@@ -419,7 +430,7 @@ def _int4_experts_sum_kernel(
         inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + rows, mask=rows < N, other=0) + 1
+        count = tl.load(inboxes[RANK] + 2 * RANKS * N + rows, mask=rows < N, other=0) + 1
     y = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         first = tl.load(chosen_ptr + i) * N
@@ -707,23 +718,23 @@ def _gather_kernel(
     x_ptr, y_ptr, peers_ptr, n,
     RANK: tl.constexpr, RANKS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    program, counts = tl.program_id(0), MOST // BLOCK
+    program = tl.program_id(0)
     at = program * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     inboxes = _inboxes(peers_ptr, RANKS)
-    own = inboxes[RANK]
+    count_ptr = inboxes[RANK] + 2 * RANKS * MOST + program
     _wait_for_inputs(PDL)
-    count = tl.load(own + program) + 1
+    count = tl.load(count_ptr) + 1
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    place = counts + (count & 1) * RANKS * MOST + at
+    place = (count & 1) * RANKS * MOST + at
     _tell(x.to(tl.float32), count, inside, place, inboxes, MOST, RANK, RANKS)
     tl.store(y_ptr + RANK * n + at, x, mask=inside)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            theirs = _hear(own + place + rank * MOST, count, inside)
+            theirs = _hear(_words(inboxes[RANK], tl.float32) + place + rank * MOST, count, inside, tl.float32)
             tl.store(y_ptr + rank * n + at, theirs.to(y_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # all warps have read the count
-    tl.store(own + program, count)
+    tl.store(count_ptr, count)
 
 
 def gather_words(ranks: int) -> int:
@@ -760,24 +771,25 @@ def _sum_over_ranks(
     values, at, inside, row, inboxes,
     RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
-    """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum."""
-    own = inboxes[RANK]
+    """The values of every rank, added up in float32 in the order of the ranks, so that all get the same sum."""
     if TOLD:  # by the product before, whose programs have counted already
-        count = tl.load(own)
-        place = D + (count & 1) * RANKS * D + at
+        count = tl.load(inboxes[RANK] + 2 * RANKS * D)
+        place = (count & 1) * RANKS * D + at
     else:
-        count = tl.load(own + row) + 1
-        place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
+        count_ptr = inboxes[RANK] + 2 * ROWS * RANKS * D + row
+        count = tl.load(count_ptr) + 1
+        place = ((count & 1) * ROWS + row) * RANKS * D + at
         _tell(values, count, inside, place, inboxes, D, RANK, RANKS)
-    total = tl.zeros_like(values)
+    total = tl.zeros(values.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
-            total += values
+            total += values.to(tl.float32)
         else:
-            total += _hear(own + place + rank * D, count, inside)
+            words_ptr = _words(inboxes[RANK], values.dtype) + place + rank * D
+            total += _hear(words_ptr, count, inside, values.dtype).to(tl.float32)
     if not TOLD:
         tl.debug_barrier()  # all warps have read the count
-        tl.store(own + row, count)
+        tl.store(count_ptr, count)
     return total
 
 
@@ -806,9 +818,10 @@ def _add_norm_kernel(
     _wait_for_inputs(PDL)
     x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32)
     if update_ptr is not None:
-        update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
+        update = tl.load(update_ptr + mine, mask=inside, other=0.0)
         if RANKS > 1:
             update = _sum_over_ranks(update, at, inside, row, inboxes, RANK, RANKS, ROWS, D, TOLD)
+        update = update.to(tl.float32)
         if post_ptr is not None:
             update *= tl.rsqrt(tl.sum(update * update, 0) / D + eps) * post
         x += scale * update
