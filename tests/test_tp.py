@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command
-from ranks import CONFIGS, FOUR_RANKS, results
+from ranks import CONFIGS, FOUR_RANKS, IDS, results
 
 import fast_model
 import generate
 import tp
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import fingerprint, quantize_model, read_checkpoint, write_checkpoint
+from checkpoint import build_model, fingerprint, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import to_fast
 from quantized_linear import dequantize_weights
 
@@ -204,6 +204,60 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         assert by_kernel(1, models[0].norm_f, told=False)
         assert not by_kernel(17, rms)
     assert not by_kernel(1, rms)
+
+
+def empty_kernels(log):
+    """Made-up kernels that compute nothing, and note the updates that others are told of, and that norms hear of."""
+
+    def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
+        y = torch.full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
+        log.extend([("told", y)] if peers is not None else [])
+        return y
+
+    def add_norm(x, update, *norms):
+        log.extend([("heard", update)] if norms[8] else [])
+        return x, x
+
+    def sum_experts(hidden, weights, chosen, experts, weight, *parts, bias=None, **to):
+        return linear(chosen, weight[: len(weight) // experts], **to)
+
+    return SimpleNamespace(
+        MOST_ROWS=16,
+        MOST_GATHERED=2**18,
+        inbox_words=lambda ranks, dim: 1,
+        told_words=lambda ranks, dim: 1,
+        gather_words=lambda ranks: 1,
+        runs_on=lambda device: True,
+        linear=linear,
+        add_norm=add_norm,
+        attention=lambda q, *more: torch.zeros_like(q),
+        gather=lambda x, peers, rank: torch.stack([x, x]),
+        choose_experts=lambda logits, used, norm: (logits[:, :used], torch.zeros(len(logits), used, dtype=torch.int64)),
+        gated_experts=lambda x, chosen, *more, **bias: x.new_zeros(chosen.numel(), 1),
+        sum_experts=sum_experts,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama-2", "gemma-3", "pythia", "mixtral", "gpt-2"])
+def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
+    """Else a rank would wait without end, or add up numbers of another round."""
+    log, config = [], CONFIGS[family]
+    for module in (fast_model, tp):
+        monkeypatch.setattr(module, "gpu_kernels", empty_kernels(log))
+    monkeypatch.setattr(fast_model, "shared_memory", lambda words, device: (None, torch.zeros(2)))
+    monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: update)
+    monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: not torch.is_grad_enabled())
+    model = build_model(config, tp.shard(random_weights(config), config, 1, 2), "cpu", torch.float32, rank=1, ranks=2)
+    model.setup_caches(2, 32)
+    with torch.no_grad():
+        for rows, tokens, last in ((1, 1, None), (1, 1, [0]), (1, 5, [3]), (1, 5, None), (2, 1, None), (2, 3, [0, 2])):
+            for input_pos in (None, torch.arange(tokens).expand(rows, -1)):
+                log.clear()
+                model(IDS[:rows, :tokens], input_pos, last and torch.tensor(last))
+                told, heard = log[::2], log[1::2]
+                sums = 0 if config.parallel or rows * tokens > 1 else 2 * config.n_layer
+                assert [kind for kind, _ in log] == ["told", "heard"] * sums
+                assert all(torch.equal(a.flatten(), b.flatten()) for (_, a), (_, b) in zip(told, heard, strict=True))
 
 
 def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
