@@ -576,7 +576,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
         self.parallel, self.rank = config.parallel, rank
-        self.register_buffer("told_peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+        self.register_buffer("attn_peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+        self.register_buffer("mlp_peers", None, persistent=False)
         self.norm_1 = AddNorm(config, rank, ranks, config.pre_norm)
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks, config.pre_norm)
@@ -596,13 +597,12 @@ class Block(nn.Module):
 
     def compute(self, residual, update, post, rope, mask, input_pos):
         residual, x = self.norm_1(residual, update, post)
-        to = (self.told_peers, self.rank)
-        update = self.attn(x, rope, mask, input_pos, to)
+        update = self.attn(x, rope, mask, input_pos, (self.attn_peers, self.rank))
         if self.parallel:
             _, x = self.norm_2(residual)
             return residual, update + self.mlp(x)
         residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
-        return residual, self.mlp(x, to)
+        return residual, self.mlp(x, (self.mlp_peers, self.rank))
 
     compute_in_region = torch.compiler.nested_compile_region(compute)
 
@@ -662,23 +662,24 @@ class FastGPT(nn.Module):
         device = self.wte.weight.device
         if gpu_kernels is None or not gpu_kernels.runs_on(device):
             return
-        sizes = [f(self.ranks, self.config.dim) for f in (gpu_kernels.inbox_words, gpu_kernels.told_words)]
-        self.inbox, peers = shared_memory(gpu_kernels.gather_words(self.ranks) + sum(sizes), device)
+        shape = (self.ranks, self.config.dim)
+        told = gpu_kernels.told_words(*shape)
+        sizes = (gpu_kernels.gather_words(self.ranks), gpu_kernels.inbox_words(*shape), told, told)
+        self.inbox, peers = shared_memory(sum(sizes), device)
         if peers is None:
             return
-        self.peers = peers
-        peers_of_norms = peers + 8 * gpu_kernels.gather_words(self.ranks)
-        told_peers = peers_of_norms + 8 * sizes[0]
+        self.peers, of_norms, of_attn, of_mlp = (peers + 8 * sum(sizes[:i]) for i in range(4))
         for module in self.modules():
             if isinstance(module, AddNorm):
-                module.peers = peers_of_norms
+                module.peers = of_norms
             elif isinstance(module, SparseMLP):
-                module.peers = peers
+                module.peers = self.peers
         # The two updates of a parallel block are one sum, and the first update of all is the embedding.
         following = [*(layer.norm_1 for layer in self.layers[1:]), self.norm_f]
         for layer, norm in zip(self.layers, following, strict=True):
             if not layer.parallel:
-                layer.told_peers = layer.norm_2.told_peers = norm.told_peers = told_peers
+                layer.attn_peers = layer.norm_2.told_peers = of_attn
+                layer.mlp_peers = norm.told_peers = of_mlp
 
     def from_rank_0(self, x):
         """Rank 0's x, of integers up to 2^24, on every rank."""

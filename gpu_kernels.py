@@ -55,9 +55,10 @@ def launch_options(device: torch.device) -> dict:
 
 # Each rank writes numbers into the memory of the others as words of a number and the round's count, which arrive
 # together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
-# round ahead of the same one of another, so two places for each word are enough. Words of numbers of 16 bits have 32,
-# with the count's last 16: what is in such a place is of this round or of the one two before. An inbox is [2, ranks,
-# SIZE] words of 64 or 32 bits, and then, behind the place that 64 would take, the counts of the programs' rounds.
+# round ahead of the same one of another, so two places for each word are enough, and one where every other round is in
+# another inbox. Words of numbers of 16 bits have 32, with the count's last 16: what is in a place is of this round or
+# of the one before it there. An inbox is [places, ranks, SIZE] words of 64 or 32 bits, and then, behind what 64 would
+# take, the counts of the programs' rounds.
 #
 # Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
 
@@ -104,9 +105,9 @@ def _hear(words_ptr, count, inside, dtype: tl.constexpr):
 @triton.jit
 def _tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Tell all ranks these rows of N, of which each has a count of its own, for the `add_norm` that comes next."""
-    _tell(y, count, rows < N, (count & 1) * RANKS * N + rows, inboxes, N, RANK, RANKS)
+    _tell(y, count, rows < N, rows, inboxes, N, RANK, RANKS)
     tl.debug_barrier()  # all warps have read the count
-    tl.store(inboxes[RANK] + 2 * RANKS * N + rows, count, mask=rows < N)
+    tl.store(inboxes[RANK] + RANKS * N + rows, count, mask=rows < N)
 
 
 # --- Matrix-vector products -------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def _matvec_kernel(
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + 2 * RANKS * N + row) + 1
+        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
@@ -245,7 +246,7 @@ def _experts_sum_kernel(
         inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + 2 * RANKS * N + row) + 1
+        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
     y = 0.0
     for i in tl.static_range(USED):
         w_row = tl.load(chosen_ptr + i) * N + row
@@ -398,7 +399,7 @@ def _int4_matvec_kernel(
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + 2 * RANKS * N + rows, mask=rows < N, other=0) + 1
+        count = tl.load(inboxes[RANK] + RANKS * N + rows, mask=rows < N, other=0) + 1
     y = _int4_rows_dot(x_ptr, weights, tile, rows, N, K, G, ROWS, BLOCKS, EVEN)
     if b_ptr is not None:
         y += tl.load(b_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
@@ -430,7 +431,7 @@ def _int4_experts_sum_kernel(
         inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + 2 * RANKS * N + rows, mask=rows < N, other=0) + 1
+        count = tl.load(inboxes[RANK] + RANKS * N + rows, mask=rows < N, other=0) + 1
     y = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         first = tl.load(chosen_ptr + i) * N
@@ -773,8 +774,7 @@ def _sum_over_ranks(
 ):  # fmt: skip
     """The values of every rank, added up in float32 in the order of the ranks, so that all get the same sum."""
     if TOLD:  # by the product before, whose programs have counted already
-        count = tl.load(inboxes[RANK] + 2 * RANKS * D)
-        place = (count & 1) * RANKS * D + at
+        count, place = tl.load(inboxes[RANK] + RANKS * D), at
     else:
         count_ptr = inboxes[RANK] + 2 * ROWS * RANKS * D + row
         count = tl.load(count_ptr) + 1
@@ -846,8 +846,8 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 
 def told_words(ranks: int, dim: int) -> int:
-    """The same of what products tell in `linear`."""
-    return dim * (1 + 2 * ranks)
+    """The same of what products tell in `linear`, which takes two such inboxes in turn."""
+    return dim * (1 + ranks) + dim % 2
 
 
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")

@@ -97,9 +97,11 @@ def check_products(device: str, rank: int, ranks: int) -> None:
     import gpu_kernels
 
     N, K, ones = 1000, 320, torch.ones(1000, device=device)
-    memory, peers = tp.shared_memory(gpu_kernels.told_words(ranks, N), device)
+    words = gpu_kernels.told_words(ranks, N)
+    memory, first = tp.shared_memory(2 * words, device)
     random = torch.Generator().manual_seed(0)
-    for kind in ("plain", "int8", "int4") * 20:
+    for round, kind in enumerate(("plain", "int8", "int4") * 20):
+        peers = first + 8 * words * (round % 2)
         weights = torch.randn(ranks, N, K, generator=random).to(device) / K**0.5
         hidden, x = (torch.randn(n, 1, width, generator=random).to(device) for n, width in ((ranks, K), (1, N)))
         if kind == "plain":

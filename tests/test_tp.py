@@ -194,10 +194,10 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
-    assert asked == [3 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
+    assert asked == [4 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
     dim = CONFIGS["gpt-2"].dim  # the words of gathering come first, then those of sums
-    places = [module.tolist()[0] for module in (models[1].peers, other.peers, other.told_peers)]
-    assert places == [0, 8 * 2, 8 * (2 + 2 * dim)]
+    kinds = (models[1].peers, other.peers, other.told_peers, models[1].norm_f.told_peers)
+    assert [peers.tolist()[0] for peers in kinds] == [0, 8 * 2, 8 * (2 + 2 * dim), 8 * (2 + 3 * dim)]
     with torch.no_grad():
         norms = (rms, other, models[0].norm_f, models[0].layers[0].norm_1)
         assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in norms)
