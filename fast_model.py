@@ -729,7 +729,7 @@ class FastGPT(nn.Module):
             update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
         residual, rope, rope_window = torch.zeros_like(update), None, None
         if self.config.post_norm or self.config.residual_scale != 1:  # for layers' updates, not for this one
-            residual, update = all_reduce(update, self.ranks), residual
+            residual, update = all_reduce(update, self.ranks, self.peers, self.rank), residual
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
         else:

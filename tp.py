@@ -111,15 +111,19 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
 ops = torch.ops._c10d_functional
 
 
-def all_reduce(x, ranks: int):
-    """The sum of every rank's x."""
-    return x if ranks == 1 else ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
-
-
 def by_kernel(x, peers) -> bool:
     """Whether x goes through the memory that ranks share, of which `peers` are the addresses, if there is some."""
     few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_GATHERED)
     return few and not torch.is_grad_enabled()
+
+
+def all_reduce(x, ranks: int, peers=None, rank: int = 0):
+    """The sum of every rank's x."""
+    if ranks == 1:
+        return x
+    if by_kernel(x, peers):
+        return gpu_kernels.gather(x, peers, rank).sum(0)
+    return ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
 
 
 def all_gather(x, ranks: int, peers=None, rank: int = 0):

@@ -245,7 +245,7 @@ def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
     for module in (fast_model, tp):
         monkeypatch.setattr(module, "gpu_kernels", empty_kernels(log))
     monkeypatch.setattr(fast_model, "shared_memory", lambda words, device: (None, torch.zeros(2)))
-    monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: update)
+    monkeypatch.setattr(fast_model, "all_reduce", lambda update, *ranks: update)
     monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: not torch.is_grad_enabled())
     model = build_model(config, tp.shard(random_weights(config), config, 1, 2), "cpu", torch.float32, rank=1, ranks=2)
     model.setup_caches(2, 32)
@@ -266,6 +266,7 @@ def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
         wait_tensor=lambda x: x,
         all_gather_into_tensor=lambda x, ranks, group: torch.cat([x + 100, x]),
         broadcast=lambda x, rank, group: x + 100,
+        all_reduce=lambda x, kind, group: x + 100 + x,
     )
     asked = []
 
@@ -283,7 +284,8 @@ def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
             with torch.no_grad():
                 assert torch.equal(tp.all_gather(given, 2, peers, 1), expected)
                 assert torch.equal(tp.from_rank_0(given, 2, peers, 1), given + 100)
-            assert asked == ([("peers", 1, 6)] * 2 if kernel and peers else [])
+                assert torch.equal(tp.all_reduce(given, 2, peers, 1), 2 * given + 100)
+            assert asked == ([("peers", 1, 6)] * 3 if kernel and peers else [])
             asked.clear()
     tp.all_gather(x[:1], 2, "peers", 1)
     tp.from_rank_0(x[:1], 2, "peers", 1)
