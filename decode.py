@@ -11,7 +11,7 @@ Decisions to know:
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Logits that are not finite become the token -1, which costs no wait, and end the loop where the host reads it.
 
-Copy me: needs torch, and `tp.py` beside it, for speed on a GPU `gpu_kernels.py`.
+Copy me: needs torch, and for speed on a GPU `gpu_kernels.py` beside it.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 """
@@ -23,8 +23,6 @@ from itertools import count, islice
 
 import torch
 import torch.nn.functional as F
-
-import tp
 
 try:
     import gpu_kernels
@@ -128,7 +126,7 @@ def decode_step(model, token, input_pos, noise, sampling: Sampling):
     """The token [B, 1] after `token` [B, 1], which stands at `input_pos` [B, 1], and its own position."""
     logits = model(token.clamp(min=0), input_pos)[:, -1]  # -1: see sample()
     following = (input_pos + 1).clamp(max=model.max_seq_length - 1)  # a row that has ended is computed with the others
-    return tp.from_rank_0(sample(logits, noise, sampling), model.ranks), following
+    return model.from_rank_0(sample(logits, noise, sampling)), following
 
 
 def compiled_step(function, device: str):
@@ -222,7 +220,7 @@ def first_token(model, text: Text, prefill):
     cached = text.cached
     input_pos = torch.arange(cached, T, device=text.device).expand(B, -1) if cached else None
     logits = prefill(model, text.prompt[:, cached:], input_pos, text.ends - cached - 1)
-    return tp.from_rank_0(sample(logits, text.draw()[0][0], text.sampling), model.ranks)
+    return model.from_rank_0(sample(logits, text.draw()[0][0], text.sampling))
 
 
 def _tokens_of_reference(model, text: Text):

@@ -288,6 +288,22 @@ def plus_one_norm(x, weight, eps: float):
     return F.rms_norm(x.float(), weight.shape, weight.float() + 1, eps).to(x.dtype)
 
 
+def tells(x, peers) -> bool:
+    """Whether a product's kernel tells other ranks its part of the update of x, so that the next norm's only hears."""
+    return peers is not None and is_single_token(x) and on_gpu_kernels(x)
+
+
+ALONE = (None, 0)  # whom a product tells its part of an update, and as which rank: nobody
+
+
+def part_of_sum(matrix, x, to):
+    """matrix(x), of which each rank has a part, told to all of them if it can be."""
+    if not tells(x, to[0]):
+        return matrix(x)
+    more = {"bias": matrix.bias, "peers": to[0], "rank": to[1]}
+    return gpu_kernels.linear(x.flatten(0, -2), *matrix.gpu_weights(), **more).view(*x.shape[:-1], -1)
+
+
 class AddNorm(nn.Module):
     """The residual sum and the norm after it. An update is what this rank computed; those of all ranks are summed."""
 
@@ -298,18 +314,21 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.dim)) if pre_norm else None
         self.bias = nn.Parameter(torch.zeros(config.dim)) if pre_norm and not self.is_rms else None
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+        self.register_buffer("told_peers", None, persistent=False)  # those that the product before has told its part
 
-    def forward(self, residual, update=None, post=None):
-        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update."""
+    def forward(self, residual, update=None, post=None, told=True):
+        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update. A row
+        that was one of several when it was computed, so that nobody has told it, is not `told`."""
         if self.ranks == 1 or update is None:
             few = is_single_token(residual)
         else:
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and on_gpu_kernels(residual):
-            peers = None if update is None else self.peers
+            told = told and update is not None and tells(residual, self.told_peers)
+            peers = None if update is None else self.told_peers if told else self.peers
             norms = (self.weight, self.bias, post, self.eps, self.plus_one)
-            return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank)
+            return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank, told)
         plain = self.is_rms and self.pre_norm and post is None and not self.plus_one and self.scale == 1
         if self.ranks == 1 and plain and update is not None and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
@@ -356,7 +375,7 @@ class Attention(nn.Module):
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
-    def forward(self, x, rope, mask, input_pos):
+    def forward(self, x, rope, mask, input_pos, to=ALONE):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
@@ -372,7 +391,7 @@ class Attention(nn.Module):
                 norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one)
             more = (window, self.scale, self.arrived, self.sinks, *norms)
             y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, *more)
-            return self.out(y.view(B, T, -1))
+            return part_of_sum(self.out, y.view(B, T, -1), to)
         if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
             y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)
             return self.out(y.view(B, T, -1))
@@ -391,7 +410,7 @@ class Attention(nn.Module):
             y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale, self.sinks)
         else:
             y = attention(q.transpose(1, 2), k, v, mask, self.scale, self.sinks)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return part_of_sum(self.out, y.transpose(1, 2).reshape(B, T, -1), to)
 
 
 class SigmoidGELU(nn.Module):
@@ -440,7 +459,7 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x, to=ALONE):
         if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
             more["clamp"] = self.clamp
@@ -449,7 +468,7 @@ class MLP(nn.Module):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         else:
             y = self.act(self.gate_up(x))
-        return self.down(y)
+        return part_of_sum(self.down, y, to)
 
 
 def multiply_by_experts(x, weight, ends):
@@ -504,24 +523,26 @@ if not hasattr(torch.ops.gpt_twin, "multiply_by_experts"):
 class SparseMLP(nn.Module):
     """A mixture of experts, one rank's part of each."""
 
-    def __init__(self, config: GPTConfig, ranks: int):
+    def __init__(self, config: GPTConfig, rank: int, ranks: int):
         super().__init__()
-        self.ranks, self.n_expert, self.used = ranks, config.n_expert, config.n_expert_used
+        self.rank, self.ranks, self.n_expert, self.used = rank, ranks, config.n_expert, config.n_expert_used
         self.norm_topk_prob = config.norm_topk_prob
         self.gated, bias = Gate(config), config.mlp_bias
         self.activation = config.activation
         self.router = Linear(config.dim, config.n_expert, bias=config.router_bias)
         self.experts_gate_up = Linear(config.dim, config.n_expert * 2 * config.hidden_dim, bias=bias)
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
-    def forward(self, x):
+    def forward(self, x, to=ALONE):
         rows = x.flatten(0, -2)  # [N, D]
-        logits = from_rank_0(self.router(rows), self.ranks)  # [N, experts], so that the choice is every rank's
+        logits = self.router(rows)  # [N, experts]
+        logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
         by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
         if few and by_kernels:
-            y = self.of_few_by_kernels(rows, logits)
+            y = self.of_few_by_kernels(rows, logits, to if tells(x, to[0]) else ALONE)
         else:
             weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]
             if self.norm_topk_prob:
@@ -530,12 +551,13 @@ class SparseMLP(nn.Module):
             y = (self.of_few if of_few else self.of_many)(rows, weights.to(x.dtype), chosen)
         return y.view(x.shape)
 
-    def of_few_by_kernels(self, x, logits):
+    def of_few_by_kernels(self, x, logits, to):
         weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
         gate_up, down = self.experts_gate_up, self.experts_down
         kind = (self.activation, self.gated.clamp)
         hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
-        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), bias=down.bias)
+        more = {"bias": down.bias, "peers": to[0], "rank": to[1]}
+        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), **more)
 
     def with_bias(self, y, matrix, expert):
         """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""
@@ -573,11 +595,13 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, rank: int, ranks: int):
         super().__init__()
-        self.parallel = config.parallel
+        self.parallel, self.rank = config.parallel, rank
+        self.register_buffer("attn_peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
+        self.register_buffer("mlp_peers", None, persistent=False)
         self.norm_1 = AddNorm(config, rank, ranks, config.pre_norm)
         self.attn = Attention(config, layer)
         self.norm_2 = AddNorm(config, rank, ranks, config.pre_norm)
-        self.mlp = SparseMLP(config, ranks) if config.n_expert else MLP(config)
+        self.mlp = SparseMLP(config, rank, ranks) if config.n_expert else MLP(config)
         # Norms of updates, whose weights are for the AddNorm that adds those.
         self.post_attn = nn.RMSNorm(config.dim) if config.post_norm else None
         self.post_mlp = nn.RMSNorm(config.dim) if config.post_norm else None
@@ -593,12 +617,12 @@ class Block(nn.Module):
 
     def compute(self, residual, update, post, rope, mask, input_pos):
         residual, x = self.norm_1(residual, update, post)
-        update = self.attn(x, rope, mask, input_pos)
+        update = self.attn(x, rope, mask, input_pos, (self.attn_peers, self.rank))
         if self.parallel:
             _, x = self.norm_2(residual)
             return residual, update + self.mlp(x)
         residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
-        return residual, self.mlp(x)
+        return residual, self.mlp(x, (self.mlp_peers, self.rank))
 
     compute_in_region = torch.compiler.nested_compile_region(compute)
 
@@ -621,7 +645,8 @@ class FastGPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=config.head_bias)
         self.register_buffer("rope", None, persistent=False)  # [S, 2, C/2]
         self.register_buffer("rope_window", None, persistent=False)  # of layers with a base of their own
-        self.inbox = None  # this rank's memory for the others' updates; no buffer, because it must stay where it is
+        self.inbox = None  # this rank's memory for what the others tell it; no buffer, because it must stay where it is
+        self.register_buffer("peers", None, persistent=False)  # addresses [ranks] of all of them
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
 
@@ -653,13 +678,32 @@ class FastGPT(nn.Module):
             self.rope_window = rope_table(config, self.max_seq_length, device, windowed=True)
 
     def connect_ranks(self):
-        """Give the norms' kernels, on GPUs that reach each other's memory, some of it for their sums."""
+        """Give the kernels, on GPUs that reach each other's memory, some of it for their messages."""
         device = self.wte.weight.device
-        if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.inbox, peers = shared_memory(gpu_kernels.inbox_words(self.ranks, self.config.dim), device)
-            for module in self.modules():
-                if isinstance(module, AddNorm):
-                    module.peers = peers
+        if gpu_kernels is None or not gpu_kernels.runs_on(device):
+            return
+        shape = (self.ranks, self.config.dim)
+        told = gpu_kernels.told_words(*shape)
+        sizes = (gpu_kernels.gather_words(self.ranks), gpu_kernels.inbox_words(*shape), told, told)
+        self.inbox, peers = shared_memory(sum(sizes), device)
+        if peers is None:
+            return
+        self.peers, of_norms, of_attn, of_mlp = (peers + 8 * sum(sizes[:i]) for i in range(4))
+        for module in self.modules():
+            if isinstance(module, AddNorm):
+                module.peers = of_norms
+            elif isinstance(module, SparseMLP):
+                module.peers = self.peers
+        # The two updates of a parallel block are one sum, and the first update of all is the embedding.
+        following = [*(layer.norm_1 for layer in self.layers[1:]), self.norm_f]
+        for layer, norm in zip(self.layers, following, strict=True):
+            if not layer.parallel:
+                layer.attn_peers = layer.norm_2.told_peers = of_attn
+                layer.mlp_peers = norm.told_peers = of_mlp
+
+    def from_rank_0(self, x):
+        """Rank 0's x, of integers up to 2^24, on every rank."""
+        return from_rank_0(x, self.ranks, self.peers, self.rank)
 
     def _apply(self, fn, recurse=True):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
@@ -705,7 +749,7 @@ class FastGPT(nn.Module):
             update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
         residual, rope, rope_window = torch.zeros_like(update), None, None
         if self.config.post_norm or self.config.residual_scale != 1:  # for layers' updates, not for this one
-            residual, update = all_reduce(update, self.ranks), residual
+            residual, update = all_reduce(update, self.ranks, self.peers, self.rank), residual
         if self.wpe is not None:
             residual = residual + self.wpe(positions)
         else:
@@ -724,11 +768,11 @@ class FastGPT(nn.Module):
         if last is not None:
             rows = torch.arange(B, device=idx.device)
             residual, update = (t[rows, last][:, None] for t in (residual, update))  # [B, 1, D]
-        _, x = self.norm_f(residual, update, post)
+        _, x = self.norm_f(residual, update, post, told=idx.numel() == 1)
         logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
-        return all_gather(logits, self.ranks)[..., : self.config.vocab_size]
+        return all_gather(logits, self.ranks, self.peers, self.rank)[..., : self.config.vocab_size]
 
 
 def expert_matrices(model) -> set:

@@ -57,6 +57,65 @@ def launch_options(device: torch.device) -> dict:
     return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
 
 
+# --- What ranks tell each other ---------------------------------------------------------------------------------------
+
+# Each rank writes numbers into the memory of the others as words of a number and the round's count, which arrive
+# together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
+# round ahead of the same one of another, so two places for each word are enough, and one where every other round is in
+# another inbox. Words of numbers of 16 bits have 32, with the count's last 16: what is in a place is of this round or
+# of the one before it there. An inbox is [places, ranks, SIZE] words of 64 or 32 bits, and then, behind what 64 would
+# take, the counts of the programs' rounds.
+#
+# Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
+
+
+@triton.jit
+def _inboxes(peers_ptr, RANKS: tl.constexpr):
+    """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
+    inboxes = ()
+    for rank in tl.static_range(RANKS):
+        inboxes = inboxes + (tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)),)
+    return inboxes
+
+
+@triton.jit
+def _words(inbox, dtype: tl.constexpr):
+    """The inbox as words for numbers of this kind."""
+    WORD: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
+    return tl.multiple_of(inbox.to(tl.pointer_type(WORD), bitcast=True), 16)
+
+
+@triton.jit
+def _tell(values, count, inside, place, inboxes, SIZE, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Write values, float32 or of 16 bits, to their place at every other rank, which has SIZE words from each."""
+    if values.dtype.primitive_bitwidth == 16:
+        words = (count.to(tl.int32) << 16) | values.to(tl.uint16, bitcast=True).to(tl.int32)
+    else:
+        words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            tl.store(_words(inboxes[rank], values.dtype) + place + RANK * SIZE, words, mask=inside)
+
+
+@triton.jit
+def _hear(words_ptr, count, inside, dtype: tl.constexpr):
+    """The values of this round at these places, when they have come."""
+    SHORT: tl.constexpr = dtype.primitive_bitwidth == 16
+    count = count.to(tl.int16 if SHORT else tl.int32)
+    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    while tl.max((inside & ((words >> (16 if SHORT else 32)).to(count.dtype) != count)).to(tl.int32), 0) > 0:
+        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    return words.to(tl.uint16 if SHORT else tl.uint32).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Tell all ranks these rows of N, of which each has a count of its own, for the `add_norm` that comes next."""
+    _tell(y, count, rows < N, rows, inboxes, N, RANK, RANKS)
+    tl.debug_barrier()  # all warps have read the count
+    tl.store(inboxes[RANK] + RANKS * N + rows, count, mask=rows < N)
+
+
 # --- Matrix-vector products -------------------------------------------------------------------------------------------
 
 
@@ -128,9 +187,9 @@ jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 @jit_for_any_T
 def _matvec_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, CLAMP: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
     A bias [N] or [2 N] is added before the activation, if there is one.
@@ -151,8 +210,12 @@ def _matvec_kernel(
     w = tl.load(w_ptr + at, mask=at < K, other=0)
     if GATED:
         w_up = tl.load(up_ptr + at, mask=at < K, other=0)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
     y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
     if SCALED:
         y *= tl.load(s_ptr + w_row).to(tl.float32)
@@ -167,13 +230,17 @@ def _matvec_kernel(
         y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
     elif ACT is not None:
         y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row, y)
+    if RANKS > 1:
+        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
 @jit_for_any_T
 def _experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
+    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
     token, row = tl.program_id(0) % T, tl.program_id(0) // T
@@ -181,7 +248,11 @@ def _experts_sum_kernel(
     chosen_ptr += token * USED
     first = w_ptr + (tl.load(chosen_ptr) * N + row) * K
     w = tl.load(first + at, mask=at < K, other=0)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
     y = 0.0
     for i in tl.static_range(USED):
         w_row = tl.load(chosen_ptr + i) * N + row
@@ -194,7 +265,10 @@ def _experts_sum_kernel(
             out += tl.load(b_ptr + w_row).to(tl.float32)
         out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
         y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty))
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * N + row, y)
+    if RANKS > 1:
+        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
 # Weights of 4 bits, in words of 8 columns, as they are on disk. KIND is "floats": a group has a scale and a zero point;
@@ -354,10 +428,10 @@ def _int4_rows_dot(
 
 @jit_for_any_T
 def _int4_matvec_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
-    PDL: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and all of T tokens a program; GATED: half as many as gate, and as many from row N on as up.
 
@@ -375,8 +449,12 @@ def _int4_matvec_kernel(
     out = program * DIFFERENT + i % DIFFERENT
     rows, inside, weights = first + out + i // DIFFERENT * N, out < N, (w_ptr, s_ptr, z_ptr)
     tile = _int4_load(weights, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     if chosen_ptr is None:
         _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + RANKS * N + out, mask=inside, other=0) + 1
     for _ in range(tokens):
         y = _int4_rows_dot(x_ptr, weights, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
         if b_ptr is not None:
@@ -389,23 +467,30 @@ def _int4_matvec_kernel(
         else:
             if ACT is not None:
                 y = _activate(y, ACT, y_ptr.dtype.element_ty)
-            tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = y.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + out, y, mask=inside)
+            if RANKS > 1:  # of one token
+                _tell_rows(y, out, N, count, inboxes, RANK, RANKS)
         x_ptr += K
         y_ptr += N
 
 
 @jit_for_any_T
 def _int4_experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, T, N,
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, KIND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
     token = tl.program_id(0) % T
     out = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
     inside, weights = out < N, (w_ptr, s_ptr, z_ptr)
     chosen_ptr += token * USED
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
+    if RANKS > 1:
+        count = tl.load(inboxes[RANK] + RANKS * N + out, mask=inside, other=0) + 1
     total = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         rows = tl.load(chosen_ptr + i) * N + out
@@ -416,7 +501,10 @@ def _int4_experts_sum_kernel(
             y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         total += y * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    tl.store(y_ptr + token * N + out, total.to(y_ptr.dtype.element_ty), mask=inside)
+    y = total.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * N + out, y, mask=inside)
+    if RANKS > 1:
+        _tell_rows(y, out, N, count, inboxes, RANK, RANKS)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -597,19 +685,22 @@ def int4_options(N: int, K: int, scales, rows: int) -> dict:
     return {"K": K, "G": K // scales.shape[1], "ROWS": 16, "BLOCKS": blocks, "EVEN": N % rows == 0, "KIND": kind}
 
 
-def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: float | None = None, chosen=None) -> None:
+def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
     """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
 
-    `weights` are the weight, scales, zeros and bias of `linear`. Without `chosen`, T above 1 is for packed ones.
+    `weights` are the weight, scales, zeros and bias of `linear`, `act` its activation, gated and clamp, `to` its peers
+    and rank. Without `chosen`, T above 1 is for packed ones.
     """
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     used = 1 if chosen is None else chosen.shape[1]
+    (activation, gated, clamp), (peers, rank) = act, to
     options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
+    options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
     if weight.dtype != torch.uint8:
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
-            x, weight, scales, bias, y, chosen, T, N,
+            x, weight, scales, bias, y, chosen, peers, T, N,
             K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
         )  # fmt: skip
     else:
@@ -617,7 +708,7 @@ def launch_matvec(x, weights, y, activation: str | None, gated: bool, clamp: flo
         options |= int4_options(N, K, scales, rows)
         grid = (triton.cdiv(N, rows) * (1 if chosen is None else T),)
         words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, T, N, num_warps=8, **options)
+        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=8, **options)
 
 
 def takes_few_tokens(x, weight: torch.Tensor) -> bool:
@@ -630,10 +721,10 @@ def takes_few_tokens(x, weight: torch.Tensor) -> bool:
     )
 
 
-def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp: float | None) -> None:
+def launch_few_tokens(x, weights, y, act: tuple) -> None:
     """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
     (T, N), K = y.shape, x.shape[1]
-    weight, scales, _, bias = weights
+    (weight, scales, _, bias), (activation, gated, clamp) = weights, act
     options, x_scales, columns = launch_options(x.device), None, 16 if T <= 16 else 64
     if scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
@@ -657,13 +748,15 @@ def launch_few_tokens(x, weights, y, activation: str | None, gated: bool, clamp:
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
     MXFP4 in that layout, and scales [N, K/32] in uint8.
 
     For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
     with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as
-    `GPTConfig.gate_clamp` says.
+    `GPTConfig.gate_clamp` says. With `peers`, addresses of inboxes of `told_words`, a y of T = 1 that is not gated is
+    told to all ranks for the `add_norm` that comes next.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
@@ -672,6 +765,7 @@ def linear(
     if scales is not None and T > (6 if packed else 64):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     assert T == 1 or few or activation is None
+    assert peers is None or (T == 1 and not gated)
     if T > 1 and scales is None and not few:
         return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
@@ -680,13 +774,15 @@ def linear(
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
         return y if bias is None else y + bias
-    launch = launch_few_tokens if few else launch_matvec
-    launch(x, (weight, scales, zeros, bias), y, activation, gated, clamp)
+    if few:
+        launch_few_tokens(x, (weight, scales, zeros, bias), y, (activation, gated, clamp))
+    else:
+        launch_matvec(x, (weight, scales, zeros, bias), y, (activation, gated, clamp), to=(peers, rank))
     return y
 
 
 @linear.register_fake
-def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None):
+def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0):
     return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
@@ -746,7 +842,7 @@ def gated_experts(
     """
     x = x.contiguous()
     y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-    launch_matvec(x, (weight, scales, zeros, bias), y, activation, True, clamp, chosen)
+    launch_matvec(x, (weight, scales, zeros, bias), y, (activation, True, clamp), chosen)
     return y
 
 
@@ -759,30 +855,104 @@ def _(x, chosen, experts, activation, clamp, weight, scales=None, zeros=None, bi
 def sum_experts(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
+    With `peers`, y is told as by `linear`.
 
     The `chosen` are those of the `gated_experts` before it: on Hopper this kernel reads them before that one has ended.
     """
     x, (T, used) = x.contiguous(), chosen.shape
     K, N = x.shape[1], weight.shape[0] // experts
     y = x.new_empty(T, N)
-    options = {"USED": used} | launch_options(x.device)
+    assert T == 1 or peers is None
+    options = {"USED": used, "RANK": rank, "RANKS": 1 if peers is None else len(peers)} | launch_options(x.device)
     if weight.dtype != torch.uint8:
         _experts_sum_kernel[(N * T,)](
-            x, weight, scales, bias, y, weights, chosen, T, N, K=K, BLOCK=1024, SCALED=scales is not None, **options
+            x,
+            weight,
+            scales,
+            bias,
+            y,
+            weights,
+            chosen,
+            peers,
+            T,
+            N,
+            K=K,
+            BLOCK=1024,
+            SCALED=scales is not None,
+            **options,
         )
     else:
         options |= int4_options(N, K, scales, 16)
         grid = (triton.cdiv(N, 16) * T,)
         words = weight.view(torch.int32)
-        _int4_experts_sum_kernel[grid](x, words, scales, zeros, bias, y, weights, chosen, T, N, num_warps=8, **options)
+        arguments = (x, words, scales, zeros, bias, y, weights, chosen, peers, T, N)
+        _int4_experts_sum_kernel[grid](*arguments, num_warps=8, **options)
     return y
 
 
 @sum_experts.register_fake
-def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None):
+def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
     return x.new_empty(len(chosen), weight.shape[0] // experts)
+
+
+# --- Numbers of every rank --------------------------------------------------------------------------------------------
+
+
+MOST_GATHERED = 2**18  # numbers of a rank, for which an inbox has room: 8 MB for two ranks
+GATHERED = 512  # by a program
+
+
+@triton.jit(do_not_specialize=["n"])
+def _gather_kernel(
+    x_ptr, y_ptr, peers_ptr, n,
+    RANK: tl.constexpr, RANKS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    inboxes = _inboxes(peers_ptr, RANKS)
+    count_ptr = inboxes[RANK] + 2 * RANKS * MOST + program
+    _wait_for_inputs(PDL)
+    count = tl.load(count_ptr) + 1
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    place = (count & 1) * RANKS * MOST + at
+    _tell(x.to(tl.float32), count, inside, place, inboxes, MOST, RANK, RANKS)
+    tl.store(y_ptr + RANK * n + at, x, mask=inside)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = _hear(_words(inboxes[RANK], tl.float32) + place + rank * MOST, count, inside, tl.float32)
+            tl.store(y_ptr + rank * n + at, theirs.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # all warps have read the count
+    tl.store(count_ptr, count)
+
+
+def gather_words(ranks: int) -> int:
+    """Words of 8 bytes, zeros at first, that each rank has for what the others tell it in `gather`."""
+    return MOST_GATHERED // GATHERED + 2 * ranks * MOST_GATHERED
+
+
+@torch.library.custom_op("gpt_twin::gather", mutates_args=(), device_types="cuda")
+def gather(x: torch.Tensor, peers: torch.Tensor, rank: int) -> torch.Tensor:
+    """Every rank's x [...], as [ranks, ...]; of integers those that float32 holds, up to 2^24.
+
+    `peers` [ranks] are the addresses of the ranks' inboxes (`gather_words`, `tp.shared_memory`). As of `add_norm`, all
+    ranks make the same calls, which need one another in turn.
+    """
+    assert x.numel() <= MOST_GATHERED, "the inboxes have no room for so many numbers"
+    y = x.new_empty(len(peers), *x.shape)
+    _gather_kernel[(triton.cdiv(x.numel(), GATHERED),)](
+        x.contiguous(), y, peers, x.numel(),
+        RANK=rank, RANKS=len(peers), MOST=MOST_GATHERED, BLOCK=GATHERED, num_warps=4, **launch_options(x.device),
+    )  # fmt: skip
+    return y
+
+
+@gather.register_fake
+def _(x, peers, rank):
+    return x.new_empty(len(peers), *x.shape)
 
 
 # --- The residual sum and the norm after it ---------------------------------------------------------------------------
@@ -790,37 +960,27 @@ def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None):
 
 @triton.jit
 def _sum_over_ranks(
-    values, at, row, peers_ptr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
-):
-    """The float32 values of every rank, added up in the order of the ranks, so that all get the same sum.
-
-    Each rank writes its own into the memory of the others as words of a number and the round's count, which arrive
-    together, so that nobody waits for more than the words (as NCCL's protocol LL). A rank is at most one round ahead of
-    another, so two places for each word are enough. The memory is that of `inbox_words`, and begins with the counts.
-
-    Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
-    """
-    inside = at < D
-    own = tl.load(peers_ptr + RANK).to(tl.pointer_type(tl.int64))
-    count = tl.load(own + row) + 1
-    words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
-    place = ROWS + ((count & 1) * ROWS + row) * RANKS * D + at
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            inbox = tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(inbox + place + RANK * D, words, mask=inside)
-    total = tl.zeros_like(values)
+    values, at, inside, row, inboxes,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, TOLD: tl.constexpr,
+):  # fmt: skip
+    """The values of every rank, added up in float32 in the order of the ranks, so that all get the same sum."""
+    if TOLD:  # by the product before, whose programs have counted already
+        count, place = tl.load(inboxes[RANK] + RANKS * D), at
+    else:
+        count_ptr = inboxes[RANK] + 2 * ROWS * RANKS * D + row
+        count = tl.load(count_ptr) + 1
+        place = ((count & 1) * ROWS + row) * RANKS * D + at
+        _tell(values, count, inside, place, inboxes, D, RANK, RANKS)
+    total = tl.zeros(values.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
-            total += values
+            total += values.to(tl.float32)
         else:
-            inbox = tl.multiple_of(own, 16) + place + rank * D
-            words = tl.load(inbox, mask=inside, other=0, volatile=True)
-            while tl.max((inside & ((words >> 32).to(tl.int32) != count.to(tl.int32))).to(tl.int32), 0) > 0:
-                words = tl.load(inbox, mask=inside, other=0, volatile=True)
-            total += words.to(tl.uint32).to(tl.float32, bitcast=True)
-    tl.debug_barrier()  # all warps have read the count
-    tl.store(own + row, count)
+            words_ptr = _words(inboxes[RANK], values.dtype) + place + rank * D
+            total += _hear(words_ptr, count, inside, values.dtype).to(tl.float32)
+    if not TOLD:
+        tl.debug_barrier()  # all warps have read the count
+        tl.store(count_ptr, count)
     return total
 
 
@@ -834,7 +994,7 @@ def _load_norm(w_ptr, at, inside, PLUS_ONE: tl.constexpr):
 def _add_norm_kernel(
     x_ptr, update_ptr, w_ptr, b_ptr, post_ptr, sum_ptr, y_ptr, peers_ptr, eps, scale,
     RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
+    TOLD: tl.constexpr, PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, mine = at < D, tl.program_id(0) * D + at
@@ -844,12 +1004,15 @@ def _add_norm_kernel(
         bias = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if post_ptr is not None:
         post = _load_norm(post_ptr, at, inside, PLUS_ONE)
+    if RANKS > 1:
+        inboxes = _inboxes(peers_ptr, RANKS)
     _wait_for_inputs(PDL)
     x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32)
     if update_ptr is not None:
-        update = tl.load(update_ptr + mine, mask=inside, other=0.0).to(tl.float32)
+        update = tl.load(update_ptr + mine, mask=inside, other=0.0)
         if RANKS > 1:
-            update = _sum_over_ranks(update, at, row, peers_ptr, RANK, RANKS, ROWS, D)
+            update = _sum_over_ranks(update, at, inside, row, inboxes, RANK, RANKS, ROWS, D, TOLD)
+        update = update.to(tl.float32)
         if post_ptr is not None:
             update *= tl.rsqrt(tl.sum(update * update, 0) / D + eps) * post
         x += scale * update
@@ -873,34 +1036,40 @@ def inbox_words(ranks: int, dim: int) -> int:
     return MOST_ROWS * (1 + 2 * ranks * dim)
 
 
+def told_words(ranks: int, dim: int) -> int:
+    """The same of what products tell in `linear`, which takes two such inboxes in turn."""
+    return dim * (1 + ranks) + dim % 2
+
+
 @torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
 def add_norm(
     x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     post: torch.Tensor | None, eps: float, plus_one: bool = False, scale: float = 1.0,
-    peers: torch.Tensor | None = None, rank: int = 0,
+    peers: torch.Tensor | None = None, rank: int = 0, told: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [..., D] + scale * update and its norm: LayerNorm with a bias, RMS norm without, none without a weight. With
     `peers` the update is the sum of all ranks', up to MOST_ROWS rows of D. With `post` the update goes through an RMS
     norm of that weight before it is added. With `plus_one` weights are what is added to 1.
 
-    `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). All ranks make the same
-    calls; who comes first waits. The compiler is told that this changes nothing: each sum needs the one before it, so
-    none is dropped, joined or moved.
+    `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). An update of one row
+    that the `linear` before has `told` is in inboxes of `told_words`. All ranks make the same calls; who comes first
+    waits. The compiler is told that this changes nothing: each sum needs the one before it, so none is dropped, joined
+    or moved.
     """
     x, update, D = x.contiguous(), None if update is None else update.contiguous(), x.shape[-1]
     total, y = torch.empty_like(x), torch.empty_like(x)
     ranks = 1 if peers is None else len(peers)
-    assert ranks == 1 or x.numel() <= MOST_ROWS * D, "the inboxes have no room for so many rows"
+    assert ranks == 1 or x.numel() <= (1 if told else MOST_ROWS) * D, "the inboxes have no room for so many rows"
     _add_norm_kernel[(x.numel() // D,)](
         x, update, weight, bias, post, total, y, peers, eps, scale,
-        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), PLUS_ONE=plus_one, num_warps=8,
-        **launch_options(x.device),
+        RANK=rank, RANKS=ranks, ROWS=MOST_ROWS, D=D, BLOCK=triton.next_power_of_2(D), TOLD=told, PLUS_ONE=plus_one,
+        num_warps=8 if D <= 4096 else 16, **launch_options(x.device),
     )  # fmt: skip
     return total, y
 
 
 @add_norm.register_fake
-def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0):
+def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0, told=False):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -15,6 +15,7 @@ Copy me: needs torch.
 import argparse
 import gc
 import json
+import logging
 import math
 import os
 import re
@@ -162,6 +163,9 @@ def explain(error: Exception) -> tuple[int, str | None]:
 
 
 def _start(device: str) -> None:
+    if rank_and_count()[0] > 0:  # what is worth saying, rank 0 says
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C at once, even while this rank waits for another
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # A prompt may be long in coming, and torchrun sees a rank that ends: no other timeout is needed.

@@ -7,7 +7,7 @@ A `Speculation` is what `generate()` asks for tokens, as `Steps(speculation=...)
 - `Auto` takes the k that the running acceptance promises most of, and plain steps where no k pays.
 - Drafts come from one class each. `start` begins a text; then in each round `propose`, if it has drafts, and `advance`.
 
-Copy me: needs torch, and `decode.py`, `tp.py` and `runtime.py` beside it.
+Copy me: needs torch, and `decode.py` and `runtime.py` beside it.
 
 Shapes: B batch rows, k drafts of a round, V vocabulary.
 """
@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 
-import tp
 from decode import (
     Sampling,
     Text,
@@ -87,12 +86,12 @@ def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Samplin
     ids, of which the first n + 1 are of use, and n, the number of accepted drafts.
     """
     k = tokens.shape[1] - 1
-    tokens = tp.from_rank_0(tokens, model.ranks).clamp(min=0)  # each rank has a draft model of its own
+    tokens = model.from_rank_0(tokens).clamp(min=0)  # each rank has a draft model of its own
     input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
     logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
     drafts = tokens[:, 1:]
     accepted = torch.cat(accept(logits, drafts, proposed, uniform, noise, sampling), dim=1)
-    count, following = tp.from_rank_0(accepted, model.ranks).split(1, dim=1)
+    count, following = model.from_rank_0(accepted).split(1, dim=1)
     ids = torch.cat([drafts, following], dim=1).scatter(1, count, following)
     return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
 

@@ -9,19 +9,29 @@ Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXi
 - Fewer kv heads than ranks are each held by several ranks. Heads that do not divide otherwise are refused.
 - `shard` works on the unfused state dict before it is loaded, plain or quantized: of a mapped file a rank reads its own
   slices only. Quantized columns are cut between groups, so that a shard holds exactly the numbers of the whole.
-- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. Those of a
-  few tokens, on GPUs that reach each other's memory, are in the kernel of the next norm (`gpu_kernels.add_norm`).
+- The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. On GPUs
+  that reach each other's memory, those of a few tokens are in the kernel of the next norm (`gpu_kernels.add_norm`), and
+  few logits and the token are gathered by a kernel too.
 
-Copy me: needs torch.
+Copy me: needs torch, and for speed on GPUs `gpu_kernels.py`.
 
 Shapes: N output rows, K input columns; heads H, kv heads KV, C head dim.
 """
 
 import os
+import sys
+import warnings
 from dataclasses import replace
+from threading import Timer
 
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+try:
+    import gpu_kernels
+except ImportError:  # no Triton, or the file was left behind
+    gpu_kernels = None
 
 # The dimension of each module's weight that is divided, of every expert's too: 0 its output rows, 1 its input columns.
 # What is not here is whole on every rank. A bias is divided like rows; that of a module divided by columns is added
@@ -101,49 +111,85 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
 ops = torch.ops._c10d_functional
 
 
-def all_reduce(x, ranks: int):
+def by_kernel(x, peers) -> bool:
+    """Whether x goes through the memory that ranks share, of which `peers` are the addresses, if there is some."""
+    few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_GATHERED)
+    return few and not torch.is_grad_enabled()
+
+
+def all_reduce(x, ranks: int, peers=None, rank: int = 0):
     """The sum of every rank's x."""
-    return x if ranks == 1 else ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
+    if ranks == 1:
+        return x
+    if by_kernel(x, peers):
+        return gpu_kernels.gather(x, peers, rank).sum(0)
+    return ops.wait_tensor(ops.all_reduce(x, "sum", dist.group.WORLD.group_name))
 
 
-def all_gather(x, ranks: int):
+def all_gather(x, ranks: int, peers=None, rank: int = 0):
     """Every rank's x [..., N] one after the other, [..., ranks N]."""
     if ranks == 1:
         return x
-    parts = ops.wait_tensor(
-        ops.all_gather_into_tensor(x.contiguous(), ranks, dist.group.WORLD.group_name)
-    )  # one under the other
-    return torch.cat(parts.chunk(ranks), dim=-1)
+    if by_kernel(x, peers):
+        parts = gpu_kernels.gather(x, peers, rank)
+    else:
+        parts = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), ranks, dist.group.WORLD.group_name))
+        parts = parts.view(ranks, *x.shape)
+    return parts.movedim(0, -2).flatten(-2)
 
 
-def from_rank_0(x, ranks: int):
+def from_rank_0(x, ranks: int, peers=None, rank: int = 0):
     """Rank 0's x. Ranks compute alike but for a last bit here and there, and a token must be the same to the bit."""
-    return x if ranks == 1 else ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
+    if ranks == 1:
+        return x
+    if by_kernel(x, peers):
+        return gpu_kernels.gather(x, peers, rank)[0]  # the others' too: who only told would not be held back
+    return ops.wait_tensor(ops.broadcast(x, 0, dist.group.WORLD.group_name))
+
+
+PATIENCE = 60  # seconds for ranks to give each other their memory, which takes less than one
 
 
 def shared_memory(words: int, device) -> tuple:
     """(zeros int64 [words], addresses int64 [ranks] of every rank's as this GPU sees them, valid as long as the first
-    is held), or (None, None) if GPUs are on several hosts or do not reach each other's memory. All ranks call this."""
+    is held), or (None, None) with a warning if ranks cannot reach each other's memory. All ranks call this.
+
+    PyTorch waits without end for a rank that has failed to give its memory, so a rank that waits for long ends its
+    process, which ends the run.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
-    def of_ranks(value) -> list:
-        values = [None] * ranks
-        dist.all_gather_object(values, value)
-        return values
+    def first_of_ranks(why: str | None) -> str | None:
+        reasons = [None] * ranks
+        dist.all_gather_object(reasons, why)
+        return next(filter(None, reasons), None)
 
-    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ranks
-    reached = one_host and all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank)
-    if not all(of_ranks(reached)):
-        return None, None
-    import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
+    def give_up():
+        print(f"error: rank {rank} has not got the memory of other ranks in {PATIENCE} s", file=sys.stderr, flush=True)
+        os._exit(1)
 
-    own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
-    torch.cuda.synchronize(device)
-    try:
-        handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
-        addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
-    except RuntimeError:  # in a container, say, that does not let processes share memory; then all of them come here
-        addresses = None
-    if None in of_ranks(addresses):
-        return None, None
-    return own, torch.tensor(addresses, device=device)
+    why = own = addresses = None
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != ranks:
+        why = "torchrun's LOCAL_WORLD_SIZE says that they are not all on one host"
+    elif not all(torch.cuda.can_device_access_peer(rank, i) for i in range(ranks) if i != rank):
+        why = f"the GPU of rank {rank} does not reach the memory of every other"
+    why = first_of_ranks(why)
+    if why is None:
+        import torch.distributed._symmetric_memory as symmetric_memory  # private, so only where it is needed
+
+        own = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+        torch.cuda.synchronize(device)
+        timer = Timer(PATIENCE, give_up)
+        timer.start()
+        try:
+            handle = symmetric_memory.rendezvous(own, dist.group.WORLD.group_name)
+            addresses = [handle.get_remote_tensor(i, (words,), torch.int64).data_ptr() for i in range(ranks)]
+        except RuntimeError as error:  # in a container, say, that does not let processes share memory
+            why = f"rank {rank} cannot share memory: {str(error).partition(chr(10))[0]}"
+        why = first_of_ranks(why)
+        timer.cancel()
+    if why is None:
+        return own, torch.tensor(addresses, device=device)
+    if rank == 0:
+        warnings.warn(f"ranks add up by NCCL, which is slower than by kernels, because {why}", stacklevel=2)
+    return None, None

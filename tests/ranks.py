@@ -1,6 +1,8 @@
 """What several ranks compute for test_tp.py and test_gpu.py: `torchrun ... tests/ranks.py MODE FILE`. No test."""
 
+import logging
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from check_equivalence import FAMILIES, in_chunks, random_weights  # noqa: E402
 from checkpoint import build_model, quantize_model
 from decode import Sampling, Steps, decode_step, generate
 from model import GPTConfig  # noqa: E402
-from quantized_linear import MODES
+from quantized_linear import MODES, Int4Linear, Int8Linear
 from runtime import objects_of_ranks, rank_and_count, run_command
 from speculate import DraftModel, Fixed, PromptLookup, Speculation
 
@@ -85,15 +87,76 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
             update = update if post is None else torch.nn.functional.rms_norm(update, (size,), post, 1e-5)
             expected = x + 0.3 * update
             torch.testing.assert_close(total, expected)
+            bits = objects_of_ranks((total.tolist(), y.tolist()))
+            assert bits == bits[:1] * ranks, "a rank has another last bit"
             torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))
+
+
+def check_products(device: str, rank: int, ranks: int) -> None:
+    """Products whose kernel tells other ranks its part of the sum, and norms that hear it."""
+    import gpu_kernels
+
+    N, K, ones = 1000, 320, torch.ones(1000, device=device)
+    words = gpu_kernels.told_words(ranks, N)
+    memory, first = tp.shared_memory(2 * words, device)
+    random = torch.Generator().manual_seed(0)
+    for round, kind in enumerate(("plain", "int8", "int4") * 20):
+        peers = first + 8 * words * (round % 2)
+        weights = torch.randn(ranks, N, K, generator=random).to(device) / K**0.5
+        hidden, x = (torch.randn(n, 1, width, generator=random).to(device) for n, width in ((ranks, K), (1, N)))
+        if kind == "plain":
+            parts = (weights[rank],)
+        elif kind == "int8":
+            every = [Int8Linear.quantize(weight) for weight in weights]
+            weights = [Int8Linear.dequantize(part["weight"], part["scales"].float()) for part in every]
+            parts = tuple(every[rank][name] for name in ("weight", "scales"))
+        else:
+            every = [Int4Linear.quantize(weight, 32) for weight in weights]
+            weights = [Int4Linear.dequantize(p["weight"], p["scales"].float(), p["zeros"].float()) for p in every]
+            own = every[rank]
+            parts = (own["weight"], *gpu_kernels.in_bytes(own["scales"], own["zeros"]))
+        update = gpu_kernels.linear(hidden[rank], *parts, peers=peers, rank=rank)
+        total, y = gpu_kernels.add_norm(x, update, ones, None, None, 1e-5, peers=peers, rank=rank, told=True)
+        expected = x + sum(h @ weight.T for h, weight in zip(hidden, weights, strict=True))
+        torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (N,), ones, 1e-5), atol=1e-4, rtol=1e-4)
+        bits = objects_of_ranks(total.tolist())
+        assert bits == bits[:1] * ranks, "a rank has another last bit"
+
+
+def check_gathering(device: str, rank: int, ranks: int) -> None:
+    """The kernel that gathers, of many and few numbers in turn, against what every rank can compute by itself."""
+    import gpu_kernels
+
+    memory, peers = tp.shared_memory(gpu_kernels.gather_words(ranks), device)
+    most = gpu_kernels.MOST_GATHERED
+    for round, size in enumerate((1, most, 5, 1, 16001, 2, most, 1, 1) * 10):
+        for dtype in (torch.bfloat16, torch.float32, torch.int64):
+            random = torch.Generator().manual_seed(round)
+            every = torch.randint(-1, 2**24, (ranks, 1, size), generator=random).to(device, dtype)
+            with torch.no_grad():
+                assert torch.equal(gpu_kernels.gather(every[rank], peers, rank), every)
+                assert torch.equal(tp.all_gather(every[rank], ranks, peers, rank), every.flatten()[None])
+                assert torch.equal(tp.from_rank_0(every[rank], ranks, peers, rank), every[0])
 
 
 def main(args) -> None:
     rank, ranks = rank_and_count()
-    if args.mode == "norms":
-        return check_norms(args.device, rank, ranks)
-    if args.mode == "fail" and rank == 1:
+    if args.mode == "kernels":
+        check_norms(args.device, rank, ranks)
+        check_products(args.device, rank, ranks)
+        return check_gathering(args.device, rank, ranks)
+    if args.mode == "fail in a kernel":
+        import gpu_kernels
+
+        memory, peers = tp.shared_memory(gpu_kernels.gather_words(ranks), args.device)
+        if rank == 0:
+            gpu_kernels.gather(torch.ones(1, device=args.device), peers, rank).tolist()
+    if args.mode.startswith("fail") and rank == 1:
         raise ValueError("this rank has had enough")
+    if args.mode == "warn":
+        warnings.warn(f"a warning of rank {rank}", stacklevel=1)
+        logging.getLogger("torch").warning("a line of rank %s", rank)
     if args.mode == "results":
         found = objects_of_ranks(results(rank, ranks, compiled=ranks == 2))
         if rank == 0:
@@ -104,5 +167,5 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    device = "cuda" if sys.argv[1] == "norms" else "cpu"
+    device = "cuda" if "kernel" in sys.argv[1] else "cpu"
     run_command(main, Namespace(mode=sys.argv[1], file=sys.argv[2], device=device), splits=True)

@@ -30,7 +30,7 @@ def test_every_way_agrees(family):
 
 def on_two_gpus(*arguments) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -42,8 +42,14 @@ def test_every_way_agrees_on_two_gpus(family, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_norm_kernel_sums_over_two_gpus():
-    on_two_gpus(Path(__file__).with_name("ranks.py"), "norms", "-")
+def test_kernels_sum_and_gather_over_two_gpus():
+    on_two_gpus(Path(__file__).with_name("ranks.py"), "kernels", "-")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_that_fails_ends_a_kernel_that_waits_for_it_on_two_gpus():
+    with pytest.raises(AssertionError, match="error: rank 1: this rank has had enough"):
+        on_two_gpus(Path(__file__).with_name("ranks.py"), "fail in a kernel", "-")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command
-from ranks import CONFIGS, FOUR_RANKS, results
+from ranks import CONFIGS, FOUR_RANKS, IDS, results
 
 import fast_model
 import generate
 import tp
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import fingerprint, quantize_model, read_checkpoint, write_checkpoint
+from checkpoint import build_model, fingerprint, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import to_fast
 from quantized_linear import MODES, dequantize_weights
 
@@ -88,39 +90,72 @@ def test_one_rank_gets_the_same_tensors():
     assert tp.shard(state_dict, config, 0, 1) is state_dict
 
 
-@pytest.mark.parametrize(
-    "missing", [None, "on this host", "reached", "reached by others", "shared", "shared by others"]
-)
-def test_ranks_share_memory_where_all_of_them_can(missing, monkeypatch):
-    """Rank 0 of 2, with PyTorch's symmetric memory and the other rank made up."""
+WHYS = {
+    None: None,
+    "one host": "not all on one host",
+    "reached": "the GPU of rank 0 does not reach the memory",
+    "reached by others": "rank 1 says so",
+    "shared": "rank 0 cannot share memory: no$",
+    "shared by others": "rank 1 says so",
+}
+
+
+@pytest.fixture
+def made_up_ranks(monkeypatch):
+    """Rank 0 of 2, with PyTorch's symmetric memory and the other rank made up; what they are is what can change."""
+    ranks = SimpleNamespace(missing=None, asked=0, wait=0, memories=torch.ones(2, 8, dtype=torch.int64))
 
     def rendezvous(own, group):
-        if missing == "shared":
-            raise RuntimeError("no")
-        return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: memories[rank])
+        time.sleep(ranks.wait)
+        if ranks.missing == "shared":
+            raise RuntimeError("no\nCUDA kernel errors might be reported late")
+        return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: ranks.memories[rank])
 
     def of_both(values, value):
-        other = missing != "reached by others" and value
-        values[:] = [value, None if missing == "shared by others" and isinstance(value, list) else other]
+        ranks.asked += 1
+        says_so = ranks.missing == ("reached by others", "shared by others")[ranks.asked - 1]
+        values[:] = [value, "rank 1 says so" if says_so else None]
 
-    memories = torch.ones(2, 8, dtype=torch.int64)
     symmetric_memory = "torch.distributed._symmetric_memory"
-    monkeypatch.setattr(f"{symmetric_memory}.empty", lambda words, dtype, device: memories[0])
+    monkeypatch.setattr(f"{symmetric_memory}.empty", lambda words, dtype, device: ranks.memories[0])
     monkeypatch.setattr(f"{symmetric_memory}.rendezvous", rendezvous)
     monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: missing != "reached")
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda rank, other: ranks.missing != "reached")
     monkeypatch.setattr("torch.distributed.all_gather_object", of_both)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, "1" if name == "LOCAL_WORLD_SIZE" and missing == "on this host" else value)
-    own, addresses = tp.shared_memory(8, "cpu")
-    if missing:
-        assert own is None and addresses is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    return ranks
+
+
+@pytest.mark.parametrize("missing, why", WHYS.items())
+def test_ranks_share_memory_where_all_of_them_can_and_say_why_not(missing, why, made_up_ranks, monkeypatch):
+    made_up_ranks.missing = missing
+    if missing == "one host":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        own, addresses = tp.shared_memory(8, "cpu")
+    if missing is None:
+        assert not own.any() and not said
+        assert addresses.tolist() == [memory.data_ptr() for memory in made_up_ranks.memories]
     else:
-        assert not own.any()
-        assert addresses.tolist() == [memory.data_ptr() for memory in memories]
+        assert own is None and addresses is None
+        (warning,) = said
+        assert re.search(f"^ranks add up by NCCL, .*{why}", str(warning.message))
+
+
+def test_a_rank_that_waits_for_memory_without_end_ends_the_run(made_up_ranks, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr(tp, "PATIENCE", 0.1)
+    tp.shared_memory(8, "cpu")
+    time.sleep(0.3)
+    assert codes == []
+    made_up_ranks.wait, made_up_ranks.asked = 0.5, 0
+    tp.shared_memory(8, "cpu")
+    assert codes == [1] and "error: rank 0 has not got the memory of other ranks" in capsys.readouterr().err
 
 
 def test_kernels_sum_what_there_is_room_for(monkeypatch):
@@ -130,7 +165,9 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         MOST_ROWS=16,
         runs_on=lambda device: True,
         inbox_words=lambda ranks, dim: ranks * dim,
-        add_norm=lambda x, update, *norms: taken.append((len(norms[-2]), norms[-1])),  # peers, rank
+        told_words=lambda ranks, dim: dim,
+        gather_words=lambda ranks: ranks,
+        add_norm=lambda x, update, *norms: taken.append(norms[6:]),  # peers, rank, told
     )
 
     def shared_memory(words, device):
@@ -141,12 +178,14 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     monkeypatch.setattr(fast_model, "shared_memory", shared_memory)
     monkeypatch.setattr(fast_model, "all_reduce", lambda update, ranks: 2 * update)
 
-    def by_kernel(rows, norm):
+    def by_kernel(rows, norm, told=True):
         taken.clear()
         x = torch.ones(1, rows, len(norm.weight))
-        result = norm(x, x)
+        result = norm(x, x, told=told)
         assert result is None or torch.equal(result[0], 3 * x)
-        return taken == [(2, 1)]
+        told = told and rows == 1 and norm is not models[0].layers[0].norm_1
+        assert not taken or taken[0][0] is (norm.told_peers if told else norm.peers)
+        return [call[1:] for call in taken] == [(1, told)]
 
     models = [fast_model.FastGPT(CONFIGS[name], rank=1, ranks=2) for name in ("few kv heads", "gpt-2")]
     rms, other = (model.layers[1].norm_2 for model in models)
@@ -155,11 +194,102 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
     for model in models:
         model.setup_caches(1, 8)
         model.setup_caches(2, 8)
-    assert asked == [2 * CONFIGS[name].dim for name in ("few kv heads", "gpt-2")]  # once
+    assert asked == [4 * CONFIGS[name].dim + 2 for name in ("few kv heads", "gpt-2")]  # once
+    dim = CONFIGS["gpt-2"].dim  # the words of gathering come first, then those of sums
+    kinds = (models[1].peers, other.peers, other.told_peers, models[1].norm_f.told_peers)
+    assert [peers.tolist()[0] for peers in kinds] == [0, 8 * 2, 8 * (2 + 2 * dim), 8 * (2 + 3 * dim)]
     with torch.no_grad():
-        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in (rms, other, models[0].norm_f))
+        norms = (rms, other, models[0].norm_f, models[0].layers[0].norm_1)
+        assert all(by_kernel(rows, norm) for rows in (1, 16) for norm in norms)
+        assert by_kernel(1, models[0].norm_f, told=False)
         assert not by_kernel(17, rms)
     assert not by_kernel(1, rms)
+
+
+def empty_kernels(log):
+    """Made-up kernels that compute nothing, and note the updates that others are told of, and that norms hear of."""
+
+    def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
+        y = torch.full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
+        log.extend([("told", y)] if peers is not None else [])
+        return y
+
+    def add_norm(x, update, *norms):
+        log.extend([("heard", update)] if norms[8] else [])
+        return x, x
+
+    def sum_experts(hidden, weights, chosen, experts, weight, *parts, bias=None, **to):
+        return linear(chosen, weight[: len(weight) // experts], **to)
+
+    return SimpleNamespace(
+        MOST_ROWS=16,
+        MOST_GATHERED=2**18,
+        inbox_words=lambda ranks, dim: 1,
+        told_words=lambda ranks, dim: 1,
+        gather_words=lambda ranks: 1,
+        runs_on=lambda device: True,
+        linear=linear,
+        add_norm=add_norm,
+        attention=lambda q, *more: torch.zeros_like(q),
+        gather=lambda x, peers, rank: torch.stack([x, x]),
+        choose_experts=lambda logits, used, norm: (logits[:, :used], torch.zeros(len(logits), used, dtype=torch.int64)),
+        gated_experts=lambda x, chosen, *more, **bias: x.new_zeros(chosen.numel(), 1),
+        sum_experts=sum_experts,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama-2", "gemma-3", "pythia", "mixtral", "gpt-2"])
+def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
+    """Else a rank would wait without end, or add up numbers of another round."""
+    log, config = [], CONFIGS[family]
+    for module in (fast_model, tp):
+        monkeypatch.setattr(module, "gpu_kernels", empty_kernels(log))
+    monkeypatch.setattr(fast_model, "shared_memory", lambda words, device: (None, torch.zeros(2)))
+    monkeypatch.setattr(fast_model, "all_reduce", lambda update, *ranks: update)
+    monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: not torch.is_grad_enabled())
+    model = build_model(config, tp.shard(random_weights(config), config, 1, 2), "cpu", torch.float32, rank=1, ranks=2)
+    model.setup_caches(2, 32)
+    with torch.no_grad():
+        for rows, tokens, last in ((1, 1, None), (1, 1, [0]), (1, 5, [3]), (1, 5, None), (2, 1, None), (2, 3, [0, 2])):
+            for input_pos in (None, torch.arange(tokens).expand(rows, -1)):
+                log.clear()
+                model(IDS[:rows, :tokens], input_pos, last and torch.tensor(last))
+                told, heard = log[::2], log[1::2]
+                sums = 0 if config.parallel or rows * tokens > 1 else 2 * config.n_layer
+                assert [kind for kind, _ in log] == ["told", "heard"] * sums
+                assert all(torch.equal(a.flatten(), b.flatten()) for (_, a), (_, b) in zip(told, heard, strict=True))
+
+
+def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
+    """Rank 1 of 2, with a made-up kernel: in one layout and with the same numbers as by a collective."""
+    collectives = SimpleNamespace(
+        wait_tensor=lambda x: x,
+        all_gather_into_tensor=lambda x, ranks, group: torch.cat([x + 100, x]),
+        broadcast=lambda x, rank, group: x + 100,
+        all_reduce=lambda x, kind, group: x + 100 + x,
+    )
+    asked = []
+
+    def gather(x, peers, rank):
+        asked.append((peers, rank, x.numel()))
+        return torch.stack([x + 100, x])
+
+    monkeypatch.setattr(tp, "gpu_kernels", SimpleNamespace(MOST_GATHERED=8, gather=gather))
+    monkeypatch.setattr(tp, "ops", collectives)
+    monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=SimpleNamespace(group_name="0")))
+    x = torch.arange(12.0).view(2, 2, 3)
+    for given, kernel in ((x[:1], True), (x, False)):
+        expected = torch.cat([given + 100, given], dim=-1)
+        for peers in ("peers", None):
+            with torch.no_grad():
+                assert torch.equal(tp.all_gather(given, 2, peers, 1), expected)
+                assert torch.equal(tp.from_rank_0(given, 2, peers, 1), given + 100)
+                assert torch.equal(tp.all_reduce(given, 2, peers, 1), 2 * given + 100)
+            assert asked == ([("peers", 1, 6)] * 3 if kernel and peers else [])
+            asked.clear()
+    tp.all_gather(x[:1], 2, "peers", 1)
+    tp.from_rank_0(x[:1], 2, "peers", 1)
+    assert asked == []  # the kernel has no gradients
 
 
 def test_the_bias_after_a_sum_is_added_once():
@@ -302,6 +432,13 @@ def test_a_failing_rank_ends_the_run_with_its_own_error():
     assert done.stderr.count("error: rank 1: this rank has had enough") == 1
     assert "Connection" not in done.stderr  # what rank 0 met
     assert time.perf_counter() - start < 30
+
+
+def test_rank_0_alone_warns():
+    done = finish(torchrun(2, ROOT / "tests/ranks.py", "warn", "-"))
+    assert done.returncode == 0, done.stderr
+    assert "a warning of rank 0" in done.stderr and "a line of rank 0" in done.stderr
+    assert "rank 1" not in done.stderr
 
 
 @pytest.mark.parametrize(
