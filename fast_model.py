@@ -111,6 +111,12 @@ def is_single_token(x) -> bool:
     return x.numel() == x.shape[-1]
 
 
+def takes_few_tokens(x, weight) -> bool:
+    """Whether `gpu_kernels.linear` takes x, on such a GPU: one token, or up to 64 where it is quicker than PyTorch."""
+    few = statically_known_true(x.numel() <= 64 * x.shape[-1])  # of a dynamic T this is False, and no guard
+    return is_single_token(x) or (few and gpu_kernels.takes_few_tokens(x, weight))
+
+
 def matvec(x, weight):
     """weight @ x for x [D]: a reading of the weights, at which a CPU's general product has a third of the speed."""
     if x.is_cuda:
@@ -131,7 +137,7 @@ def linear(x, weight, bias=None):
         y = cpu_kernels.linear(rows, weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     weight = weight.to(x.dtype)  # see `checkpoint.build_model`, which may keep 16 bits
-    if is_single_token(x) and on_gpu_kernels(x):
+    if on_gpu_kernels(x) and takes_few_tokens(x, weight):
         return gpu_kernels.linear(x.flatten(0, -2), weight, bias=bias).view(*x.shape[:-1], -1)
     if is_single_token(x):
         y = matvec(x.flatten(), weight).view(*x.shape[:-1], -1)
@@ -320,7 +326,7 @@ class AddNorm(nn.Module):
         """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update. A row
         that was one of several when it was computed, so that nobody has told it, is not `told`."""
         if self.ranks == 1 or update is None:
-            few = is_single_token(residual)
+            few = statically_known_true(residual.numel() <= 64 * residual.shape[-1])
         else:
             few = self.peers is not None
             few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
@@ -460,10 +466,11 @@ class MLP(nn.Module):
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x, to=ALONE):
-        if is_single_token(x) and on_gpu_kernels(x) and self.gate_up.gpu_weights():
+        weights = self.gate_up.gpu_weights() if on_gpu_kernels(x) else None
+        if weights and takes_few_tokens(x, weights[0]):
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
             more["clamp"] = self.clamp
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.gate_up.gpu_weights(), **more).view(*x.shape[:-1], -1)
+            y = gpu_kernels.linear(x.flatten(0, -2), *weights, **more).view(*x.shape[:-1], -1)
         elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         else:

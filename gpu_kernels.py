@@ -734,8 +734,8 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     weight = weight.view(2 if gated else 1, N, K)
     weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
     x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
-    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With three at once, early
-    # blocks crowd onto a few multiprocessors: 153 us a layer instead of 144.
+    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With room for three a layer
+    # took 153 us instead of 144; early blocks may then crowd onto a few multiprocessors, which nobody has looked at.
     stage = 256 * (weight.block_shape[0] * 64 + columns)
     stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
     _few_tokens_kernel[(triton.cdiv(N, 64),)](

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -398,6 +399,34 @@ def test_only_a_single_token_takes_the_matrix_vector_path(monkeypatch):
     for rows, length in [(1, 2), (2, 1)]:
         with pytest.raises(AssertionError, match="general"):
             model(random_ids(rows, length), positions(3, 3 + length, rows))
+
+
+@pytest.mark.parametrize("tokens, by_kernels", [(1, True), (2, True), (64, True), (65, False)])
+def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, by_kernels, monkeypatch):
+    """With made-up ones, which compute plainly: every product and norm of 64 tokens, and none of 65."""
+    config = replace(LLAMA, block_size=65)
+    model, ids, rows = build(config), random_ids(1, tokens), []
+
+    def linear(x, weight, bias=None, activation=None, gated=False, clamp=None):
+        rows.append(len(x))
+        assert (bias, clamp) == (None, None)
+        y = F.linear(x, weight)
+        return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if gated and activation == "silu" else y
+
+    def add_norm(x, update, weight, bias, post, eps, plus_one, scale, peers, rank, told):
+        rows.append(x.numel() // x.shape[-1])
+        assert (bias, post, plus_one, scale, peers, told) == (None, None, False, 1, None, False)
+        x = x if update is None else x + update
+        return x, F.rms_norm(x, weight.shape, weight, eps)
+
+    with torch.no_grad():
+        expected = model(ids)
+        kernels = SimpleNamespace(takes_few_tokens=lambda x, weight: True, linear=linear, add_norm=add_norm)
+        monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
+        monkeypatch.setattr(fast_model, "cpu_kernels", None)
+        monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
+        close(model(ids), expected)
+    assert rows == ([tokens] * (6 * config.n_layer + 2) if by_kernels else [])
 
 
 @torch.no_grad()
