@@ -16,8 +16,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
-Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed `gpu_kernels.py` on a GPU,
-`cpu_kernels.py` on a CPU.
+Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed `gpu_kernels.py` and `gpu_products.py`
+on a GPU, `cpu_kernels.py` on a CPU.
 
 Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
 """
@@ -35,8 +35,9 @@ from tp import all_gather, all_reduce, from_rank_0, shard_config, shared_memory,
 
 try:
     import gpu_kernels
+    import gpu_products
 except ImportError:  # no Triton, so no GPU of NVIDIA's, or the file was left behind
-    gpu_kernels = None
+    gpu_kernels = gpu_products = None
 try:
     import cpu_kernels
 except ImportError:  # the file was left behind
@@ -98,7 +99,7 @@ def apply_rope(x, rope):
 
 
 def on_gpu_kernels(x) -> bool:
-    """Whether to take the kernels of `gpu_kernels.py`, which have no gradients."""
+    """Whether to take the kernels for GPUs, which have no gradients."""
     return gpu_kernels is not None and gpu_kernels.runs_on(x.device) and not torch.is_grad_enabled()
 
 
@@ -112,9 +113,9 @@ def is_single_token(x) -> bool:
 
 
 def takes_few_tokens(x, weight) -> bool:
-    """Whether `gpu_kernels.linear` takes x, on such a GPU: one token, or up to 64 where it is quicker than PyTorch."""
+    """Whether `gpu_products.linear` takes x, on such a GPU: one token, or up to 64 where it is quicker than PyTorch."""
     few = statically_known_true(x.numel() <= 64 * x.shape[-1])  # of a dynamic T this is False, and no guard
-    return is_single_token(x) or (few and gpu_kernels.takes_few_tokens(x, weight))
+    return is_single_token(x) or (few and gpu_products.takes_few_tokens(x, weight))
 
 
 def matvec(x, weight):
@@ -138,7 +139,7 @@ def linear(x, weight, bias=None):
         return y if bias is None else y + bias
     weight = weight.to(x.dtype)  # see `checkpoint.build_model`, which may keep 16 bits
     if on_gpu_kernels(x) and takes_few_tokens(x, weight):
-        return gpu_kernels.linear(x.flatten(0, -2), weight, bias=bias).view(*x.shape[:-1], -1)
+        return gpu_products.linear(x.flatten(0, -2), weight, bias=bias).view(*x.shape[:-1], -1)
     if is_single_token(x):
         y = matvec(x.flatten(), weight).view(*x.shape[:-1], -1)
     elif x.dtype == torch.float32 and compiles_for_few_tokens(x):
@@ -257,7 +258,7 @@ def sliding_attention(q, k, v, window: int, scale: float, sinks=None):
 
 class Linear(nn.Linear):
     def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x."""
+        """What `gpu_products.linear` takes after x."""
         return (self.weight,)
 
     def cpu_weights(self, x):
@@ -307,7 +308,7 @@ def part_of_sum(matrix, x, to):
     if not tells(x, to[0]):
         return matrix(x)
     more = {"bias": matrix.bias, "peers": to[0], "rank": to[1]}
-    return gpu_kernels.linear(x.flatten(0, -2), *matrix.gpu_weights(), **more).view(*x.shape[:-1], -1)
+    return gpu_products.linear(x.flatten(0, -2), *matrix.gpu_weights(), **more).view(*x.shape[:-1], -1)
 
 
 class AddNorm(nn.Module):
@@ -470,7 +471,7 @@ class MLP(nn.Module):
         if weights and takes_few_tokens(x, weights[0]):
             more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
             more["clamp"] = self.clamp
-            y = gpu_kernels.linear(x.flatten(0, -2), *weights, **more).view(*x.shape[:-1], -1)
+            y = gpu_products.linear(x.flatten(0, -2), *weights, **more).view(*x.shape[:-1], -1)
         elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
             y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
         else:
@@ -559,12 +560,12 @@ class SparseMLP(nn.Module):
         return y.view(x.shape)
 
     def of_few_by_kernels(self, x, logits, to):
-        weights, chosen = gpu_kernels.choose_experts(logits, self.used, self.norm_topk_prob)
+        weights, chosen = gpu_products.choose_experts(logits, self.used, self.norm_topk_prob)
         gate_up, down = self.experts_gate_up, self.experts_down
         kind = (self.activation, self.gated.clamp)
-        hidden = gpu_kernels.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
+        hidden = gpu_products.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
         more = {"bias": down.bias, "peers": to[0], "rank": to[1]}
-        return gpu_kernels.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), **more)
+        return gpu_products.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), **more)
 
     def with_bias(self, y, matrix, expert):
         """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""

@@ -11,7 +11,7 @@ It reads the arguments, makes a `Session`, answers, and reports. Decisions to kn
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`,
 `decode.py`, `speculate.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries; for speed on a GPU
-`gpu_kernels.py`.
+`gpu_kernels.py` and `gpu_products.py`.
 
 Shapes: B batch rows, T prompt tokens.
 """
@@ -69,8 +69,9 @@ from tokenizer import check_vocabulary, find_tokenizer
 
 try:
     import gpu_kernels
+    import gpu_products
 except ImportError:  # no Triton, so no GPU of NVIDIA's
-    gpu_kernels = None
+    gpu_kernels = gpu_products = None
 
 INTERACTIVE_SLOTS = 2048
 
@@ -377,7 +378,9 @@ def compiler_cache_hits() -> int:
 
 def compilations() -> int:
     """Graphs and kernels that this process has built by now."""
-    kernels = 0 if gpu_kernels is None else gpu_kernels.variants_built()
+    kernels = 0
+    if gpu_kernels is not None:
+        kernels = gpu_kernels.variants_built(gpu_kernels) + gpu_kernels.variants_built(gpu_products)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] + kernels
 
 

@@ -1,44 +1,27 @@
-"""Triton kernels for a decode step on a GPU, where each was faster than what the compiler makes of plain PyTorch.
+"""Triton kernels for what a decode step on a GPU does between its products: norms, attention, messages of ranks.
 
-One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without this file and with it: bf16 181 and 208,
-int8 206 and 343, int4 in groups of 32 (not run without) 418; benchmarks/README.md and log.md say from
-which runs. Decisions to know:
+Each was faster than what the compiler makes of plain PyTorch, with the products of `gpu_products.py`, which says by how
+much. Decisions to know:
 
-- `linear` is one operator for bf16, int8 and int4 weights. A single token reads the weights as a matrix-vector product,
-  up to 6 do so one by one in int4. On Hopper 2 to 64 go through a tensor core's product, for which the copy engine
-  (TMA) fetches the weights; it is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
-  meet x there as two int8 numbers, 15 bits, so that no weight is converted; elsewhere they are converted inside a
-  product. Otherwise weights are unpacked, then cuBLAS.
-- K and the group size are compile-time constants, and only the last tile of a row is masked.
-- Converting an integer to a float is a quarter-rate instruction. int4 becomes a bf16 number by one three-input logic
-  operation: 0x4300 is 128, and its last mantissa bits count by one.
-- int4 has a layout of its own here, made by `int4_layout` at load: word a of the 4 words of 32 columns holds column
-  4 i + a in nibble i, so that the activations of a nibble are 4 neighbours, and two nibbles that one
-  operation turns into a pair of bf16 are 16 bits apart.
-- Of experts the matrix-vector kernels read the rows of those that are chosen, and one kernel sums their results.
-- Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
-  2023, "Flash-Decoding").
 - On Hopper and newer a kernel starts while the one before it ends (programmatic dependent launch) and waits for its
   results after fetching weights, which do not depend on them. So norms are here too, and RoPE, cache and attention are
-  one operator: a kernel of the compiler's in between would break the chain. The ranks' sum of tensor parallelism is in
-  the norm's kernel for the same reason.
+  one operator: a kernel of the compiler's in between would break the chain.
+- For the same reason the sum over ranks of tensor parallelism is in the norm's kernel. Of a single token the product
+  before has told the other ranks its part already, so that the norm's kernel only hears.
+- Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
+  2023, "Flash-Decoding"). Whichever program ends last joins the parts.
+- The k-th largest number, for top-k sampling, is found by counting digits, without a sort.
 
-`quantized_linear.py` and `fast_model.py` have the plain twin of each.
+`fast_model.py`, `tp.py` and `decode.py` have the plain twin of each.
 
 Copy me: needs torch and triton.
 
-Shapes: B batch, T tokens, N output rows, K input columns, G columns in a group, S cache slots, H query heads, KV kv
-heads, C head dim.
+Shapes: B batch, T tokens, D width of the model, S cache slots, H query heads, KV kv heads, C head dim, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def runs_on(device: torch.device) -> bool:
@@ -46,15 +29,31 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def variants_built() -> int:
-    """How many variants of this file's kernels the process has compiled, or loaded from Triton's cache, by now."""
-    kernels = [kernel for kernel in globals().values() if isinstance(kernel, triton.runtime.JITFunction)]
+def variants_built(module) -> int:
+    """How many variants of a file's kernels the process has compiled, or loaded from Triton's cache, by now."""
+    kernels = [kernel for kernel in vars(module).values() if isinstance(kernel, triton.runtime.JITFunction)]
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+# --- How kernels start ------------------------------------------------------------------------------------------------
 
 
 def launch_options(device: torch.device) -> dict:
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlap else {"PDL": False}
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+# A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
+# which changes from prompt to prompt, is an integer whose alignment does not count, and tiles have two sizes. Of long
+# argument lists the first lines are tensors and numbers, and the last ones constants; hence `fmt: skip`.
+jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 
 # --- What ranks tell each other ---------------------------------------------------------------------------------------
@@ -70,10 +69,10 @@ def launch_options(device: torch.device) -> dict:
 
 
 @triton.jit
-def _inboxes(peers_ptr, RANKS: tl.constexpr):
-    """Every rank's inbox. Addresses never change, so that they are read before a kernel waits for its inputs."""
+def open_inboxes(peers_ptr, RANKS: tl.constexpr):
+    """Every rank's inbox, if there are several. Addresses never change, so a kernel reads them before it waits."""
     inboxes = ()
-    for rank in tl.static_range(RANKS):
+    for rank in tl.static_range(RANKS if RANKS > 1 else 0):
         inboxes = inboxes + (tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64)),)
     return inboxes
 
@@ -109,793 +108,21 @@ def _hear(words_ptr, count, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def _tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Tell all ranks these rows of N, of which each has a count of its own, for the `add_norm` that comes next."""
-    _tell(y, count, rows < N, rows, inboxes, N, RANK, RANKS)
-    tl.debug_barrier()  # all warps have read the count
-    tl.store(inboxes[RANK] + RANKS * N + rows, count, mask=rows < N)
-
-
-# --- Matrix-vector products -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _wait_for_inputs(PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _wait_for_choice(PDL: tl.constexpr):
-    """The other way round: the next kernel starts when those before this one have ended, and so may read, without
-    waiting, which experts they chose."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _row_dot(x_ptr, w_ptr, w, K: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of weights, of which the first tile `w` is there, times x."""
-    at = tl.arange(0, BLOCK)
-    WHOLE: tl.constexpr = K // BLOCK * BLOCK
-    total = w.to(tl.float32) * tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-    for first in range(BLOCK, WHOLE, BLOCK):
-        total += tl.load(w_ptr + first + at).to(tl.float32) * tl.load(x_ptr + first + at).to(tl.float32)
-    if BLOCK <= WHOLE and WHOLE < K:
-        w = tl.load(w_ptr + WHOLE + at, mask=WHOLE + at < K, other=0)
-        total += w.to(tl.float32) * tl.load(x_ptr + WHOLE + at, mask=WHOLE + at < K, other=0.0).to(tl.float32)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
-    """One of `fast_model.ACTIVATIONS`, of x that is rounded first, as it is where it is stored in between."""
-    x = x.to(dtype).to(tl.float32)
-    if ACT == "silu":
-        x *= tl.sigmoid(x)
-    elif ACT == "gelu":
-        x *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    elif ACT == "gelu_sigmoid":
-        x *= tl.sigmoid(1.702 * x)
-    elif ACT == "gelu_tanh":  # (1 + tanh(t)) / 2 is sigmoid(2 t)
-        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        tl.static_assert(ACT == "relu" or ACT == "relu2")
-        x = tl.maximum(x, 0.0)
-        if ACT == "relu2":
-            x *= x
-    return x
-
-
-@triton.jit
-def _gate(gate, up, ACT: tl.constexpr, CLAMP: tl.constexpr, dtype: tl.constexpr):
-    """act(gate) * up, with a clamp as `GPTConfig.gate_clamp` says."""
-    up = up.to(dtype).to(tl.float32)
-    if CLAMP is not None:
-        gate = tl.minimum(gate.to(dtype).to(tl.float32), CLAMP)
-        up = tl.minimum(tl.maximum(up, -CLAMP), CLAMP) + 1
-    return _activate(gate, ACT, dtype) * up
-
-
-# A kernel is compiled anew for each constant, and for integers that are 1 or multiples of 16. So the number of tokens,
-# which changes from prompt to prompt, is an integer whose alignment does not count, and tiles have two sizes. Of long
-# argument lists the first lines are tensors and numbers, and the last ones constants; hence `fmt: skip`.
-jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
-
-
-@jit_for_any_T
-def _matvec_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, CLAMP: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row of float or int8 weights [N, K] a program; GATED: that row of [2 N, K] as gate, and row N + it as up.
-    A bias [N] or [2 N] is added before the activation, if there is one.
-
-    Of experts, which stand one under the other, it is a row of the one that `chosen_ptr` has for each of T pairs of a
-    token and one of its USED places. The pairs come one after the other, so that equal choices find a row in the cache.
-    """
-    pair, row = tl.program_id(0) % T, tl.program_id(0) // T
-    at = tl.arange(0, BLOCK)
-    w_row = row.to(tl.int64)
-    if chosen_ptr is not None:
-        _wait_for_choice(PDL)
-        w_row += tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
-        x_ptr += pair // USED * K
-        y_ptr += pair * N
-    up_ptr = w_ptr + (w_row + N) * K
-    w_ptr += w_row * K
-    w = tl.load(w_ptr + at, mask=at < K, other=0)
-    if GATED:
-        w_up = tl.load(up_ptr + at, mask=at < K, other=0)
+def count_of_rows(inboxes, rows, N, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The count of this round of each of these rows of N, for `tell_rows`."""
+    count = 0
     if RANKS > 1:
-        inboxes = _inboxes(peers_ptr, RANKS)
-    if chosen_ptr is None:
-        _wait_for_inputs(PDL)
+        count = tl.load(inboxes[RANK] + RANKS * N + rows, mask=rows < N, other=0) + 1
+    return count
+
+
+@triton.jit
+def tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Tell all ranks, if there are several, these rows of N, for the `add_norm` that comes next."""
     if RANKS > 1:
-        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
-    y = _row_dot(x_ptr, w_ptr, w, K, BLOCK)
-    if SCALED:
-        y *= tl.load(s_ptr + w_row).to(tl.float32)
-    if b_ptr is not None:
-        y += tl.load(b_ptr + w_row).to(tl.float32)
-    if GATED:
-        up = _row_dot(x_ptr, up_ptr, w_up, K, BLOCK)
-        if SCALED:
-            up *= tl.load(s_ptr + w_row + N).to(tl.float32)
-        if b_ptr is not None:
-            up += tl.load(b_ptr + w_row + N).to(tl.float32)
-        y = _gate(y, up, ACT, CLAMP, y_ptr.dtype.element_ty)
-    elif ACT is not None:
-        y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row, y)
-    if RANKS > 1:
-        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
-
-
-@jit_for_any_T
-def _experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The sum over a token's experts of one row of each, [N, K], times its own x [K], times its weight."""
-    token, row = tl.program_id(0) % T, tl.program_id(0) // T
-    at = tl.arange(0, BLOCK)
-    chosen_ptr += token * USED
-    first = w_ptr + (tl.load(chosen_ptr) * N + row) * K
-    w = tl.load(first + at, mask=at < K, other=0)
-    if RANKS > 1:
-        inboxes = _inboxes(peers_ptr, RANKS)
-    _wait_for_inputs(PDL)
-    if RANKS > 1:
-        count = tl.load(inboxes[RANK] + RANKS * N + row) + 1
-    y = 0.0
-    for i in tl.static_range(USED):
-        w_row = tl.load(chosen_ptr + i) * N + row
-        if i > 0:
-            w = tl.load(w_ptr + w_row * K + at, mask=at < K, other=0)
-        out = _row_dot(x_ptr + (token * USED + i) * K, w_ptr + w_row * K, w, K, BLOCK)
-        if SCALED:
-            out *= tl.load(s_ptr + w_row).to(tl.float32)
-        if b_ptr is not None:
-            out += tl.load(b_ptr + w_row).to(tl.float32)
-        out = out.to(y_ptr.dtype.element_ty).to(tl.float32)
-        y += out * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token * N + row, y)
-    if RANKS > 1:
-        _tell_rows(y, row, N, count, inboxes, RANK, RANKS)
-
-
-# Weights of 4 bits, in words of 8 columns, as they are on disk. KIND is "floats": a group has a scale and a zero point;
-# "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
-
-
-@triton.jit
-def _dot_bytes(a, b, total):
-    """total and the products of the four signed bytes of a and b."""
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _pick_bytes(first, second, places):
-    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`, which are below 8."""
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, places], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _to_bytes(x):
-    """Words [W] of the signed bytes nearest to x [W, 4], and what is left of x."""
-    rounded = x + 12582912.0  # 1.5 * 2^23: the last byte of the sum is the integer
-    bits = (rounded.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, :]
-    return tl.sum(bits, 1), x - (rounded - 12582912.0)
-
-
-@triton.jit
-def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
-    """x from block `first` on as step * (254 * byte + second byte + third byte / 254, of float32 alone), in blocks of
-    32 columns. Two words for 8 columns' bytes, two for second ones, their sum [4 BLOCKS], the steps [BLOCKS], and
-    words and sums of third ones. A NaN becomes the step of its block."""
-    at = first * 32 + tl.arange(0, BLOCKS * 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    if MASKED:
-        x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + at).to(tl.float32)
-    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # of integers, because NaN is the largest of these
-    top = tl.maximum(tl.max(tl.reshape(top, [BLOCKS, 4]), 1), 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
-    x *= tl.reshape(tl.broadcast_to((127 / top)[:, None], [BLOCKS, 4]), [BLOCKS * 4])[:, None]
-    if KIND == "fp4":  # four neighbours in a word, else every second column, as `_weights_in_bytes` has them
-        a, b = tl.split(tl.permute(tl.reshape(x, [BLOCKS * 4, 2, 4]), (0, 2, 1)))
-    else:
-        a, b = tl.split(tl.reshape(x, [BLOCKS * 4, 4, 2]))
-    a_bytes, a = _to_bytes(a)
-    b_bytes, b = _to_bytes(b)
-    a_second, a = _to_bytes(a * 254)
-    b_second, b = _to_bytes(b * 254)
-    sums = _dot_bytes(b_bytes, 0x01010101, _dot_bytes(a_bytes, 0x01010101, 0)) * 254
-    sums = _dot_bytes(b_second, 0x01010101, _dot_bytes(a_second, 0x01010101, sums))
-    a_third, b_third, third_sums = a_second, b_second, sums
-    if x_ptr.dtype.element_ty == tl.float32:
-        a_third, a = _to_bytes(a * 254)
-        b_third, b = _to_bytes(b * 254)
-        third_sums = _dot_bytes(b_third, 0x01010101, _dot_bytes(a_third, 0x01010101, 0))
-    return a_bytes, b_bytes, a_second, b_second, sums, top * (1 / (127 * 254)), a_third, b_third, third_sums
-
-
-@triton.jit
-def _fp4_in_bytes(places, negative):
-    """Twice the numbers of four nibbles: the places without their signs, and 1 where that is negative."""
-    plus = _pick_bytes(0x03020100, 0x0C080604, places)
-    minus = _pick_bytes(0xFDFEFF00 - 2**32, 0xF4F8FAFC - 2**32, places)
-    sign = _pick_bytes(0xFF00, 0, negative)
-    return (minus & sign) | (plus & ~sign)
-
-
-@triton.jit
-def _weights_in_bytes(words, KIND: tl.constexpr):
-    """Two words of bytes: twice the numbers of MXFP4, or q from 0 to 15."""
-    if KIND == "fp4":
-        places, negative = words & 0x77777777, (words >> 3) & 0x11111111
-        first, second = _fp4_in_bytes(places, negative), _fp4_in_bytes(places >> 16, negative >> 16)
-    else:
-        first, second = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
-    return first, second
-
-
-@triton.jit
-def _byte_to_float(byte):
-    """A byte without sign, by its place in a float32 instead of a conversion."""
-    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _int4_load(
-    weights, rows, inside, first,
-    K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """A tile of weights: words [rows, 4 BLOCKS], and what is stored of scales and zeros [rows, BLOCKS]."""
-    w_ptr, s_ptr, z_ptr = weights
-    at, block = first * 4 + tl.arange(0, BLOCKS * 4)[None, :], first + tl.arange(0, BLOCKS)[None, :]
-    w_at, group = w_ptr + rows * (K // 8) + at, rows * (K // G) + block // (G // 32)
-    if MASKED:
-        inside_groups = inside & (block < K // 32)
-        words = tl.load(w_at, mask=inside & (at < K // 8), other=0)
-        scale = tl.load(s_ptr + group, mask=inside_groups, other=0)
-        zero = tl.load(z_ptr + group, mask=inside_groups, other=0) if KIND == "floats" else scale
-    else:
-        words, scale = tl.load(w_at), tl.load(s_ptr + group)
-        zero = tl.load(z_ptr + group) if KIND == "floats" else scale
-    return words, scale, zero
-
-
-@triton.jit
-def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
-    """Products [ROWS, BLOCKS] of what `_int4_load` and `_x_in_bytes` gave, with two bytes of x or THREE."""
-    words, scale, zero = tile
-    a_bytes, b_bytes, a_second, b_second, sums, step, a_third, b_third, third_sums = x
-    a, b = _weights_in_bytes(words, KIND)
-    minus: tl.constexpr = 0 if KIND == "fp4" else 8  # q - 8
-    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254 - minus * sums[None, :]
-    dot = _dot_bytes(b, b_second[None, :], _dot_bytes(a, a_second[None, :], dot))
-    dot = tl.sum(tl.reshape(dot, [ROWS, BLOCKS, 4]), 2).to(tl.float32)
-    x_sum = tl.sum(tl.reshape(sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :]
-    if THREE:
-        third = _dot_bytes(b, b_third[None, :], _dot_bytes(a, a_third[None, :], -minus * third_sums[None, :]))
-        dot += tl.sum(tl.reshape(third, [ROWS, BLOCKS, 4]), 2).to(tl.float32) * (1 / 254)
-        x_sum += tl.sum(tl.reshape(third_sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :] * (1 / 254)
-    if KIND == "fp4":
-        dot *= (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
-    elif KIND == "bytes":
-        both = scale.to(tl.int32)
-        zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
-        dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
-    else:
-        dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
-    return dot * step[None, :]
-
-
-@triton.jit
-def _int4_rows_dot(
-    x_ptr, weights, tile, rows, inside,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Rows of weights, of which the first tile is there, times x; [ROWS, 1]."""
-    WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
-    THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    factor, zero_step = 1.0, 1.0
-    if KIND == "bytes":
-        factor = tl.load(weights[2] + 2 * rows, mask=inside, other=0.0)
-        zero_step = tl.load(weights[2] + 2 * rows + 1, mask=inside, other=0.0)
-    x = _x_in_bytes(x_ptr, 0, K, BLOCKS, BLOCKS > WHOLE, KIND)
-    total = _int4_dot(tile, x, zero_step, ROWS, BLOCKS, KIND, THREE)
-    for first in range(BLOCKS, WHOLE, BLOCKS):
-        later = _int4_load(weights, rows, inside, first, K, G, BLOCKS, not EVEN, KIND)
-        x = _x_in_bytes(x_ptr, first, K, BLOCKS, False, KIND)
-        total += _int4_dot(later, x, zero_step, ROWS, BLOCKS, KIND, THREE)
-    if BLOCKS <= WHOLE and WHOLE < K // 32:
-        last = _int4_load(weights, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
-        total += _int4_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
-    return tl.sum(total, 1)[:, None] * factor
-
-
-@jit_for_any_T
-def _int4_matvec_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """ROWS of N rows and all of T tokens a program; GATED: half as many as gate, and as many from row N on as up.
-
-    Of experts a program takes one of T pairs of a token and an expert. They and the bias are as for `_matvec_kernel`.
-    """
-    DIFFERENT: tl.constexpr = ROWS // 2 if GATED else ROWS
-    i = tl.arange(0, ROWS)[:, None]
-    program, tokens, first = tl.program_id(0), T, 0
-    if chosen_ptr is not None:
-        pair, program, tokens = program % T, program // T, 1
-        _wait_for_choice(PDL)
-        first = tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
-        x_ptr += pair // USED * K
-        y_ptr += pair * N
-    out = program * DIFFERENT + i % DIFFERENT
-    rows, inside, weights = first + out + i // DIFFERENT * N, out < N, (w_ptr, s_ptr, z_ptr)
-    tile = _int4_load(weights, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
-    if RANKS > 1:
-        inboxes = _inboxes(peers_ptr, RANKS)
-    if chosen_ptr is None:
-        _wait_for_inputs(PDL)
-    if RANKS > 1:
-        count = tl.load(inboxes[RANK] + RANKS * N + out, mask=inside, other=0) + 1
-    for _ in range(tokens):
-        y = _int4_rows_dot(x_ptr, weights, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
-        if b_ptr is not None:
-            y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
-            y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
-            at = program * DIFFERENT + tl.arange(0, DIFFERENT)
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
-        else:
-            if ACT is not None:
-                y = _activate(y, ACT, y_ptr.dtype.element_ty)
-            y = y.to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + out, y, mask=inside)
-            if RANKS > 1:  # of one token
-                _tell_rows(y, out, N, count, inboxes, RANK, RANKS)
-        x_ptr += K
-        y_ptr += N
-
-
-@jit_for_any_T
-def _int4_experts_sum_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
-    USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, KIND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
-    token = tl.program_id(0) % T
-    out = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
-    inside, weights = out < N, (w_ptr, s_ptr, z_ptr)
-    chosen_ptr += token * USED
-    if RANKS > 1:
-        inboxes = _inboxes(peers_ptr, RANKS)
-    _wait_for_inputs(PDL)
-    if RANKS > 1:
-        count = tl.load(inboxes[RANK] + RANKS * N + out, mask=inside, other=0) + 1
-    total = tl.zeros([ROWS, 1], tl.float32)
-    for i in tl.static_range(USED):
-        rows = tl.load(chosen_ptr + i) * N + out
-        tile = _int4_load(weights, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
-        x_at = x_ptr + (token * USED + i) * K
-        y = _int4_rows_dot(x_at, weights, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
-        if b_ptr is not None:
-            y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        total += y * tl.load(weights_ptr + token * USED + i).to(tl.float32)
-    y = total.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token * N + out, y, mask=inside)
-    if RANKS > 1:
-        _tell_rows(y, out, N, count, inboxes, RANK, RANKS)
-
-
-# --- More than one token ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """A token's x [K] as (q1 + q2 / 254) times a scale, two rows of int8: 15 bits of the largest number."""
-    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    _wait_for_inputs(PDL)
-    x = tl.load(x_ptr + token * K + at, mask=at < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-30) / 127
-    x /= scale
-    high = x + 12582912.0  # the nearest integer stands in the last bits
-    low = (x - (high - 12582912.0)) * 254 + 12582912.0
-    q_ptr += token * 2 * K + at
-    tl.store(q_ptr, high.to(tl.int32, bitcast=True).to(tl.int8), mask=at < K)
-    tl.store(q_ptr + K, low.to(tl.int32, bitcast=True).to(tl.int8), mask=at < K)
-    tl.store(s_ptr + token, scale)
-
-
-@gluon.jit(do_not_specialize_on_alignment=["T"])
-def _few_tokens_kernel(
-    w_desc, x_desc, x_scale_ptr, s_ptr, b_ptr, y_ptr, T, N, K,
-    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """Some of N rows of weights [1 or 2, N, K] times all of T tokens, as columns of a tensor core's product; of 2 parts
-    the first is gate, the other up. The first tiles of weights are on their way before the wait for x. int8 weights
-    take x as `_two_int8_kernel` makes it.
-    """
-    PARTS: gl.constexpr = w_desc.block_type.shape[0]
-    ROWS: gl.constexpr = w_desc.block_type.shape[1]
-    BLOCK: gl.constexpr = w_desc.block_type.shape[2]
-    COLS: gl.constexpr = x_desc.block_type.shape[0]
-    SIZE: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
-    BYTES: gl.constexpr = (PARTS * ROWS + COLS) * BLOCK * SIZE
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLS, 32 // SIZE])
-    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, BLOCK], w_desc.layout)
-    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLS, BLOCK], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
-    row = gl.program_id(0) * ROWS
-    for i in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(i), count=1)
-        hopper.mbarrier.expect(full.index(i), BYTES)
-        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, i * BLOCK], full.index(i), w.index(i))
-    _wait_for_inputs(PDL)
-    for i in gl.static_range(STAGES):
-        hopper.tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK], full.index(i), x.index(i))
-    y = gl.zeros([PARTS * ROWS, COLS], gl.int32 if SIZE == 1 else gl.float32, mma)
-    steps = gl.maximum(gl.cdiv(K, BLOCK), STAGES)  # beyond K all are zeros
-    for step in range(steps):
-        slot = step % STAGES
-        hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
-        rows = w.index(slot).reshape([PARTS * ROWS, BLOCK])
-        y = hopper.warpgroup_mma(rows, x.index(slot).permute((1, 0)), y)
-        more, at = step + STAGES < steps, (step + STAGES) * BLOCK
-        hopper.mbarrier.expect(full.index(slot), BYTES, more)
-        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, at], full.index(slot), w.index(slot), more)
-        hopper.tma.async_copy_global_to_shared(x_desc, [0, at], full.index(slot), x.index(slot), more)
-    if SIZE == 1:
-        high, low = y.reshape([PARTS * ROWS, COLS // 2, 2]).split()
-        y = high.to(gl.float32) + low.to(gl.float32) / 254
-    at = gl.arange(0, PARTS * ROWS, gl.SliceLayout(1, y.type.layout))
-    token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
-    at, inside = at // ROWS * N + row + at % ROWS, row + at % ROWS < N
-    if SIZE == 1:
-        y *= gl.load(s_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
-        y *= gl.load(x_scale_ptr + token, mask=token < T, other=0.0)[None, :]
-    if b_ptr is not None:
-        y += gl.load(b_ptr + at, mask=inside, other=0.0).to(gl.float32)[:, None]
-    if PARTS == 2:
-        gate, up = y.reshape([2, ROWS, y.shape[1]]).permute((1, 2, 0)).split()
-        y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
-    elif ACT is not None:
-        y = _activate(y, ACT, y_ptr.dtype.element_ty)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
-    token = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))[None, :]
-    gl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=(token < T) & (rows < N))
-
-
-@jit_for_any_T
-def _int8_matmul_kernel(x_ptr, w_ptr, s_ptr, y_ptr, T, N, K, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BT + tl.arange(0, BT)
-    in_rows, in_tokens = (rows < N)[:, None], (tokens < T)[None, :]
-    total = tl.zeros([BN, BT], tl.float32)
-    for first in range(0, K, BK):
-        at = first + tl.arange(0, BK)
-        x = tl.load(x_ptr + tokens[None, :] * K + at[:, None], mask=in_tokens & (at < K)[:, None], other=0.0)
-        w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + at, mask=in_rows & (at < K), other=0)
-        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    y = total * tl.load(s_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(y_ptr + tokens[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=in_rows & in_tokens)
-
-
-@triton.jit
-def _int8_dequantize_kernel(w_ptr, s_ptr, out_ptr, total, K, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + at, mask=at < total, other=0).to(tl.float32)
-    scale = tl.load(s_ptr + at // K, mask=at < total, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (w * scale).to(out_ptr.dtype.element_ty), mask=at < total)
-
-
-@triton.jit
-def _fp4(nibble):
-    """MXFP4's number 2^126 too small: exponent and mantissa stand at the end of float32's exponent, so that 0.5, which
-    has neither, is the denormal number that it is here too."""
-    return ((nibble & 7) << 22 | (nibble & 8) << 28).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    q = (tl.load(w_ptr + at // 8, mask=at < total, other=0) >> (at % 8 * 4).to(tl.int32)) & 15
-    scale = tl.load(s_ptr + at // G, mask=at < total, other=0)
-    if z_ptr is None:  # MXFP4
-        y = _fp4(q) * ((scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37)
-    else:
-        zero = tl.load(z_ptr + at // G, mask=at < total, other=0.0).to(tl.float32)
-        y = (q.to(tl.float32) - 8) * scale.to(tl.float32) + zero
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < total)
-
-
-def in_bytes(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int16 [N, K/G], float32 [N, 2]) of int4's scales and zeros [N, K/G], if these are such numbers as
-    `quantized_linear.Int4Linear.quantize` makes, which bytes hold; else themselves.
-
-    A scale is the low byte, a zero point the high one. What a row's bytes count by is first the step of its scales,
-    then how many of those a step of its zeros is.
-    """
-    steps = [torch.ldexp(torch.ones(len(t), 1, device=t.device), t.float().abs().amax(1, True).frexp()[1] - bits)
-             for t, bits in ((scales, 8), (zeros, 7))]  # fmt: skip
-    scale, zero = (t.float() / step for t, step in zip((scales, zeros), steps, strict=True))
-    if not ((scale == scale.round()) & (zero == zero.round()) & (scale >= 0)).all():
-        return scales, zeros
-    both = (zero.int() << 8 | scale.int()).to(torch.int16)
-    return both, torch.cat([steps[0], steps[1] / steps[0]], dim=1)
-
-
-def from_bytes(both: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros in float32 of what `in_bytes` gave; of other scales and zeros, themselves."""
-    if both.dtype != torch.int16:
-        return both, steps
-    return (both & 255) * steps[:, :1], (both >> 8) * (steps[:, 1:] * steps[:, :1])
-
-
-def columns(weight: torch.Tensor) -> int:
-    """K of a weight as for `linear`; a byte of packed ones is two numbers."""
-    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
-
-
-@torch.library.custom_op("gpt_twin::dequantize", mutates_args=(), device_types="cuda")
-def dequantize(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Weights [N, K] in one pass over packed ones."""
-    N, K = weight.shape[0], columns(weight)
-    out = torch.empty(N, K, dtype=dtype, device=weight.device)
-    grid = (triton.cdiv(out.numel(), 4096),)
-    if weight.dtype == torch.int8:
-        _int8_dequantize_kernel[grid](weight, scales, out, out.numel(), K, BLOCK=4096)
-    else:
-        words, group = weight.view(torch.int32), K // scales.shape[1]
-        scales, zeros = from_bytes(scales, zeros)
-        _int4_dequantize_kernel[grid](words, scales, zeros, out, out.numel(), G=group, BLOCK=4096)
-    return out
-
-
-@dequantize.register_fake
-def _(weight, scales, zeros, dtype):
-    return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
-
-
-def int4_options(N: int, K: int, scales, rows: int) -> dict:
-    """Constants of the int4 kernels, which take ROWS rows a program, `rows` of them of one kind."""
-    kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
-    blocks = min(128, triton.next_power_of_2(K // 32))
-    return {"K": K, "G": K // scales.shape[1], "ROWS": 16, "BLOCKS": blocks, "EVEN": N % rows == 0, "KIND": kind}
-
-
-def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
-    """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
-
-    `weights` are the weight, scales, zeros and bias of `linear`, `act` its activation, gated and clamp, `to` its peers
-    and rank. Without `chosen`, T above 1 is for packed ones.
-    """
-    (T, N), K = y.shape, x.shape[1]
-    weight, scales, zeros, bias = weights
-    used = 1 if chosen is None else chosen.shape[1]
-    (activation, gated, clamp), (peers, rank) = act, to
-    options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
-    options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
-    if weight.dtype != torch.uint8:
-        block, warps = (512, 2) if gated and scales is not None else (1024, 4)
-        _matvec_kernel[(N * T,)](
-            x, weight, scales, bias, y, chosen, peers, T, N,
-            K=K, BLOCK=block, SCALED=scales is not None, num_warps=warps, **options,
-        )  # fmt: skip
-    else:
-        rows = 8 if gated else 16
-        options |= int4_options(N, K, scales, rows)
-        grid = (triton.cdiv(N, rows) * (1 if chosen is None else T),)
-        words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=8, **options)
-
-
-def takes_few_tokens(x, weight: torch.Tensor) -> bool:
-    """Whether `linear` takes 2 to 64 tokens of such x by `_few_tokens_kernel`: Hopper, rows of whole 16 bytes."""
-    return (
-        torch.cuda.get_device_capability(x.device)[0] == 9
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype in (x.dtype, torch.int8)
-        and weight.shape[1] * weight.element_size() % 16 == 0
-    )
-
-
-def launch_few_tokens(x, weights, y, act: tuple) -> None:
-    """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
-    (T, N), K = y.shape, x.shape[1]
-    (weight, scales, _, bias), (activation, gated, clamp) = weights, act
-    options, x_scales, columns = launch_options(x.device), None, 16 if T <= 16 else 64
-    if scales is not None:
-        q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
-        _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
-        x, columns = q, 2 * columns
-    bits, block = 8 * x.element_size(), 256 // x.element_size()
-    weight = weight.view(2 if gated else 1, N, K)
-    weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
-    x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
-    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With room for three a layer
-    # took 153 us instead of 144; early blocks may then crowd onto a few multiprocessors, which nobody has looked at.
-    stage = 256 * (weight.block_shape[0] * 64 + columns)
-    stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
-    _few_tokens_kernel[(triton.cdiv(N, 64),)](
-        weight, x, x_scales, scales, bias, y, T, N, K,
-        STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=4, **options,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
-    peers: torch.Tensor | None = None, rank: int = 0,
-) -> torch.Tensor:  # fmt: skip
-    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
-    MXFP4 in that layout, and scales [N, K/32] in uint8.
-
-    For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
-    with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as
-    `GPTConfig.gate_clamp` says. With `peers`, addresses of inboxes of `told_words`, a y of T = 1 that is not gated is
-    told to all ranks for the `add_norm` that comes next.
-    """
-    x = x.contiguous()
-    (T, K), N = x.shape, weight.shape[0]
-    few = 1 < T <= 64 and takes_few_tokens(x, weight)
-    packed = weight.dtype == torch.uint8
-    if scales is not None and T > (6 if packed else 64):
-        weight, scales = dequantize(weight, scales, zeros, x.dtype), None
-    assert T == 1 or few or activation is None
-    assert peers is None or (T == 1 and not gated)
-    if T > 1 and scales is None and not few:
-        return F.linear(x, weight, bias)
-    y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
-    if T > 1 and not few and not packed:
-        BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
-        grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
-        _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
-        return y if bias is None else y + bias
-    if few:
-        launch_few_tokens(x, (weight, scales, zeros, bias), y, (activation, gated, clamp))
-    else:
-        launch_matvec(x, (weight, scales, zeros, bias), y, (activation, gated, clamp), to=(peers, rank))
-    return y
-
-
-@linear.register_fake
-def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0):
-    return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
-
-
-# --- Experts of a few tokens ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _choose_experts_kernel(
-    logits_ptr, weights_ptr, chosen_ptr,
-    E: tl.constexpr, USED: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0)
-    expert, place = tl.arange(0, BLOCK), tl.arange(0, PLACES)
-    _wait_for_inputs(PDL)
-    logits = tl.load(logits_ptr + token * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
-    rest = tl.exp(logits - tl.max(logits, 0))
-    rest = tl.where(expert < E, rest / tl.sum(rest, 0), -1.0)
-    chosen, weights = tl.zeros([PLACES], tl.int64), tl.zeros([PLACES], tl.float32)
-    for i in tl.static_range(USED):
-        best = tl.minimum(tl.argmax(rest, 0), E - 1)  # inside, whatever a NaN does
-        chosen = tl.where(place == i, best, chosen)
-        weights = tl.where(place == i, tl.sum(tl.where(expert == best, rest, 0.0), 0), weights)
-        rest = tl.where(expert == best, -1.0, rest)
-    if NORM:
-        weights /= tl.sum(weights, 0)
-    tl.store(chosen_ptr + token * USED + place, chosen, mask=place < USED)
-    tl.store(weights_ptr + token * USED + place, weights.to(weights_ptr.dtype.element_ty), mask=place < USED)
-
-
-@torch.library.custom_op("gpt_twin::choose_experts", mutates_args=(), device_types="cuda")
-def choose_experts(logits: torch.Tensor, used: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, chosen), each [T, used], of router logits [T, E]; with `norm` the weights of a token sum to 1."""
-    logits, (T, E) = logits.contiguous(), logits.shape
-    weights, chosen = logits.new_empty(T, used), logits.new_empty(T, used, dtype=torch.int64)
-    shape = {"E": E, "USED": used, "BLOCK": triton.next_power_of_2(E), "PLACES": triton.next_power_of_2(used)}
-    _choose_experts_kernel[(T,)](
-        logits, weights, chosen, **shape, NORM=norm, num_warps=1, **launch_options(logits.device)
-    )
-    return weights, chosen
-
-
-@choose_experts.register_fake
-def _(logits, used, norm):
-    return logits.new_empty(len(logits), used), logits.new_empty(len(logits), used, dtype=torch.int64)
-
-
-@torch.library.custom_op("gpt_twin::gated_experts", mutates_args=(), device_types="cuda")
-def gated_experts(
-    x: torch.Tensor, chosen: torch.Tensor, experts: int, activation: str, clamp: float | None, weight: torch.Tensor,
-    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """activation(gate) * up [T used, F] of x [T, K] by each of a token's `chosen` [T, used].
-
-    So many experts' matrices, F rows of gate and F of up, stand one under the other in a weight as for `linear`, and
-    so do their biases.
-    """
-    x = x.contiguous()
-    y = x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-    launch_matvec(x, (weight, scales, zeros, bias), y, (activation, True, clamp), chosen)
-    return y
-
-
-@gated_experts.register_fake
-def _(x, chosen, experts, activation, clamp, weight, scales=None, zeros=None, bias=None):
-    return x.new_empty(chosen.numel(), weight.shape[0] // experts // 2)
-
-
-@torch.library.custom_op("gpt_twin::sum_experts", mutates_args=(), device_types="cuda")
-def sum_experts(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: int, weight: torch.Tensor,
-    scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-    peers: torch.Tensor | None = None, rank: int = 0,
-) -> torch.Tensor:  # fmt: skip
-    """y [T, N], the products of x [T used, K] with its `chosen` [T, used] experts' matrices, summed by `weights`.
-    With `peers`, y is told as by `linear`.
-
-    The `chosen` are those of the `gated_experts` before it: on Hopper this kernel reads them before that one has ended.
-    """
-    x, (T, used) = x.contiguous(), chosen.shape
-    K, N = x.shape[1], weight.shape[0] // experts
-    y = x.new_empty(T, N)
-    assert T == 1 or peers is None
-    options = {"USED": used, "RANK": rank, "RANKS": 1 if peers is None else len(peers)} | launch_options(x.device)
-    if weight.dtype != torch.uint8:
-        _experts_sum_kernel[(N * T,)](
-            x,
-            weight,
-            scales,
-            bias,
-            y,
-            weights,
-            chosen,
-            peers,
-            T,
-            N,
-            K=K,
-            BLOCK=1024,
-            SCALED=scales is not None,
-            **options,
-        )
-    else:
-        options |= int4_options(N, K, scales, 16)
-        grid = (triton.cdiv(N, 16) * T,)
-        words = weight.view(torch.int32)
-        arguments = (x, words, scales, zeros, bias, y, weights, chosen, peers, T, N)
-        _int4_experts_sum_kernel[grid](*arguments, num_warps=8, **options)
-    return y
-
-
-@sum_experts.register_fake
-def _(x, weights, chosen, experts, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
-    return x.new_empty(len(chosen), weight.shape[0] // experts)
+        _tell(y, count, rows < N, rows, inboxes, N, RANK, RANKS)
+        tl.debug_barrier()  # all warps have read the count
+        tl.store(inboxes[RANK] + RANKS * N + rows, count, mask=rows < N)
 
 
 # --- Numbers of every rank --------------------------------------------------------------------------------------------
@@ -913,9 +140,9 @@ def _gather_kernel(
     program = tl.program_id(0)
     at = program * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    inboxes = _inboxes(peers_ptr, RANKS)
+    inboxes = open_inboxes(peers_ptr, RANKS)
     count_ptr = inboxes[RANK] + 2 * RANKS * MOST + program
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     count = tl.load(count_ptr) + 1
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     place = (count & 1) * RANKS * MOST + at
@@ -1004,9 +231,8 @@ def _add_norm_kernel(
         bias = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if post_ptr is not None:
         post = _load_norm(post_ptr, at, inside, PLUS_ONE)
-    if RANKS > 1:
-        inboxes = _inboxes(peers_ptr, RANKS)
-    _wait_for_inputs(PDL)
+    inboxes = open_inboxes(peers_ptr, RANKS)
+    wait_for_inputs(PDL)
     x = tl.load(x_ptr + mine, mask=inside, other=0.0).to(tl.float32)
     if update_ptr is not None:
         update = tl.load(update_ptr + mine, mask=inside, other=0.0)
@@ -1181,7 +407,7 @@ def _attention_kernel(
     if ROPE:
         angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
         cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
     q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
     q_other = tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0)
@@ -1345,7 +571,7 @@ def _count_digits_kernel(
     """One part of a row: how often each digit comes among the numbers whose earlier digits are the k-th largest's."""
     row, at = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     counts_ptr += row * 3 * BINS
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     bits = tl.load(x_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
     key = (bits ^ (bits >> 31 | -(2**31))).to(tl.uint32, bitcast=True)  # in the order of the numbers
     inside, rank = at < V, k
@@ -1360,7 +586,7 @@ def _count_digits_kernel(
 def _kth_kernel(counts_ptr, y_ptr, k, SHORT: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     counts_ptr += row * 3 * BINS
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     first, rank = _chosen_bin(counts_ptr, k, BINS)
     second, rank = _chosen_bin(counts_ptr + BINS, rank, BINS)
     key = first << 21 | (second << 16 if SHORT else second << 10)

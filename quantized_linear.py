@@ -18,7 +18,7 @@ Only weights are quantized; activations stay as they are. Decisions to know:
   it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64 and the
   int4 kernel for up to 6.
 
-Copy me: needs torch, and for speed `gpu_kernels.py` (GPUs) and `cpu_kernels.py` beside it.
+Copy me: needs torch, and for speed `gpu_kernels.py` and `gpu_products.py` (GPUs) and `cpu_kernels.py` beside it.
 
 Shapes: N output rows, K input columns, G columns in a group.
 """
@@ -30,8 +30,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 try:
     import gpu_kernels
+    import gpu_products
 except ImportError:  # Triton is on GPU machines only
-    gpu_kernels = None
+    gpu_kernels = gpu_products = None
 try:
     import cpu_kernels
 except ImportError:  # the file was left behind
@@ -85,7 +86,7 @@ class Int8Linear(nn.Module):
         self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
 
     def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        """What `gpu_products.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales) if self.for_gpu_kernels else None
 
     def cpu_weights(self, x):
@@ -95,7 +96,7 @@ class Int8Linear(nn.Module):
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
         if self.for_gpu_kernels:
-            return gpu_kernels.dequantize(self.weight, self.scales, None, dtype)
+            return gpu_products.dequantize(self.weight, self.scales, None, dtype)
         return self.dequantize(self.weight, self.scales.to(dtype))
 
     def rows(self, expert, experts: int):
@@ -106,7 +107,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
-            return gpu_kernels.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
+            return gpu_products.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
         if self.cpu_weights(rows):
             y = cpu_kernels.linear(rows, *self.cpu_weights(rows)).view(*x.shape[:-1], -1)
         elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
@@ -194,7 +195,7 @@ class Int4Linear(nn.Module):
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K], if it is not in a CPU kernel's layout."""
         if self.for_gpu_kernels:
-            return gpu_kernels.dequantize(self.weight, self.scales, self.zeros, dtype)
+            return gpu_products.dequantize(self.weight, self.scales, self.zeros, dtype)
         return self.dequantize(self.weight, self.scales.to(dtype), self.zeros.to(dtype))
 
     def rows(self, expert, experts: int):
@@ -203,12 +204,12 @@ class Int4Linear(nn.Module):
         return self.dequantize(*(part.flatten(0, 1) for part in parts)).unflatten(0, (len(expert), -1))
 
     def prepare(self, experts: bool = False):
-        """Change to the layout of this device's kernel. `gpu_kernels.py` takes scales and zeros as bytes, if they are
+        """Change to the layout of this device's kernel. `gpu_products.py` takes scales and zeros as bytes, if they are
         multiples of such `steps`; `cpu_kernels.py` takes all as it is on disk. Without it, PyTorch's kernel takes bf16
         and a multiple of 16 rows, and no matrix of experts, of which single rows are read."""
         device, dtype = self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.scales, self.zeros = gpu_kernels.in_bytes(self.scales, self.zeros)
+            self.scales, self.zeros = gpu_products.in_bytes(self.scales, self.zeros)
             self.for_gpu_kernels = True
         elif device.type == "cpu" and cpu_kernels is not None and cpu_kernels.available():
             self.scales, self.zeros = self.scales.bfloat16(), self.zeros.bfloat16()  # as they are on disk
@@ -223,13 +224,13 @@ class Int4Linear(nn.Module):
         return self.for_gpu_kernels or self.cpu_scales is not None
 
     def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        """What `gpu_products.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales, self.zeros) if self.for_gpu_kernels else None
 
     def forward(self, x):
         rows = x.flatten(0, -2)
         if self.for_gpu_kernels:
-            return gpu_kernels.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
+            return gpu_products.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
         if self.cpu_weights(rows):
             y = cpu_kernels.linear(rows, *self.cpu_weights(rows))
         elif self.cpu_scales is not None:
@@ -285,7 +286,7 @@ class Mxfp4Linear(nn.Module):
         self.for_gpu_kernels = gpu_kernels is not None and gpu_kernels.runs_on(self.weight.device)
 
     def gpu_weights(self):
-        """What `gpu_kernels.linear` takes after x; None if that is not how they are laid out."""
+        """What `gpu_products.linear` takes after x; None if that is not how they are laid out."""
         return (self.weight, self.scales) if self.for_gpu_kernels else None
 
     def cpu_weights(self, x):
@@ -294,7 +295,7 @@ class Mxfp4Linear(nn.Module):
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
         if self.for_gpu_kernels:
-            return gpu_kernels.dequantize(self.weight, self.scales, None, dtype)
+            return gpu_products.dequantize(self.weight, self.scales, None, dtype)
         return self.dequantize(self.weight, self.scales).to(dtype)
 
     def rows(self, expert, experts: int):
@@ -304,7 +305,7 @@ class Mxfp4Linear(nn.Module):
 
     def forward(self, x):
         if self.for_gpu_kernels:
-            y = gpu_kernels.linear(x.flatten(0, -2), *self.gpu_weights(), bias=self.bias)
+            y = gpu_products.linear(x.flatten(0, -2), *self.gpu_weights(), bias=self.bias)
             return y.view(*x.shape[:-1], -1)
         return F.linear(x, self.plain_weight(x.dtype), self.bias)
 

@@ -34,7 +34,7 @@ Decisions to know:
   warm. Triton kernels that an earlier model of the run has compiled stay in the process.
 - `context` and `batch` decode greedily.
 - `ladder` adds one thing a row: the twin with its cache, the compiler, the kernels, fewer bits. The rows before the
-  kernels run without `gpu_kernels.py`. `model.py` computes the whole text again for each token, so its row is of the
+  kernels run without those for GPUs. `model.py` computes the whole text again for each token, so its row is of the
   first FEW after the prompt. Rows in the first kind of weights must have the greedy tokens of `model.py`.
 - `speculate` makes a draft of the first layers of its random model, in int4, and what the later layers add so small
   that the model accepts the wanted share of the drafts. Speed depends on that share alone.
@@ -51,7 +51,7 @@ Decisions to know:
 Copy me: needs torch, safetensors and tqdm, `scripts/finetune.py` beside it, and in the folder above `model.py`,
 `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`,
 `checkpoint.py`, `tokenizer.py`, `convert_hf_checkpoint.py` and `check_equivalence.py`; for speed on a GPU
-`gpu_kernels.py`, for a plot matplotlib, for `--hf` transformers.
+`gpu_kernels.py` and `gpu_products.py`, for a plot matplotlib, for `--hf` transformers.
 
 Shapes: B batch, T tokens.
 """
@@ -77,8 +77,6 @@ from unittest.mock import patch
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import fast_model
-import quantized_linear
 import scripts.finetune as finetune
 import tp
 from check_equivalence import LLAMA3_SCALING, transformers_model
@@ -738,7 +736,8 @@ def speculations(args, models: dict, limits: dict):
 @contextmanager
 def no_gpu_kernels():
     """Models that are built, compiled and run inside are plain PyTorch."""
-    with patch.object(fast_model, "gpu_kernels", None), patch.object(quantized_linear, "gpu_kernels", None):
+    fast, quantized, sampling = (f"{file}.gpu_kernels" for file in ("fast_model", "quantized_linear", "decode"))
+    with patch(fast, None), patch(quantized, None), patch(sampling, None):
         yield
 
 

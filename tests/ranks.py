@@ -95,6 +95,7 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
 def check_products(device: str, rank: int, ranks: int) -> None:
     """Products whose kernel tells other ranks its part of the sum, and norms that hear it."""
     import gpu_kernels
+    import gpu_products
 
     N, K, ones = 1000, 320, torch.ones(1000, device=device)
     words = gpu_kernels.told_words(ranks, N)
@@ -114,8 +115,8 @@ def check_products(device: str, rank: int, ranks: int) -> None:
             every = [Int4Linear.quantize(weight, 32) for weight in weights]
             weights = [Int4Linear.dequantize(p["weight"], p["scales"].float(), p["zeros"].float()) for p in every]
             own = every[rank]
-            parts = (own["weight"], *gpu_kernels.in_bytes(own["scales"], own["zeros"]))
-        update = gpu_kernels.linear(hidden[rank], *parts, peers=peers, rank=rank)
+            parts = (own["weight"], *gpu_products.in_bytes(own["scales"], own["zeros"]))
+        update = gpu_products.linear(hidden[rank], *parts, peers=peers, rank=rank)
         total, y = gpu_kernels.add_norm(x, update, ones, None, None, 1e-5, peers=peers, rank=rank, told=True)
         expected = x + sum(h @ weight.T for h, weight in zip(hidden, weights, strict=True))
         torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)

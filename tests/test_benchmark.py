@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import experts_in_mxfp4
 
+import decode
 import fast_model
 import quantized_linear
 import scripts.benchmark as benchmark
@@ -275,19 +276,19 @@ def test_a_step_that_compiles_in_a_sample_is_an_error(suite, no_kernels, monkeyp
 
 def test_kernels_come_with_their_rung(monkeypatch):
     def rung(*_):
-        return fast_model.gpu_kernels, quantized_linear.gpu_kernels
+        return [file.gpu_kernels for file in files]
 
     def build(reference=False):
         built.append(rung())
         return build_tiny(reference)
 
-    built, kernels = [], SimpleNamespace(runs_on=lambda device: False)
-    for module in (fast_model, quantized_linear):
-        monkeypatch.setattr(module, "gpu_kernels", kernels)
+    files = (fast_model, quantized_linear, decode)
+    built, kernels, none = [], [SimpleNamespace(runs_on=lambda device: False)] * 3, [None] * 3
+    for file in files:
+        monkeypatch.setattr(file, "gpu_kernels", kernels[0])
     monkeypatch.setattr(benchmark, "rung", rung)
     rows = measure("ladder", {"bfloat16": build, "int4": build})
-    assert rows == [(kernels, kernels), (None, None), (None, None), (kernels, kernels), (kernels, kernels)]
-    assert built == [(kernels, kernels)] * 3
+    assert rows == [kernels, none, none, kernels, kernels] and built == [kernels] * 3
 
 
 @pytest.mark.parametrize("suite", ("context", "batch"))

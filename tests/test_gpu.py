@@ -137,7 +137,7 @@ def close(y, expected, dtype, times=1):
 @pytest.mark.parametrize("shape", [(34, 768), (96, 11008)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
-    import gpu_kernels
+    import gpu_products
 
     weight = torch.randn(shape, device="cuda")
     if kind == "plain":
@@ -155,13 +155,13 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         if kind == "floats":  # that bytes do not hold
             scales *= 1.01
         expected = (Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double()),)
-        scales, zeros = gpu_kernels.in_bytes(scales, zeros)
+        scales, zeros = gpu_products.in_bytes(scales, zeros)
         assert (scales.dtype == torch.int16) == (kind != "floats")
         parts = (parts["weight"], scales, zeros)
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     for tokens in (1, 2, 16, 17, 70):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
-        y, biased = gpu_kernels.linear(x, *parts), gpu_kernels.linear(x, *parts, bias=bias)
+        y, biased = gpu_products.linear(x, *parts), gpu_products.linear(x, *parts, bias=bias)
         assert close(y, x.double() @ expected[0].double().T, dtype), tokens
         assert close(biased, x.double() @ expected[0].double().T + bias, dtype), tokens
     x = x[:1] / shape[1] ** 0.5
@@ -170,9 +170,9 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         for added in (None, bias):
             y = exact if added is None else exact + added
             gate, up = y.chunk(2, dim=-1)
-            found = gpu_kernels.linear(x, *parts, bias=added, activation=activation)
+            found = gpu_products.linear(x, *parts, bias=added, activation=activation)
             assert close(found, make()(y), dtype, times=4), activation
-            found = gpu_kernels.linear(x, *parts, bias=added, activation=activation, gated=True)
+            found = gpu_products.linear(x, *parts, bias=added, activation=activation, gated=True)
             assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
@@ -180,7 +180,7 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
 @pytest.mark.parametrize("shape", [(34, 304), (1030, 776), (70, 4112), (66, 515)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape, dtype):
-    import gpu_kernels
+    import gpu_products
 
     weight, (N, K) = torch.randn(shape, device="cuda"), shape
     parts, expected = (weight.to(dtype),), weight.to(dtype).double()
@@ -193,14 +193,14 @@ def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape
         x[1] *= 100  # has a scale of its own
         exact = x.double() @ expected.T
         for added, y in ((None, exact), (bias, exact + bias)):
-            assert close(gpu_kernels.linear(x, *parts, bias=added), y, dtype), tokens
-            if tokens == 65 or not gpu_kernels.takes_few_tokens(x, parts[0]):
+            assert close(gpu_products.linear(x, *parts, bias=added), y, dtype), tokens
+            if tokens == 65 or not gpu_products.takes_few_tokens(x, parts[0]):
                 continue
             gate, up = y.chunk(2, dim=-1)
             for activation, make in ACTIVATIONS.items():
-                found = gpu_kernels.linear(x, *parts, bias=added, activation=activation)
+                found = gpu_products.linear(x, *parts, bias=added, activation=activation)
                 assert close(found, make()(y), dtype, times=4), activation
-                found = gpu_kernels.linear(x, *parts, bias=added, activation=activation, gated=True)
+                found = gpu_products.linear(x, *parts, bias=added, activation=activation, gated=True)
                 assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
@@ -208,6 +208,7 @@ def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
     import gpu_kernels
+    import gpu_products
 
     weight = torch.randn(2048, 2048, device="cuda")
     quantized = Int8Linear.quantize(weight)
@@ -218,7 +219,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
     def chain(between):
         y = x
         for _ in range(20):
-            y = gpu_kernels.add_norm(gpu_kernels.linear(y, *parts), None, ones, None, None, 1e-5)[1]
+            y = gpu_kernels.add_norm(gpu_products.linear(y, *parts), None, ones, None, None, 1e-5)[1]
             between()
         return y
 

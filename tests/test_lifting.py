@@ -14,18 +14,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = {f"scripts.{path.stem}": path for path in sorted(ROOT.glob("scripts/*.py"))}
-NEEDS_TRITON = {"gpu_kernels"}  # which is only where there are GPUs; the other files do without
+NEEDS_TRITON = {"gpu_kernels", "gpu_products"}  # which is only where there are GPUs; the other files do without
 
 # Each file imports only from the floors below its own; scripts/ is above all of them.
 FLOORS = (
     {"model", "cpu_kernels", "gpu_kernels", "runtime", "tokenizer"},
-    {"quantized_linear", "tp"},
-    {"fast_model", "decode"},
+    {"gpu_products", "tp"},
+    {"quantized_linear", "fast_model", "decode"},
     {"speculate", "checkpoint"},
     {"generate", "quantize", "convert_hf_checkpoint", "check_equivalence"},
 )
 # The libraries that a file imports at once besides torch, and those that it imports in a function that uses them.
-AT_ONCE = {"gpu_kernels": {"triton"}, "quantize": {"tqdm"}, "convert_hf_checkpoint": {"safetensors", "tqdm"}}
+AT_ONCE = {"quantize": {"tqdm"}, "convert_hf_checkpoint": {"safetensors", "tqdm"}}
+AT_ONCE |= dict.fromkeys(NEEDS_TRITON, {"triton"})
 WHERE_USED = {"tokenizer": {"tokenizers", "sentencepiece", "jinja2"}, "check_equivalence": {"transformers"}}
 WITHOUT_TORCH = {"tokenizer"}
 LIBRARIES = {"torch", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "transformers", "gguf"}
@@ -245,7 +246,7 @@ def test_the_copy_line_of_a_script_names_all_that_it_needs(name, tmp_path):
     others = [*(FILES.keys() - NEEDS_TRITON), *(SCRIPTS.keys() - {name})]
     out = python(HELP.replace("NAME", name).replace("FILES", repr(others)), tmp_path, without)
     assert out.startswith("usage: ")
-    own = {str(tmp_path / f"{name.replace('.', '/')}.py"), str(tmp_path / "gpu_kernels.py")}
+    own = {str(tmp_path / f"{name.replace('.', '/')}.py"), *(str(tmp_path / f"{file}.py") for file in NEEDS_TRITON)}
     assert set(json.loads(out.splitlines()[-1])) == lifted - own  # each of them was needed
 
 

@@ -423,6 +423,7 @@ def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, by_kernels
         expected = model(ids)
         kernels = SimpleNamespace(takes_few_tokens=lambda x, weight: True, linear=linear, add_norm=add_norm)
         monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
+        monkeypatch.setattr(fast_model, "gpu_products", kernels)
         monkeypatch.setattr(fast_model, "cpu_kernels", None)
         monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
         close(model(ids), expected)

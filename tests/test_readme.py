@@ -136,11 +136,11 @@ def test_the_files_to_copy_are_those_of_the_copy_lines():
 
 
 def test_kernels_that_are_named_exist():
-    source = (ROOT / "gpu_kernels.py").read_text(encoding="utf-8")
-    names = set(re.findall(r"`gpu_kernels\.(\w+)`", README)) - {"py"}
-    assert names
-    for name in names:
-        assert f"\ndef {name}(" in source
+    for file in ("gpu_kernels", "gpu_products"):
+        names = set(re.findall(rf"`{file}\.(\w+)`", README)) - {"py"}
+        assert names
+        for name in names:
+            assert f"\ndef {name}(" in (ROOT / f"{file}.py").read_text(encoding="utf-8")
 
 
 def test_the_architectures_are_those_that_convert():
