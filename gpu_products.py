@@ -612,18 +612,18 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
     (T, N), K = y.shape, x.shape[1]
     (weight, scales, _, bias), (activation, gated, clamp) = weights, act
-    options, x_scales, columns = launch_options(x.device), None, 16 if T <= 16 else 64
+    options, x_scales, cols = launch_options(x.device), None, 16 if T <= 16 else 64
     if scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
-        x, columns = q, 2 * columns
+        x, cols = q, 2 * cols
     bits, block = 8 * x.element_size(), 256 // x.element_size()
     weight = weight.view(2 if gated else 1, N, K)
     weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
-    x = TensorDescriptor.from_tensor(x, [columns, block], gl.NVMMASharedLayout(128, bits, 2))
+    x = TensorDescriptor.from_tensor(x, [cols, block], gl.NVMMASharedLayout(128, bits, 2))
     # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With room for three a layer
     # took 153 us instead of 144; early blocks may then crowd onto a few multiprocessors, which nobody has looked at.
-    stage = 256 * (weight.block_shape[0] * 64 + columns)
+    stage = 256 * (weight.block_shape[0] * 64 + cols)
     stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
     _few_tokens_kernel[(triton.cdiv(N, 64),)](
         weight, x, x_scales, scales, bias, y, T, N, K,
