@@ -143,26 +143,26 @@ class Int4Linear(nn.Module):
         return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales, "zeros": zeros}
 
     @staticmethod
-    def exact_grid(groups):
-        """(scales, zeros), float32 [...], that spread 16 steps over the range of each group [..., G]."""
-        low, high = groups.amin(-1), groups.amax(-1)
-        return (high - low).clamp(min=1e-8) / 15, low + (high - low).clamp(min=1e-8) / 15 * 8
-
-    @staticmethod
     def steps(groups):
         """Powers of two [N, 1]: a scale of a row's groups [N, K/G, G] is 1 to 255 times the first, a zero -127 to 127
         times the second, so that a byte holds each, and bf16 too."""
-        scales, zeros = Int4Linear.exact_grid(groups)
-        one = torch.ones_like(scales[:, :1])
-        largest = ((scales, 8), (zeros.abs().clamp(min=1e-30), 7))
-        return [torch.ldexp(one, values.amax(1, True).frexp().exponent - bits) for values, bits in largest]
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = (high - low).clamp(min=1e-8) / 15
+        zeros = ((low + high + scales) / 2).abs().clamp(min=1e-30)
+        one, some_more = torch.ones_like(scales[:, :1]), 1.02  # than that, after rounding
+        largest = ((values * some_more).amax(1, True).frexp().exponent for values in (scales, zeros))
+        return [torch.ldexp(one, exponent - bits) for exponent, bits in zip(largest, (8, 7), strict=True)]
 
     @staticmethod
     def grid(groups, scale_step, zero_step):
-        """`exact_grid` in bf16, rounded to multiples of `steps`."""
-        scales, zeros = Int4Linear.exact_grid(groups)
-        scales = (scales / scale_step).round().clamp(1, 255) * scale_step
-        return scales.bfloat16(), ((zeros / zero_step).round().clamp(-127, 127) * zero_step).bfloat16()
+        """(scales, zeros), bf16 [...], that spread 16 numbers over the range of each group [..., G]. They are multiples
+        of `steps`: a zero the nearest one, a scale the least that reaches both ends."""
+        low, high = groups.amin(-1), groups.amax(-1)
+        zeros = (low + high + (high - low) / 15) / 2
+        zeros = (zeros / zero_step).round().clamp(-127, 127) * zero_step
+        scales = torch.maximum((zeros - low) / 8, (high - zeros) / 7)
+        scales = (scales / scale_step).ceil().clamp(1, 255) * scale_step
+        return scales.bfloat16(), zeros.bfloat16()
 
     @staticmethod
     def nearest(weight, scales, zeros):
