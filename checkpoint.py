@@ -211,16 +211,19 @@ def quantize_model(
     config: GPTConfig, state_dict: dict, mode: str, group_size: int, rank: int = 0, ranks: int = 1
 ) -> tuple[GPTConfig, dict]:
     """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own. What is in
-    MXFP4 stays so.
+    MXFP4 stays so in another mode. In mode mxfp4 a mixture's experts alone are quantized.
 
     With `ranks`, the shard of the quantized weights that `rank` holds; of one matrix at a time the whole.
     """
-    config, state_dict = untie_head(config, state_dict)
+    experts_alone = mode == "mxfp4" and config.n_expert
+    if not experts_alone:
+        config, state_dict = untie_head(config, state_dict)
     quantized = {}
     for name, tensor in state_dict.items():
         scales = state_dict.get(f"{name.rpartition('.')[0]}.scales")
+        in_mxfp4 = scales is not None and scales.dtype == torch.uint8
         part = {name: tensor}
-        if scales is None or scales.dtype != torch.uint8:
+        if ".experts." in name if experts_alone else mode == "mxfp4" or not in_mxfp4:
             part = quantize_weights(part, mode, group_size)
         part = shard(part, config, rank, ranks)
         quantized |= {name: t.clone() for name, t in part.items()} if ranks > 1 else part

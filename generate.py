@@ -43,7 +43,7 @@ from decode import (
     prefill,
 )
 from fast_model import bytes_per_step
-from quantized_linear import GROUP_SIZES
+from quantized_linear import GROUP_SIZES, MODES
 from runtime import (
     Stopwatch,
     check_agreement,
@@ -673,7 +673,7 @@ def parse_arguments():
         choices=DTYPES,
         help="default: the checkpoint's; float32 on a CPU, and bfloat16 instead of float32 on an NVIDIA GPU",
     )
-    add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading, without a second file")
+    add("--quantize", choices=MODES, help="quantize the weights while loading, without a second file")
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of --quantize int4")
     add("--draft_checkpoint_path", type=Path, help="a smaller model with the same tokenizer, whose drafts are verified")
     add("--prompt_lookup", action="store_true", help="drafts are what followed the last tokens earlier in the text")

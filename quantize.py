@@ -8,6 +8,7 @@
 - int4-gptq is int4 with another choice of weights, made with a text: the file has the same form and is read the same.
 - A layer at a time is on the device, in float32. Its input is what the quantized layers before it make of the text.
 - A mixture of experts is not calibrated: each expert sees a part of the text alone.
+- mxfp4 quantizes a mixture's experts alone, and leaves the rest to a second run with int8 on its file.
 
 Copy me: needs torch and tqdm, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`,
 `runtime.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries.
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import quantize_model, read_checkpoint, untie_head, write_checkpoint
 from model import Block
-from quantized_linear import GROUP_SIZES, Int4Linear, check_weight, quantize_weights
+from quantized_linear import GROUP_SIZES, MODES, Int4Linear, check_weight, quantize_weights
 from runtime import check_device, check_target, default_device, read_text, run_command
 from tokenizer import find_tokenizer
 
@@ -103,7 +104,7 @@ def gptq_weights(config, state_dict: dict, group_size: int, ids, device) -> dict
     head becomes int8, rounded to nearest.
     """
     if config.n_expert:
-        raise ValueError("GPTQ of experts, which each see a part of the text, is not implemented; use int4 or int8")
+        raise ValueError("GPTQ of experts, which each see a part of the text, is not implemented; use another mode")
 
     for name, tensor in state_dict.items():
         if name.endswith("_proj.weight"):
@@ -150,7 +151,7 @@ def main(args) -> None:
     mode, path = args.mode, args.checkpoint_path
     if (mode == "int4-gptq") != (args.calibration is not None) or args.calibration_tokens < 1:
         raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
-    label = mode if mode == "int8" else f"{mode}_g{args.group_size}"
+    label = f"{mode}_g{args.group_size}" if mode.startswith("int4") else mode
     out = args.out_path or path.with_name(f"{path.stem}_{label}.pth")
     check_target(out)
     config, state_dict = read_checkpoint(path)
@@ -170,7 +171,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
-    add("--mode", choices=("int8", "int4", "int4-gptq"), required=True)
+    add("--mode", choices=(*MODES, "int4-gptq"), required=True)
     add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns, int4 and int4-gptq only")
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text, int4-gptq only")
     add("--calibration_tokens", type=int, default=16384, help="at most this many tokens of it are used")

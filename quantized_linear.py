@@ -5,11 +5,12 @@ Only weights are quantized; activations stay as they are. Decisions to know:
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
 - Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
   costs nothing.
-- MXFP4 has a power of two per group of 32. It is read as it is published (gpt-oss's experts), not made.
+- MXFP4 has a power of two per group of 32. A mixture's experts alone become MXFP4, which is the form of gpt-oss. What
+  has it already stays as it is when the rest is quantized.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
   gets a quantized copy of the embedding, which ends the tie.
-- The head is int8 beside int4 too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4 head
-  alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
+- The head is int8 beside 4-bit weights too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4
+  head alone makes 28.53, an int8 head 26.80, for 13% more bytes a token than all in int4 (1% on a 7B Llama).
 - On disk is one canonical form, in the reference's unfused layout. Rows stay rows, so that shards and fused matrices
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
 - For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied,
@@ -36,7 +37,8 @@ try:
 except ImportError:  # the file was left behind
     cpu_kernels = None
 
-GROUP_SIZES = (32, 64, 128, 256)
+MODES = ("int8", "int4", "mxfp4")
+GROUP_SIZES = (32, 64, 128, 256)  # of int4
 
 
 def int4_linear_cpu(x, weight, scales, group_size: int):
@@ -189,13 +191,14 @@ class Int4Linear(nn.Module):
         """Change to the layout of this device's kernel. That of `cpu_kernels.py` reads weights as they are on disk;
         without it, PyTorch's takes bf16 and a multiple of 16 rows, and no matrix of experts, of which single rows are
         read."""
-        q, device, dtype = self.unpack(self.weight), self.weight.device, self.scales.dtype
+        rows, device, dtype = len(self.weight), self.weight.device, self.scales.dtype
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
-            self.weight, self.for_gpu_kernels = gpu_kernels.int4_layout(q), True
+            self.weight, self.for_gpu_kernels = gpu_layout(self.weight), True
         elif device.type == "cpu" and cpu_kernels is not None and cpu_kernels.available():
             self.scales, self.zeros = self.scales.bfloat16(), self.zeros.bfloat16()  # as they are on disk
-        elif device.type == "cpu" and dtype == torch.bfloat16 and len(q) % 16 == 0 and not experts:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+        elif device.type == "cpu" and dtype == torch.bfloat16 and rows % 16 == 0 and not experts:
+            q = self.unpack(self.weight).int()
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
 
     @property
@@ -235,13 +238,28 @@ class Mxfp4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @staticmethod
+    def quantize(weight) -> dict:
+        """{"weight", "scales"} of a weight [N, K]: to the nearest number, of two as near to the one of even bits.
+
+        A scale is the least with which its group's largest number is within 6, so that none is cut off. (The
+        specification's own, in its section 6.3, is half of that where the largest would be between 6 and 8.)
+        """
+        groups = weight.float().unflatten(1, (-1, 32))  # [N, K/32, 32]
+        mantissa, exponent = torch.frexp(groups.abs().amax(-1) / 6)  # a mantissa is from 0.5 to below 1, or 0
+        scales = (exponent - (mantissa == 0.5).int() + 127).clamp(1, 254)
+        x = groups / (scales << 23).view(torch.float32)[..., None]
+        size = x.abs()
+        q = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, 2 + size.round(), 4 + (size / 2).round()))
+        q = q.clamp(max=7) + 8 * (x < 0)
+        return {"weight": Int4Linear.pack(q.flatten(1)), "scales": scales.to(torch.uint8)}
+
+    @staticmethod
     def dequantize(weight, scales):
         """[N, K] in float32, the exact numbers, which bf16 holds too."""
         q, scales = Int4Linear.unpack(weight).int(), scales.int()
         exponent, mantissa = q >> 1 & 3, q & 1
-        large = (exponent + 126 << 23 | mantissa << 22).view(
-            torch.float32
-        )  # their bits, since a graph's 2^x is not exact
+        bits = exponent + 126 << 23 | mantissa << 22  # a graph's 2^x is not exact
+        large = bits.view(torch.float32)
         numbers = torch.where(exponent > 0, large, 0.5 * mantissa) * (1 - (q >> 3 << 1))
         return (numbers.unflatten(1, (-1, 32)) * (scales << 23).view(torch.float32)[..., None]).flatten(1)
 
@@ -264,10 +282,15 @@ class Mxfp4Linear(nn.Module):
         return F.linear(x, self.plain_weight(x.dtype), self.bias)
 
 
+def gpu_layout(weight):
+    """The bytes of 4-bit weights [N, K/2] as the GPU's kernels take them; some rows at a time for the memory."""
+    return torch.cat([gpu_kernels.int4_layout(Int4Linear.unpack(rows)) for rows in weight.split(2**16)])
+
+
 def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
     """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
 
-    The head becomes int8 in mode int4 too. Raises ValueError if a weight does not divide into groups, or is quantized
+    The head becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized
     already.
     """
     quantized = {}
@@ -275,14 +298,21 @@ def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dic
         if not name.endswith(("_proj.weight", "lm_head.weight")):
             quantized[name] = tensor
             continue
-        int8 = mode == "int8" or name == "lm_head.weight"
-        check_weight(name, tensor, None if int8 else group_size)
+        kind = "int8" if name == "lm_head.weight" else mode
+        check_weight(name, tensor, {"int8": None, "int4": group_size, "mxfp4": 32}[kind])
         # A few rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
         some = tensor.split(max(1, 2**20 // tensor.shape[1]))
-        parts = [Int8Linear.quantize(rows) if int8 else Int4Linear.quantize(rows, group_size) for rows in some]
-        for kind in parts[0]:
-            quantized[f"{name.removesuffix('weight')}{kind}"] = torch.cat([part[kind] for part in parts])
+        parts = [quantize_rows(rows, kind, group_size) for rows in some]
+        for part in parts[0]:
+            quantized[f"{name.removesuffix('weight')}{part}"] = torch.cat([tensors[part] for tensors in parts])
     return quantized
+
+
+def quantize_rows(weight, mode: str, group_size: int | None) -> dict:
+    """The tensors of a format, by their names in a module, of a weight [N, K]."""
+    if mode == "int4":
+        return Int4Linear.quantize(weight, group_size)
+    return {"int8": Int8Linear, "mxfp4": Mxfp4Linear}[mode].quantize(weight)
 
 
 def check_weight(name: str, tensor, group_size: int | None) -> None:

@@ -62,7 +62,7 @@ def vocab_rows(config, ranks: int) -> int:
 def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
     """Rank `rank`'s part, of `ranks`, of a state dict in the reference's layout, plain or quantized.
 
-    The parts of rows are views. Raises ValueError if heads, hidden units or the groups of int4 weights do not divide.
+    The parts of rows are views. Raises ValueError if heads, hidden units or groups of 4-bit weights do not divide.
     """
     if ranks == 1:
         return state_dict
@@ -79,13 +79,13 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
             part = tensor[rank * rows : (rank + 1) * rows]
             missing = rows - len(part)  # of the vocabulary
             shards[name] = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
-        elif dim == 1 and tensor.dim() == 2:  # weight [N, K], and of int4 weight [N, K/2], scales and zeros [N, K/G]
+        elif dim == 1 and tensor.dim() == 2:  # weight [N, K], and of 4 bits weight [N, K/2], scales and zeros [N, K/G]
             if tensor.shape[1] % ranks:
                 columns = 2 * state_dict[f"{module}.weight"].shape[1]
                 groups = state_dict[f"{module}.scales"].shape[1]
                 raise ValueError(
-                    f"{module}.weight has {columns} columns in {groups} int4 groups, which {ranks} ranks do not "
-                    "divide; quantize it with a smaller group size or to int8"
+                    f"{module}.weight has {columns} columns in {groups} groups, which {ranks} ranks do not "
+                    "divide; take fewer ranks, smaller groups or int8"
                 )
             columns = tensor.shape[1] // ranks
             shards[name] = tensor[:, rank * columns : (rank + 1) * columns].contiguous()

@@ -13,6 +13,7 @@ from check_equivalence import FAMILIES, in_chunks, random_weights  # noqa: E402
 from checkpoint import build_model, quantize_model
 from decode import Sampling, Steps, decode_step, generate
 from model import GPTConfig  # noqa: E402
+from quantized_linear import MODES
 from runtime import objects_of_ranks, rank_and_count, run_command
 from speculate import DraftModel, Fixed, PromptLookup, Speculation
 
@@ -27,7 +28,7 @@ NEW = 12  # tokens
 
 
 def prepared(name: str, weights: str, rank: int = 0, ranks: int = 1):
-    """A float32 model, or a rank's shard of it; with int8 or int4 weights if so named."""
+    """A float32 model, or a rank's shard of it; with weights of one of MODES if so named."""
     config = CONFIGS[name]
     state_dict = random_weights(config)
     if weights == "float32":
@@ -52,7 +53,7 @@ def results(rank: int = 0, ranks: int = 1, compiled: bool = False) -> dict:
         found[f"{name}, one by one"] = in_chunks(model, IDS[:1], 1)
         found[f"{name}, greedy"] = list(generate(model, rows_of(30, 23, 7), NEW, Sampling(0)))
         found[f"{name}, sampled"] = list(generate(model, IDS, NEW, Sampling(), seed=5))
-    for weights in ("int8", "int4"):
+    for weights in MODES:
         model = prepared("few kv heads", weights, rank, ranks)
         found[f"{weights}, batch 3"] = in_chunks(model, IDS, 13)
         found[f"{weights}, greedy"] = list(generate(model, IDS, NEW, Sampling(0)))

@@ -12,7 +12,7 @@ import quantized_linear
 from check_equivalence import FAMILIES, check_model, in_chunks, random_weights
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import fuse, to_fast, to_reference
-from quantized_linear import Int4Linear, Int8Linear, dequantize_weights, quantize_weights
+from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear, dequantize_weights, quantize_weights
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 256)]
 
@@ -43,11 +43,63 @@ def test_int4_is_off_by_at_most_half_a_step(shape, group_size):
     assert (off <= (scales / 2 + slack)[..., None]).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mxfp4_is_off_by_at_most_half_a_step(shape):
+    plain = weight(shape) * torch.logspace(-20, 20, shape[0])[:, None]
+    parts = Mxfp4Linear.quantize(plain)
+    groups, rounded = (t.unflatten(1, (-1, 32)) for t in (plain, Mxfp4Linear.dequantize(**parts)))
+    scales = (2.0 ** (parts["scales"].double() - 127))[..., None]
+    largest = groups.abs().amax(-1, keepdim=True) / scales
+    assert (3 < largest).all() and (largest <= 6).all()  # no smaller scale has room for it
+    size = groups.abs() / scales
+    steps = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    assert ((rounded - groups).abs() <= steps * scales / 2).all()
+
+
+def test_mxfp4_takes_the_even_one_of_two_numbers_as_near():
+    """Its eight numbers, what is half way between them, and what comes of that; 6 keeps the scale at 1."""
+    halves = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5.0: 4, 0.26: 0.5, 4.9: 4, 5.1: 6}
+    given = torch.tensor([*range(5), 0.5, 1.5, 6, *halves])
+    expected = torch.tensor([*range(5), 0.5, 1.5, 6, *halves.values()])
+    row = torch.nn.functional.pad(torch.cat([given, -given[8:]]), (0, 4))[None]
+    found = Mxfp4Linear.dequantize(**Mxfp4Linear.quantize(row))[0]
+    assert found.tolist() == [*expected.tolist(), *(-expected[8:]).tolist(), 0, 0, 0, 0]
+
+
+def test_what_mxfp4_holds_it_keeps():
+    packed = torch.randint(256, (16, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scales = torch.randint(1, 255, (16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    packed[0], packed[1] = 0, 0x88  # zeros and negative zeros
+    numbers = Mxfp4Linear.dequantize(packed, scales)
+    assert numbers.isfinite().all()
+    assert torch.equal(Mxfp4Linear.dequantize(**Mxfp4Linear.quantize(numbers)), numbers)
+
+
+def test_mxfp4_of_a_mixture_is_its_experts_and_int8_then_the_rest():
+    config = FAMILIES["gpt-oss"]
+    config, state = quantize_model(config, random_weights(config), "mxfp4", 32)
+    packed = {name for name, tensor in state.items() if tensor.dtype == torch.uint8 and name.endswith("weight")}
+    assert packed and packed == {name for name in state if ".experts." in name and name.endswith("_proj.weight")}
+    assert describe_quantization(state)["mode"] == "mxfp4" and "int8" not in describe_quantization(state)
+    config, both = quantize_model(config, state, "int8", 32)
+    assert {name for name, tensor in both.items() if tensor.dtype == torch.uint8} >= packed
+    assert all(torch.equal(both[name], state[name]) for name in packed)
+    int8 = describe_quantization(both)["int8"]
+    assert "lm_head.weight" in int8 and "transformer.h.0.attn.o_proj.weight" in int8
+    assert not any(name.endswith("router.weight") for name in int8)
+    assert all(row.passed for row in check_model(config, both, compiled=False))
+    for mode in ("mxfp4", "int8"):
+        with pytest.raises(ValueError, match="is quantized already"):
+            quantize_model(config, both, mode, 32)
+
+
 def test_constant_and_zero_weights_stay_what_they_are():
     for value in (0.0, 0.5, -2.0):
         plain = torch.full((4, 32), value)
         state = quantize_weights({"a_proj.weight": plain}, "int4", 32)
         assert torch.allclose(dequantize_weights(state)["a_proj.weight"], plain, atol=1e-6)
+        state = quantize_weights({"a_proj.weight": plain}, "mxfp4", None)
+        assert torch.equal(dequantize_weights(state)["a_proj.weight"], plain)
         state = quantize_weights({"a_proj.weight": plain}, "int8", None)
         assert torch.allclose(dequantize_weights(state)["a_proj.weight"], plain, rtol=1e-2, atol=1e-6)
 
@@ -57,7 +109,7 @@ def test_a_byte_holds_the_even_column_low_and_the_odd_one_high():
     assert q.tolist() == [[1, 2, 0, 15]]
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_step_computes_with_the_same_numbers(mode, dtype):
     torch.compiler.reset()
@@ -80,7 +132,16 @@ def shifted_scales(state):
     return {name: t.roll(1, -1) if name.endswith("scales") else t for name, t in state.items()}
 
 
-@pytest.mark.parametrize("mode, spoil", [("int4", swapped_nibbles), ("int4", shifted_scales), ("int8", shifted_scales)])
+@pytest.mark.parametrize(
+    "mode, spoil",
+    [
+        ("int4", swapped_nibbles),
+        ("int4", shifted_scales),
+        ("int8", shifted_scales),
+        ("mxfp4", swapped_nibbles),
+        ("mxfp4", shifted_scales),
+    ],
+)
 def test_broken_packing_fails_the_check(monkeypatch, mode, spoil):
     config = FAMILIES["llama-2"]
     config, state = quantize_model(config, random_weights(config), mode, 32)
@@ -90,27 +151,31 @@ def test_broken_packing_fails_the_check(monkeypatch, mode, spoil):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", MODES)
 def test_fusing_commutes_with_quantizing(family, mode):
     config = FAMILIES[family]
-    if mode == "int4" and family in ("llama-3.1", "qwen3", "glm-4", "gemma-3"):
+    if mode != "int8" and family in ("llama-3.1", "qwen3", "glm-4", "gemma-3"):
         pytest.skip("120 columns are not groups of 32")
     config, state = quantize_model(config, random_weights(config), mode, 32)
     back = to_reference(to_fast(state, config), config)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_the_head_is_int8_in_both_modes(mode):
+@pytest.mark.parametrize("mode", MODES)
+def test_the_head_is_int8_in_every_mode(mode):
     plain = weight((8, 40))  # columns that groups of 32 do not divide
     state = quantize_weights({"lm_head.weight": plain, "a_proj.weight": weight((8, 64))}, mode, 32)
     nearest = Int8Linear.quantize(plain)
     assert {name for name in state if name.startswith("lm_head.")} == {f"lm_head.{name}" for name in nearest}
     assert all(torch.equal(state[f"lm_head.{name}"], nearest[name]) for name in nearest)
     assert ("a_proj.zeros" in state) == (mode == "int4")
+    assert (state["a_proj.scales"].dtype == torch.uint8) == (mode == "mxfp4")
 
 
-@pytest.mark.parametrize("mode, group_size, int8", [("int8", None, None), ("int4", 32, ["lm_head.weight"])])
+@pytest.mark.parametrize(
+    "mode, group_size, int8",
+    [("int8", None, None), ("int4", 32, ["lm_head.weight"]), ("mxfp4", 32, ["lm_head.weight"])],
+)
 def test_a_file_says_what_it_is(tmp_path, mode, group_size, int8):
     config = FAMILIES["gpt-2"]
     config, state = quantize_model(config, random_weights(config), mode, 32)
