@@ -82,29 +82,39 @@ class Answer:
     """One row's ids and text as they grow; text that may turn out to begin a stop string is held back.
 
     `stop_reason` is None, then "eos", "stop" (a stop string) or "length" (max_new_tokens, or the context is full). A
-    stop string that is a special token, which no text shows, stops at its id.
+    stop string that is a special token, which no text shows, stops at its id. With `aloud`, what can be shown has the
+    model's reasoning too.
     """
 
-    def __init__(self, prompt_ids, tokenizer, eos_ids, stop, continues: bool):
+    def __init__(self, prompt_ids, tokenizer, eos_ids, stop, continues: bool, aloud: bool = False):
         self.prompt_ids, self.token_ids, self.stop_reason = prompt_ids, [], None
         self.stop_ids = {
             id for string in stop if tokenizer and (id := tokenizer.token_id(string)) in tokenizer.special_ids
         }
-        self.stream, self.text = (tokenizer.stream(), "") if tokenizer else (None, None)
+        self.stream, self.text = None, "" if tokenizer else None
+        if tokenizer:
+            self.stream = tokenizer.stream() if continues else tokenizer.answer_stream(prompt_ids)
         for id in prompt_ids if self.stream and continues else ():
             self.stream.push(id)  # a text that continues keeps its first space; a chat's answer begins without
-        self.eos_ids, self.stop, self.shown = eos_ids, stop, 0
+        self.eos_ids, self.stop, self.shown, self.aloud = eos_ids, stop, 0, aloud
 
     def push(self, id: int) -> str:
         """Take the next id; returns the text that can be shown now."""
         self.token_ids.append(id)
+        aside = ""
         if id in self.eos_ids:
             self.stop_reason = "eos"
         elif id in self.stop_ids:
             self.stop_reason = "stop"
         elif self.stream:
             self.text += self.stream.push(id)
-        return self._show()
+            aside = self.stream.aside if self.aloud else ""
+        return aside + self._show()
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it ended in the model's reasoning."""
+        return self.stop_reason == "length" and self.stream is not None and not self.stream.final
 
     def finish(self) -> str:
         """No id follows; returns the rest of the text."""
@@ -164,7 +174,8 @@ class Session:
             raise ValueError(f"{name} has {sizes}; give a larger --max_seq_length")
 
     def new_answers(self, rows: list[list[int]]) -> list[Answer]:
-        return [Answer(ids, self.tokenizer, self.eos_ids, self.args.stop, not self.args.chat) for ids in rows]
+        kind = {"continues": not self.args.chat, "aloud": self.args.show_reasoning}
+        return [Answer(ids, self.tokenizer, self.eos_ids, self.args.stop, **kind) for ids in rows]
 
 
 # --- The start --------------------------------------------------------------------------------------------------------
@@ -173,7 +184,7 @@ REFERENCE = "--reference runs model.py, which"
 OWN_PROMPTS = "--prompt_file gives every row its prompt; leave out --prompt, --interactive and --batch_size"
 ONE_PLACE = "drafts come from one place; leave out --prompt_lookup or --draft_checkpoint_path"
 NO_DRAFTS = "--speculate_k and --compare need drafts; add --prompt_lookup or --draft_checkpoint_path"
-# Arguments that do not go together, and why. "ranks", "drafts" and "no drafts" stand for what others mean.
+# Arguments that do not go together, and why. Those with a space, "ranks" and "drafts" stand for what others mean.
 CONTRADICTIONS = (
     ("reference", "ranks", f"{REFERENCE} is not split among ranks; start it without torchrun"),
     ("reference", "compile", f"{REFERENCE} is not compiled; leave out --compile"),
@@ -187,6 +198,7 @@ CONTRADICTIONS = (
     ("prompt_lookup", "draft_checkpoint_path", ONE_PLACE),
     ("no drafts", "speculate_k", NO_DRAFTS),
     ("no drafts", "compare", NO_DRAFTS),
+    ("no chat", "show_reasoning", "--show_reasoning is for a chat; add --chat"),
     ("compare", "interactive", "--compare answers a prompt twice, which is no conversation; leave out --interactive"),
 )
 
@@ -196,7 +208,7 @@ def check_flags(args) -> None:
     drafts = "drafts" if speculates(args) else "no drafts"
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     given -= {"batch_size"} if args.batch_size == 1 else set()
-    given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set())
+    given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set()) | (set() if args.chat else {"no chat"})
     for one, other, sentence in CONTRADICTIONS:
         if {one, other} <= given:
             raise ValueError(sentence)
@@ -474,6 +486,8 @@ def answer_rows(session: Session, rows: list[list[int]], show) -> dict:
     if session.steps.speculation:
         figures |= session.steps.speculation.figures(session.stopwatch.read())
     show("\n")
+    if any(answer.unanswered for answer in answers):
+        say("an answer ended while the model was reasoning; give a larger --max_new_tokens")
     session.runs.append(figures)
     return figures
 
@@ -647,6 +661,7 @@ def parse_arguments():
     add("--prompt_file", type=Path, metavar="FILE", help="UTF-8, one prompt a line, all in one batch")
     add("--interactive", action="store_true", help="read prompts from the terminal, one a line; /reset: a new chat")
     add("--chat", action="store_true", help="put the prompt into the model's own chat template")
+    add("--show_reasoning", action="store_true", help="with --chat: what gpt-oss thinks before its answer, too")
     add("--num_samples", type=positive, default=1, help="answers one after the other, each with the next seed")
     add("--max_new_tokens", type=positive, default=200, help="tokens")
     add("--batch_size", type=positive, default=1, help="answers at the same time")

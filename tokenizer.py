@@ -40,6 +40,8 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + i): byte for i,
 FIRST_SPACE = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 SPACES = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 SENTENCEPIECE_STEPS = [SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}, FIRST_SPACE]
+# Special tokens of gpt-oss's chats, which are messages in channels.
+CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 # Whether an added token is left out of decoded text, takes the spaces on its left or right with it, is found in the
 # middle of a word, and is looked for in the text as the normalizer leaves it.
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
@@ -193,6 +195,15 @@ class Tokenizer:
     def stream(self):
         """A new `Stream`, which decodes ids one at a time."""
         return Stream(self)
+
+    def answer_stream(self, prompt_ids):
+        """A new `Stream` of a chat's answer to a rendered prompt; of an answer in channels the last one's text."""
+        if not {self.token_id(mark) for mark in CHANNEL_MARKS} <= self.special_ids:
+            return Stream(self)
+        stream = ChannelStream(self)
+        for id in prompt_ids:
+            stream.push(id)
+        return stream
 
     def render_chat(self, messages, answer_next=True):
         """messages: list of {"role": str, "content": str} -> str, the prompt up to where the answer begins.
@@ -402,7 +413,11 @@ class Stream:
 
     At most 3 bytes are held back, so a push costs the same after any length. To print what follows a prompt, push the
     prompt's ids first and drop what they return: a stream that begins after them loses the space in between.
+    `aside` is what the id pushed last has added to the model's reasoning, of which `push` returns nothing; `final` is
+    False from where a model reasons to where its answer begins.
     """
+
+    aside, final = "", True
 
     def __init__(self, tokenizer):
         self.token_bytes = tokenizer.token_bytes
@@ -419,6 +434,43 @@ class Stream:
     def finish(self):
         """The end of the text: U+FFFD where it stops inside a character, else an empty str."""
         return self.utf8.decode(b"", final=True)
+
+
+class ChannelStream(Stream):
+    """A `Stream` of messages as gpt-oss writes them: `<|start|>ROLE<|channel|>NAME<|message|>TEXT<|end|>`.
+
+    It returns the text of channel "final", and of a message that names no channel; that of others is `aside`.
+    """
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.marks = {tokenizer.token_id(mark): mark for mark in CHANNEL_MARKS}
+        self.channel, self.in_text = None, True  # the name that was read, of a message that has one
+
+    @property
+    def final(self):
+        """bool, whether the next id belongs to the text of an answer."""
+        return self.in_text and (self.channel is None or self.channel.split()[:1] == ["final"])
+
+    def push(self, id):
+        mark, text, self.aside = self.marks.get(id), super().push(id), ""
+        if mark:
+            if mark == "<|end|>" and self.in_text and not self.final:
+                self.aside = "\n\n"
+            self.channel = {"<|start|>": None, "<|channel|>": ""}.get(mark, self.channel)
+            self.in_text = mark == "<|message|>"
+            self.utf8.reset()
+        elif self.final:
+            return text
+        elif self.in_text:
+            self.aside = text
+        elif self.channel is not None:
+            self.channel += text
+        return ""
+
+    def finish(self):
+        rest = super().finish()
+        return rest if self.final else ""
 
 
 def read_json(file):

@@ -20,11 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from conftest import command
 
 import generate
 import quantize
+from check_equivalence import random_weights
 from checkpoint import read_checkpoint, write_checkpoint
 from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
 
@@ -286,6 +288,52 @@ def test_chat_renders_the_models_template(run, tiny_checkpoint):
     user, answer, end = (tokenizer.token_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
     assert result.samples[0]["prompt_ids"] == [user, *tokenizer.encode("Hi"), end, answer]
     assert not result.stdout.startswith("Hi")
+
+
+@pytest.fixture
+def in_channels(folder, monkeypatch):
+    """The folder with gpt-oss's special tokens, and a function that says what the model will write."""
+    names = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(names)
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|return|>", "chat_template": template}))
+    (folder / "generation_config.json").unlink()  # where "<|end|>" ends an answer
+    config = replace(read_checkpoint(folder / "model.pth")[0], vocab_size=264)
+    write_checkpoint(folder / "model.pth", config, random_weights(config))
+    tokenizer = load_tokenizer(folder)
+
+    def write(*texts):
+        texts = iter([[[id] for id in tokenizer.encode(text)] for text in texts])
+        monkeypatch.setattr(generate, "generate", lambda *_, **more: iter(next(texts)))
+        monkeypatch.setattr(generate, "warm_up", lambda *_: None)
+
+    return write
+
+
+THOUGHT = "<|channel|>analysis<|message|>Hm.<|end|>"
+SAID = "<|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+
+
+@pytest.mark.parametrize("aloud", [(), ("--show_reasoning",)])
+def test_a_person_sees_the_answer_and_the_next_prompt_has_it(run, in_channels, folder, aloud):
+    in_channels(THOUGHT + SAID, SAID.removeprefix("<|start|>assistant"))
+    result = run("--interactive", "--chat", *aloud, folder=folder, stdin="A\nB\n")
+    assert result.stdout == ("> Hm.\n\nYes.\n> Yes.\n> " if aloud else "> Yes.\n> Yes.\n> ")
+    first, second = result.samples
+    assert first["text"] == "Yes." and first["stop_reason"] == "eos" and "reasoning" not in result.stderr
+    told = "<|start|>user<|message|>A<|end|><|start|>assistant<|message|>Yes.<|end|><|start|>user<|message|>B<|end|>"
+    assert second["prompt_ids"] == load_tokenizer(folder).encode(told + "<|start|>assistant", bos=False)
+    assert result.runs[1]["cached_tokens"] > 0
+
+
+def test_an_answer_that_ends_in_its_reasoning_says_so(run, in_channels, folder):
+    in_channels(THOUGHT.removesuffix("<|end|>"))
+    result = run("--chat", "--prompt", "A", folder=folder)
+    assert result.stdout == "\n" and result.samples[0]["text"] == ""
+    assert "ended while the model was reasoning; give a larger --max_new_tokens" in result.stderr
 
 
 def test_compiling_is_announced_and_in_no_figure(run):
@@ -686,6 +734,8 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--temperature", "-1"], "temperature and top_k must be 0 or more"),
         (["--temperature", "nan"], "temperature and top_k must be 0 or more"),
         (["--quantize", "int4"], "transformer.h.0.attn.o_proj.weight has 48 columns, which groups of 32 do not divide"),
+        (["--quantize", "mxfp4"], "of the group sizes these do: none, so use int8"),
+        (["--show_reasoning"], "--show_reasoning is for a chat; add --chat"),
         (["--reference", "--compile"], "leave out --compile"),
         (["--reference", "--compile_prefill"], "leave out --compile"),
         (["--reference", "--kv_cache", "int8"], "leave out --kv_cache"),

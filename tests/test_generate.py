@@ -317,6 +317,9 @@ class Words:
     def stream(self):
         return Stream(self)
 
+    def answer_stream(self, prompt_ids):
+        return Stream(self)
+
 
 END, ONCE, UPON, A, TIME, HALF, OTHER_HALF, LY = range(8)
 

@@ -49,6 +49,52 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# A template of gpt-oss's kind: messages in channels, macros that call themselves, what callers may leave out.
+HARMONY = """{#- Types of tools -#}
+{%- macro type_of(spec, depth=0) -%}
+    {%- if spec.type == "array" -%}{{- type_of(spec["items"], depth + 1) + "[]" -}}
+    {%- elif spec.type is defined and spec.type is iterable and spec.type is not string -%}
+        {{- spec.type | join(" | ") }}
+    {%- else -%}{{- spec.type | tojson }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro about() -%}
+    {%- if effort is not defined %}{%- set effort = "medium" %}{%- endif %}
+    {{- "Year: " + strftime_now("%Y") + "\n\nReasoning: " + effort + "\n" }}
+    {%- set found = namespace(tools=false) %}
+    {%- for tool in built_in %}{%- set found.tools = true %}{%- endfor %}
+    {%- if tools or found.tools -%}{{- type_of({"type": "array", "items": {"type": ["a", "b"]}}) }}{%- endif -%}
+    {{- type_of({"type": "array", "items": {"type": ["a", "b"]}}) }}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" }}
+{{- about() }}
+{{- "<|end|>" }}
+{%- set rest = messages[1:] if messages[0].role == "system" else messages %}
+{%- set last = namespace(name=none) %}
+{%- for message in rest -%}
+    {%- if message.role == "assistant" -%}
+        {%- if "content" in message and "<|channel|>" in message.content %}
+            {{- raise_exception("channels do not belong into " + message.content | tojson) }}
+        {%- endif %}
+        {%- set later = namespace(found=false) %}
+        {%- for other in rest[loop.index:] %}{%- if other.role == "assistant" %}{%- set later.found = true %}
+        {%- endif %}{%- endfor %}
+        {%- if "thinking" in message and not later.found %}
+            {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
+        {%- endif %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content }}
+        {{- "<|return|>" if loop.last and not add_generation_prompt else "<|end|>" }}
+        {%- set last.name = none %}
+    {%- elif message.role == "user" -%}
+        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- endif -%}
+{%- endfor -%}
+
+{%- if add_generation_prompt -%}
+<|start|>assistant
+{%- endif -%}
+"""
+HARMONY_TOKENS = ["<|endoftext|>", "<|return|>", "<|call|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>"]
 STYLES = ["gpt2", "llama3", "qwen2", "smollm2"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MISTRAL = Path(find_spec("mistral_common").origin).parent / "data"
@@ -499,6 +545,89 @@ TOJSON = ["ensure_ascii=False", "ensure_ascii=True", "True", "indent=2, sort_key
 def test_tojson_takes_the_options_of_transformers(tmp_path, options):
     folder = json_folder(tmp_path, chat_template=f"{{{{ messages | tojson({options}) }}}}")
     assert load_tokenizer(folder).render_chat(MESSAGES) == rendered_by_transformers(folder)
+
+
+def harmony_folder(folder):
+    """A tokenizer that has gpt-oss's special tokens and a template of its kind."""
+    json_folder(folder, eos_token="<|return|>", chat_template=None)
+    backend = byte_level_bpe("gpt2")
+    backend.add_special_tokens(HARMONY_TOKENS)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(HARMONY, encoding="utf-8")
+    ends = [backend.token_to_id(token) for token in HARMONY_TOKENS[:3]]
+    write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    return folder
+
+
+@pytest.mark.parametrize("answer_next", [True, False])
+def test_a_template_of_gpt_oss_kind_is_rendered_as_by_transformers(tmp_path, answer_next):
+    folder = harmony_folder(tmp_path)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    thought = {"role": "assistant", "content": "Ada", "thinking": "Who am I? <b>"}
+    system = {"role": "system", "content": "Be brief."}
+    for chat in (MESSAGES, [system, *MESSAGES[:1], thought], [*MESSAGES[:1], thought, *MESSAGES], [system]):
+        expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer_next)
+        assert ours.render_chat(chat, answer_next) == expected
+        assert ours.encode(expected, bos=False) == theirs(expected, add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match="channels do not belong"):
+        ours.render_chat([{"role": "assistant", "content": "<|channel|>"}])
+
+
+def test_the_special_tokens_of_gpt_oss_and_its_three_ends(tmp_path):
+    tokenizer = load_tokenizer(harmony_folder(tmp_path))
+    ids = {token: tokenizer.token_id(token) for token in HARMONY_TOKENS}
+    assert set(ids.values()) <= tokenizer.special_ids and None not in ids.values()
+    assert tokenizer.eos_ids == {ids["<|endoftext|>"], ids["<|return|>"], ids["<|call|>"]}
+
+
+def heard(tokenizer, prompt, text):
+    """(what an answer says, what its model thinks beside) of a text with special tokens."""
+    stream = tokenizer.answer_stream(tokenizer.encode(prompt, bos=False))
+    said, aside = "", ""
+    for id in tokenizer.encode(text, bos=False):
+        said, aside = said + stream.push(id), aside + stream.aside
+    return said + stream.finish(), aside
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "aside"),
+    [
+        (
+            "<|channel|>analysis<|message|>Hm é?<|end|><|start|>assistant<|channel|>final<|message|>Yés",
+            "Yés",
+            "Hm é?\n\n",
+        ),
+        ("<|channel|>analysis<|message|>Hm<|end|>", "", "Hm\n\n"),
+        ("<|channel|>analysis", "", ""),
+        ("<|channel|>commentary json<|message|>{}<|end|><|start|>assistant<|message|>A", "A", "{}\n\n"),
+        ("<|channel|>final <|channel|>final json<|message|>[1]", "[1]", ""),
+        ("<|channel|>finally<|message|>x", "", "x"),
+        ("<|message|>A", "A", ""),
+    ],
+)
+def test_an_answer_in_channels_says_the_final_one(tmp_path, text, said, aside):
+    tokenizer = load_tokenizer(harmony_folder(tmp_path))
+    assert heard(tokenizer, "<|start|>user<|message|>Q<|end|><|start|>assistant", text) == (said, aside)
+
+
+def test_half_a_character_of_the_reasoning_is_not_in_the_answer(tmp_path):
+    tokenizer = load_tokenizer(harmony_folder(tmp_path))
+    stream = tokenizer.answer_stream(tokenizer.encode("<|channel|>analysis<|message|>", bos=False))
+    half = next(id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id) == b"\xc3")
+    assert [stream.push(half), stream.finish(), stream.final] == ["", "", False]
+    ids = tokenizer.encode("<|channel|>final<|message|>A", bos=False)
+    assert "".join(map(stream.push, [half, *ids])) + stream.finish() == "A" and stream.final
+
+
+def test_a_prompt_may_open_the_channel_and_a_chat_without_channels_is_plain(tmp_path):
+    tokenizer = load_tokenizer(harmony_folder(tmp_path / "channels"))
+    assert heard(tokenizer, "<|start|>assistant<|channel|>final<|message|>", "Yes") == ("Yes", "")
+    assert heard(tokenizer, "Q", "Yes") == ("Yes", "")
+    plain = load_tokenizer(json_folder(tmp_path / "plain"))
+    assert heard(plain, "<|im_start|>assistant\n", "<|channel|>analysis<|message|>") == (
+        "<|channel|>analysis<|message|>",
+        "",
+    )
 
 
 def test_generation_marks_in_a_chat_template_are_passed_over(tmp_path):
