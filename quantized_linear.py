@@ -300,8 +300,8 @@ def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dic
             continue
         kind = "int8" if name == "lm_head.weight" else mode
         check_weight(name, tensor, {"int8": None, "int4": group_size, "mxfp4": 32}[kind])
-        # A few rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
-        some = tensor.split(max(1, 2**20 // tensor.shape[1]))
+        # Some rows at a time: their float32 copies stay in a processor's cache, and the memory is the result's.
+        some = tensor.split(max(1, (2**20 if tensor.device.type == "cpu" else 2**24) // tensor.shape[1]))
         parts = [quantize_rows(rows, kind, group_size) for rows in some]
         for part in parts[0]:
             quantized[f"{name.removesuffix('weight')}{part}"] = torch.cat([tensors[part] for tensors in parts])

@@ -1,6 +1,7 @@
 """How fast this device runs a model, held against what the device can do: a suite of rows, a JSON file, a plot.
 
     python -m scripts.benchmark decode --shape llama-2-7b --weights bfloat16 int8 int4
+    python -m scripts.benchmark decode --shape gpt-oss-20b --weights mxfp4 mxfp4-int8
     python -m scripts.benchmark ladder --shape llama-2-7b
     python -m scripts.benchmark decode --checkpoint_path checkpoints/NAME/model.pth --hf DIR --temperature 0
     python -m scripts.benchmark prefill --shape llama-3.1-8b --tokens 512 2048 8192
@@ -16,6 +17,8 @@
 Decisions to know:
 
 - Weights are random and made on the device, unless --checkpoint_path gives real ones. Speed does not depend on them.
+- mxfp4 of a mixture is its experts, as gpt-oss is published; in mxfp4-int8 the rest is int8. A mixture's experts are
+  quantized one after the other, so that they need not fit in bf16.
 - Before any row the device's own limits are measured: bytes read and bf16 (on a CPU float32) operations per second.
   A row's floor is the time in which its bytes can be read or its operations done, whichever is longer.
 - A row counts if its logits are finite and its greedy tokens are those of the plain run: in `decode`, `context` and
@@ -54,6 +57,7 @@ Shapes: B batch, T tokens.
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -99,7 +103,7 @@ from decode import (
 )
 from fast_model import bytes_per_step, cache_bytes
 from model import GPTConfig
-from quantized_linear import GROUP_SIZES
+from quantized_linear import GROUP_SIZES, MODES
 from runtime import (
     Stopwatch,
     check_device,
@@ -118,6 +122,34 @@ from runtime import (
 from speculate import DraftModel, Fixed, Speculation, draft_step, verify
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
+GPT_OSS = {
+    "block_size": 131072,
+    "vocab_size": 201088,
+    "n_head": 64,
+    "n_kv_head": 8,
+    "head_dim": 64,
+    "dim": 2880,
+    "hidden_dim": 2880,
+    "activation": "gelu_sigmoid",
+    "gate_clamp": 7.0,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "router_bias": True,
+    "rope_base": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1 + 0.1 * math.log(32),
+        "original_max_position_embeddings": 4096.0,
+        "truncate": False,
+    },
+    "sliding_window": 128,
+    "sinks": True,
+    "n_expert_used": 4,
+}
 GPT2 = {"block_size": 1024, "norm": "layer", "gated": False, "rope_base": None}
 SHAPES = {
     "llama-2-7b": GPTConfig(**LLAMA, block_size=4096, vocab_size=32000, n_kv_head=32, hidden_dim=11008),
@@ -150,6 +182,8 @@ SHAPES = {
         n_expert=8,
         n_expert_used=2,
     ),
+    "gpt-oss-20b": GPTConfig(**GPT_OSS, n_layer=24, full_layers=tuple(range(1, 24, 2)), n_expert=32),
+    "gpt-oss-120b": GPTConfig(**GPT_OSS, n_layer=36, full_layers=tuple(range(1, 36, 2)), n_expert=128),
     "gpt-124m": GPTConfig(
         **GPT2,
         vocab_size=50257,
@@ -177,7 +211,7 @@ SHAPES = {
         activation="gelu",
     ),
 }
-WEIGHTS = (*DTYPES, "int8", "int4")
+WEIGHTS = (*DTYPES, *MODES, "mxfp4-int8")
 FEW = 16  # tokens that `ladder` has of model.py
 
 
@@ -213,12 +247,15 @@ class RandomWeights(Mapping):
 
 
 def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
-    """A model with weights of one of WEIGHTS, or the `reference` with the same, dequantized. int8 and int4 compute in
+    """A model with weights of one of WEIGHTS, or the `reference` with the same, dequantized. Quantized ones compute in
     bf16, on a CPU in what is the default there."""
     if weights in DTYPES:
         dtype = DTYPES[weights]
     else:
-        config, state_dict = quantize_model(config, state_dict, weights, group_size)
+        in_mxfp4 = describe_quantization(state_dict) is not None  # a checkpoint as it is published
+        for mode in weights.split("-"):
+            if mode != "mxfp4" or not in_mxfp4:
+                config, state_dict = quantize_model(config, state_dict, mode, group_size)
         dtype = default_dtype(device, state_dict) if device == "cpu" else torch.bfloat16
         state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
     rank, ranks = rank_and_count()
@@ -870,6 +907,8 @@ def check_flags(args) -> None:
         raise ValueError(f"--hf is a row of the suite decode; leave it out of {suite}")
     if suite in (*ALONE, "speculate"):
         args.weights = args.weights or ["float32" if on_cpu else "bfloat16"]
+    if suite == "speculate" and any(kind.startswith("mxfp4") for kind in args.weights):
+        raise ValueError("speculate scales its model's weights, which those in mxfp4 do not allow; give another kind")
     if suite in ALONE and len(args.weights) > 1:
         raise ValueError(f"{suite} takes one kind of weights, not {len(args.weights)}; run it once for each")
     if suite == "train" and args.weights[0] not in ("float32", "bfloat16"):
@@ -887,7 +926,9 @@ def read_weights(args) -> tuple[GPTConfig, Mapping]:
         config = read_shape(args.shape)
         return config, RandomWeights(config, args.device, *(() if args.suite == "train" else rank_and_count()))
     config, state_dict = read_checkpoint(args.checkpoint_path)
-    if describe_quantization(state_dict):
+    quantized = describe_quantization(state_dict)
+    as_published = quantized and quantized["mode"] == "mxfp4" and "int8" not in quantized
+    if quantized and not (as_published and args.suite not in ("train", "speculate")):
         raise ValueError(f"{args.checkpoint_path} is quantized already; give the model.pth that it was made from")
     return config, state_dict
 

@@ -15,6 +15,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+from conftest import experts_in_mxfp4
 
 import fast_model
 import quantized_linear
@@ -276,6 +277,67 @@ def test_the_reference_carries_the_models_weights(weights):
     assert (expected - logits).abs().max() < 0.05 * expected.abs().max()
 
 
+OSS = FAMILIES["gpt-oss"]
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("weights", ["mxfp4", "mxfp4-int8"])
+def test_a_mixture_in_mxfp4_has_the_rest_in_bf16_or_int8(weights, published):
+    """From plain weights, or from a checkpoint whose experts are in MXFP4 already."""
+    state_dict = random_weights(OSS)
+    plain = experts_in_mxfp4(state_dict) if published else state_dict
+    model = benchmark.make_model(OSS, plain, weights, 32, "cpu")
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    rest = "Linear" if weights == "mxfp4" else "Int8Linear"
+    assert kinds["layers.0.mlp.experts_down"] == kinds["layers.1.mlp.experts_gate_up"] == "Mxfp4Linear"
+    assert kinds["layers.0.attn.out"] == kinds["lm_head"] == rest and kinds["layers.0.mlp.router"] == "Linear"
+
+
+def test_random_experts_are_quantized_one_after_the_other(monkeypatch):
+    random, made = benchmark.RandomWeights(OSS, "cpu"), []
+    get = benchmark.RandomWeights.__getitem__
+
+    def watched(self, name):
+        tensor = get(self, name)
+        alive = [weight for weight in made if weight() is not None]
+        assert not (".experts." in name and name.endswith(".weight") and alive), name
+        made.extend([weakref.ref(tensor)] if ".experts." in name and name.endswith(".weight") else [])
+        return tensor
+
+    monkeypatch.setattr(benchmark.RandomWeights, "__getitem__", watched)
+    benchmark.make_model(OSS, random, "mxfp4", 32, "cpu")
+    assert len(made) == OSS.n_layer * OSS.n_expert * 3
+
+
+def test_a_step_of_gpt_oss_reads_four_experts_as_they_are_packed():
+    """The whole 20B model without a number in it; its parts are counted by hand."""
+    config = benchmark.SHAPES["gpt-oss-20b"]
+    plain = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+             for name, shape in benchmark.shapes_of(config).items()}  # fmt: skip
+    dim, layers, vocabulary = 2880, 24, 201088
+    experts = 4 * layers * (3 * dim * dim * 17 / 32 + 2 * 3 * dim)  # 32 numbers in 16 bytes and a scale; biases
+    attention, head = 2 * dim * 64 * (64 + 8 + 8 + 64) * layers, 2 * dim * vocabulary
+    small = layers * 2 * (64 * (64 + 8 + 8) + 64 + dim + 32 * (dim + 1) + 2 * dim)  # biases, sinks, router, norms
+    model = build_model(*quantize_model(config, plain, "mxfp4", 32), "meta", torch.bfloat16)
+    assert benchmark.bytes_per_step(model) == experts + attention + head + small + 2 * dim
+    assert 815 < 3.06e12 / benchmark.bytes_per_step(model) < 830  # tokens/s at most
+
+
+def test_the_shapes_of_gpt_oss_are_the_published_ones():
+    """transformers' defaults, which `config_from_hf` fills in, are those of the 120B model."""
+    fields = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    assert benchmark.SHAPES["gpt-oss-120b"] == benchmark.config_from_hf(fields)
+    fields |= {"num_hidden_layers": 24, "num_local_experts": 32}
+    assert benchmark.SHAPES["gpt-oss-20b"] == benchmark.config_from_hf(fields)
+
+
+def test_steps_in_mxfp4_are_measured(no_kernels):
+    kinds = ("mxfp4", "mxfp4-int8")
+    weights = benchmark.RandomWeights(OSS, "cpu")
+    first, second = measure("decode", {kind: benchmark.make_model(OSS, weights, kind, 32, "cpu") for kind in kinds})
+    assert (first["name"], second["name"]) == kinds and first["bytes_per_token"] > second["bytes_per_token"]
+
+
 def test_kernels_are_neither_copies_nor_ranges():
     def event(name, device=torch.autograd.DeviceType.CUDA, is_user_annotation=False):
         return SimpleNamespace(name=name, device_type=device, is_user_annotation=is_user_annotation)
@@ -331,6 +393,10 @@ def mistake(monkeypatch, *arguments):
         (("plot", "--png", "x.png"), "plot needs --json_path"),
         (("batch", "--shape", "x", "--hf", "y"), "--hf is a row of the suite decode; leave it out of batch"),
         (("forward", "--shape", "x", "--weights", "int8", "int4"), "forward takes one kind of weights, not 2"),
+        (
+            ("speculate", "--shape", "x", "--weights", "mxfp4"),
+            "speculate scales its model's weights, which those in mxfp4",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, words, monkeypatch):
