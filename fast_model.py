@@ -217,6 +217,19 @@ def attention_with_sinks(q, k, v, mask, scale: float, sinks):
     return attention(q, k, v, F.pad(mask, (1, 0), value=True), scale)[..., :C]
 
 
+def flash_attention_with_sinks(q, k, v, window: int | None, scale: float, sinks):
+    """The same of a new prompt by PyTorch's kernel, which knows windows; q [B, T, H, C] and k, v [B, T, K, C].
+
+    It knows no sinks, but tells the logarithm of each softmax's sum. So the result is scaled by the share of the sum
+    with the sink in it: sum / (sum + exp(sink)). That logarithm has no gradients.
+    """
+    T, sides = q.shape[1], (None, None) if window is None else (window - 1, 0)
+    more = {"scale": scale, "window_size_left": sides[0], "window_size_right": sides[1]}
+    y, log_sums = torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, 0.0, True, False, **more)[:2]
+    shares = torch.sigmoid(log_sums - sinks.float()[:, None])  # [B, H, T]
+    return (y.float() * shares.transpose(1, 2)[..., None]).to(y.dtype)
+
+
 def sliding_attention(q, k, v, window: int, scale: float, sinks=None):
     """Causal attention in which each token sees `window` ones, itself the last; shapes as for `attention`, T = S.
 
@@ -363,6 +376,11 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
         v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
+        by_flash = input_pos is None and on_gpu_kernels(q) and q.dtype != torch.float32 and self.head_dim % 8 == 0
+        if by_flash and self.sinks is not None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            y = flash_attention_with_sinks(q, k, v, self.window, self.scale, self.sinks)
+            return self.out(y.reshape(B, T, -1))
         if input_pos is None and self.window is not None and T > self.window:
             y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale, self.sinks)
         else:

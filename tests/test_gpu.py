@@ -14,7 +14,7 @@ import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate
-from fast_model import ACTIVATIONS, AddNorm
+from fast_model import ACTIVATIONS, AddNorm, rope_table
 from quantized_linear import Int4Linear, Int8Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
@@ -230,6 +230,24 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
             changed = (stored[name].double() - cache.double()).abs()
             allowed = 1 if cache.dtype == torch.int8 else 1e-2 * cache.double().abs().max()
             assert changed.max() <= allowed and (changed > 0).double().mean() < 0.01, (name, first)
+
+
+@pytest.mark.parametrize("heads, kv_heads, size", [(8, 1, 64), (4, 4, 128), (6, 3, 24)])
+@pytest.mark.parametrize("window", [None, 5, 128])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (1, 2), (3, 129), (1, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prompt_with_sinks_gives_what_the_plain_path_gives(heads, kv_heads, size, window, batch, tokens, dtype):
+    config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size, sinks=True)
+    model = build_model(config, random_weights(config), "cuda", dtype)
+    attn = model.layers[0].attn
+    attn.window = window
+    x = torch.randn(batch, tokens, config.dim, device="cuda", dtype=dtype)
+    rope = rope_table(config, tokens, "cuda")[torch.arange(tokens, device="cuda")[None]].unsqueeze(2)
+    y, expected = [], []
+    for gradients, found in ((False, y), (True, expected)):  # with gradients the plain path is taken
+        with torch.set_grad_enabled(gradients):
+            found.append(attn(x, rope, None, None))
+    assert (y[0] - expected[0]).norm() <= 1e-2 * expected[0].norm()
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4"])

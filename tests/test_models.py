@@ -55,6 +55,31 @@ def test_no_mask_of_a_new_prompt_grows_with_its_square(monkeypatch):
     assert max(sizes) == window * (2 * window + 1)  # of gpt-oss with a column for its sinks
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 50])
+def test_sinks_beside_flash_attention_are_those_of_the_softmax(monkeypatch, window):
+    """PyTorch's kernel, which runs on GPUs alone, written out."""
+
+    def flash(q, k, v, _, __, max_q, max_k, dropout, causal, debug, scale, window_size_left, window_size_right):
+        assert (max_q, max_k, dropout, causal, debug) == (30, 30, 0.0, True, False)
+        distance = torch.arange(30)[:, None] - torch.arange(30)
+        seen = (distance >= 0) & (distance <= (30 if window_size_left is None else window_size_left))
+        k, v = (t.repeat_interleave(2, dim=2) for t in (k, v))
+        scores = torch.einsum("bthc,bshc->bhts", q, k).mul(scale).masked_fill(~seen, float("-inf"))
+        return torch.einsum("bhts,bshc->bthc", scores.softmax(-1), v), scores.logsumexp(-1), None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 30, heads, 16, generator=random) for heads in (4, 2, 2))
+    sinks = torch.tensor([-50.0, 0.0, 3.0, 50.0])
+    y = fast_model.flash_attention_with_sinks(q, k, v, window, 0.25, sinks)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if window is None or window >= 30:
+        expected = fast_model.attention(q, k, v, None, 0.25, sinks)
+    else:
+        expected = fast_model.sliding_attention(q, k, v, window, 0.25, sinks)
+    close(y, expected.transpose(1, 2))
+
+
 # Both twins, by properties that need neither of them to be right.
 
 
