@@ -246,7 +246,7 @@ class Mxfp4Linear(nn.Module):
         """
         groups = weight.float().unflatten(1, (-1, 32))  # [N, K/32, 32]
         mantissa, exponent = torch.frexp(groups.abs().amax(-1) / 6)  # a mantissa is from 0.5 to below 1, or 0
-        scales = (exponent - (mantissa == 0.5).int() + 127).clamp(1, 254)
+        scales = (exponent - (mantissa == 0.5).int() + 127).clamp(min=1)
         x = groups / (scales << 23).view(torch.float32)[..., None]
         size = x.abs()
         q = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, 2 + size.round(), 4 + (size / 2).round()))

@@ -252,6 +252,8 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
     if weights in DTYPES:
         dtype = DTYPES[weights]
     else:
+        if weights == "mxfp4-int8" and not config.n_expert:
+            raise ValueError("mxfp4-int8 needs a mixture of experts, whose rest is int8; give mxfp4 or int8")
         in_mxfp4 = describe_quantization(state_dict) is not None  # a checkpoint as it is published
         for mode in weights.split("-"):
             if mode != "mxfp4" or not in_mxfp4:

@@ -60,7 +60,7 @@ def test_a_suite_prints_limits_then_rows_and_writes_both(config_json, tmp_path):
     assert done.stdout.splitlines()[-1].startswith(f"memory: {content['peak_memory'] / 1e9:.2f} GB at most")
 
 
-CONFIG = FAMILIES["llama-2"]
+CONFIG, OSS = FAMILIES["llama-2"], FAMILIES["gpt-oss"]
 
 
 def tiny(dtype=torch.float32, seed=0):
@@ -205,8 +205,8 @@ def test_a_logit_of_the_compiled_run_alone_is_checked_too():
 
 
 def test_the_samples_of_several_models_compile_nothing(no_kernels):
-    state_dict = random_weights(CONFIG)
-    models = {kind: benchmark.make_model(CONFIG, state_dict, kind, 32, "cpu") for kind in benchmark.WEIGHTS}
+    state_dict = random_weights(OSS)
+    models = {kind: benchmark.make_model(OSS, state_dict, kind, 32, "cpu") for kind in benchmark.WEIGHTS}
     rows = measure("decode", models, samples=1)  # or set_stance("fail_on_recompile") raises
     assert [row["name"] for row in rows] == list(benchmark.WEIGHTS)
 
@@ -277,9 +277,6 @@ def test_the_reference_carries_the_models_weights(weights):
     assert (expected - logits).abs().max() < 0.05 * expected.abs().max()
 
 
-OSS = FAMILIES["gpt-oss"]
-
-
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("weights", ["mxfp4", "mxfp4-int8"])
 def test_a_mixture_in_mxfp4_has_the_rest_in_bf16_or_int8(weights, published):
@@ -291,6 +288,11 @@ def test_a_mixture_in_mxfp4_has_the_rest_in_bf16_or_int8(weights, published):
     rest = "Linear" if weights == "mxfp4" else "Int8Linear"
     assert kinds["layers.0.mlp.experts_down"] == kinds["layers.1.mlp.experts_gate_up"] == "Mxfp4Linear"
     assert kinds["layers.0.attn.out"] == kinds["lm_head"] == rest and kinds["layers.0.mlp.router"] == "Linear"
+
+
+def test_only_a_mixture_has_a_rest_beside_mxfp4():
+    with pytest.raises(ValueError, match="mxfp4-int8 needs a mixture"):
+        benchmark.make_model(CONFIG, random_weights(CONFIG), "mxfp4-int8", 32, "cpu")
 
 
 def test_random_experts_are_quantized_one_after_the_other(monkeypatch):

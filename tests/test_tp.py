@@ -245,7 +245,7 @@ def of_ranks(request, tmp_path_factory):
 
 def test_logits_are_those_of_one_process(of_ranks, alone):
     cases = {name: logits for name, logits in of_ranks[0].items() if isinstance(logits, torch.Tensor)}
-    assert len(cases) == 3 * len(CONFIGS if len(of_ranks) == 2 else FOUR_RANKS) + 2
+    assert len(cases) == 3 * len(CONFIGS if len(of_ranks) == 2 else FOUR_RANKS) + len(MODES)
     for name, logits in cases.items():
         assert (alone[name] - logits).abs().max() < (1e-3 if "int" in name else 1e-4), name
 
@@ -253,7 +253,7 @@ def test_logits_are_those_of_one_process(of_ranks, alone):
 def test_texts_are_those_of_one_process(of_ranks, alone):
     texts = {name: ids for name, ids in of_ranks[0].items() if isinstance(ids, list)}
     texts.pop("few kv heads, compiled", None)
-    assert len(texts) == 2 * len(CONFIGS if len(of_ranks) == 2 else FOUR_RANKS) + 6
+    assert len(texts) == 2 * len(CONFIGS if len(of_ranks) == 2 else FOUR_RANKS) + 4 + len(MODES)
     for name, ids in texts.items():
         assert alone[name] == ids, name
 
