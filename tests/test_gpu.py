@@ -15,7 +15,7 @@ from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate
 from fast_model import ACTIVATIONS, AddNorm, rope_table
-from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear
+from quantized_linear import MODES, Int4Linear, Int8Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -127,7 +127,7 @@ def close(y, expected, dtype, times=1):
     return (y - expected).norm() <= times * (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "mxfp4", 32, 256])
+@pytest.mark.parametrize("kind", ["plain", "int8", 32, 256])
 @pytest.mark.parametrize("shape", [(34, 768), (96, 11008)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
@@ -139,10 +139,6 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
     elif kind == "int8":
         parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
         expected = (Int8Linear.dequantize(parts[0], parts[1].double()),)
-    elif kind == "mxfp4":
-        parts = Mxfp4Linear.quantize(weight)
-        expected = (Mxfp4Linear.dequantize(**parts).double(),)
-        parts = (gpu_kernels.int4_layout(Int4Linear.unpack(parts["weight"])), parts["scales"])
     else:
         parts = Int4Linear.quantize(weight, kind)
         scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
@@ -254,7 +250,7 @@ def test_a_prompt_with_sinks_gives_what_the_plain_path_gives(heads, kv_heads, si
     assert (y[0] - expected[0]).norm() <= 1e-2 * expected[0].norm()
 
 
-@pytest.mark.parametrize("kind", ["plain", *MODES])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("experts, used, hidden", [(8, 2, 3584), (12, 5, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, hidden, dtype):
