@@ -38,7 +38,8 @@ Decisions to know:
 - `speculate` makes a draft of the first layers of its random model, in int4, and what the later layers add so small
   that the model accepts the wanted share of the drafts. Speed depends on that share alone.
 - Under torchrun `decode` measures a model that is split among the ranks, each with random weights of its own; the
-  figures are rank 0's.
+  figures are rank 0's, its share of the floor is that of all ranks' bandwidth, and memory and the seconds in which
+  models are made, quantized and placed are those of the rank that has most.
 - Under torchrun `train` takes the fast twin alone, --batch rows on each rank; tokens are those of all ranks. Without
   --shard each rank has the whole model (DistributedDataParallel).
 - Memory is the run's, with all models on the device; in `forward` and `train`, on an NVIDIA GPU, each row's, which is
@@ -109,6 +110,7 @@ from runtime import (
     check_device,
     check_target,
     default_device,
+    objects_of_ranks,
     peak_memory,
     positive,
     print0,
@@ -246,6 +248,12 @@ class RandomWeights(Mapping):
         return len(self.shapes)
 
 
+class GivenAway(dict):
+    """A state dict that keeps no tensor it was asked for, so that a device holds each once, as it was or fused."""
+
+    __getitem__ = dict.pop
+
+
 def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: int, device: str, reference=False):
     """A model with weights of one of WEIGHTS, or the `reference` with the same, dequantized. Quantized ones compute in
     bf16, on a CPU in what is the default there."""
@@ -259,7 +267,7 @@ def make_model(config: GPTConfig, state_dict: dict, weights: str, group_size: in
             if mode != "mxfp4" or not in_mxfp4:
                 config, state_dict = quantize_model(config, state_dict, mode, group_size)
         dtype = default_dtype(device, state_dict) if device == "cpu" else torch.bfloat16
-        state_dict = {name: tensor.cpu() for name, tensor in state_dict.items()}  # the device holds it once, fused
+        state_dict = state_dict if reference else GivenAway(state_dict)
     rank, ranks = rank_and_count()
     return build_model(config, state_dict, device, dtype, reference, rank, ranks)
 
@@ -992,13 +1000,20 @@ def main(args) -> None:
     check_flags(args)
     config, state_dict = read_weights(args)
     limits = measure_limits(args.device)
+    start = time.perf_counter()
     models = make_models(args, config, state_dict, limits)
+    synchronize(args.device)
+    load_seconds = time.perf_counter() - start
     del state_dict  # a copy beside the models would be in the way
     rows = measure_rows(args, models, limits)
-    memory = {} if args.suite in ALONE else {"peak_memory": peak_memory(args.device)}
-    if memory:
-        print0(f"memory: {memory['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
+    whole = {}  # of the whole run, by the rank that has most
+    if args.suite not in (*ALONE, "ladder"):  # which load by row
+        whole["load_seconds"] = max(objects_of_ranks(load_seconds))
+    if args.suite not in ALONE:
+        whole["peak_memory"] = max(objects_of_ranks(peak_memory(args.device)))
+        print0(f"memory: {whole['peak_memory'] / 1e9:.2f} GB at most, of the whole run with all its models")
     rank, ranks = rank_and_count()
+    started = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     if args.json_path and rank == 0:
         content = {
             "suite": args.suite,
@@ -1009,10 +1024,10 @@ def main(args) -> None:
             "commit": commit(),
         }
         content |= {
-            "command": " ".join(["python -m scripts.benchmark", *sys.argv[1:]]),
+            "command": " ".join([started, "-m scripts.benchmark", *sys.argv[1:]]),
             "limits": limits,
             "rows": rows,
-        } | memory
+        } | whole
         write_json(args.json_path, content)
 
 

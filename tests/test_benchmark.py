@@ -20,6 +20,7 @@ from conftest import experts_in_mxfp4
 import fast_model
 import quantized_linear
 import scripts.benchmark as benchmark
+import tp
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
 from model import GPT
@@ -58,6 +59,51 @@ def test_a_suite_prints_limits_then_rows_and_writes_both(config_json, tmp_path):
     assert row["cold"] > row["warm"] > 0 and row["agrees"].startswith(("same", "within"))
     assert content["peak_memory"] > 1e6 and "peak_memory" not in row
     assert done.stdout.splitlines()[-1].startswith(f"memory: {content['peak_memory'] / 1e9:.2f} GB at most")
+
+
+@pytest.mark.parametrize("ranks, weights", [(1, "int8"), (2, "float32"), (4, "int4")])
+def test_each_rank_makes_its_share_alone(ranks, weights):
+    config = replace(FAMILIES["mixtral"], n_head=8, n_kv_head=4, hidden_dim=256)
+    expected, state_dict = config, random_weights(config)
+    if weights != "float32":
+        expected, state_dict = quantize_model(config, state_dict, weights, 16)
+    part = tp.shard(state_dict, expected, 1 % ranks, ranks)
+    made = benchmark.RandomWeights(config, "cpu", 1 % ranks, ranks)
+    if weights != "float32":
+        _, made = quantize_model(config, made, weights, 16)
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: t.shape for name, t in part.items()}
+
+
+def test_a_device_holds_a_quantized_model_once(monkeypatch):
+    """Each tensor is let go of when it is fused."""
+    config, held = replace(CONFIG, n_layer=3), []
+    fuse = benchmark.GivenAway.__getitem__
+
+    def count(self, name):
+        held.append(sum(tensor.nbytes for tensor in self.values()))
+        return fuse(self, name)
+
+    monkeypatch.setattr(benchmark.GivenAway, "__getitem__", count)
+    benchmark.make_model(config, random_weights(config), "int8", 32, "cpu")
+    assert held[0] > 0 and held == sorted(held, reverse=True) and held[-1] < held[0] / 10
+
+
+def test_a_model_of_four_ranks_is_measured_and_its_command_kept(config_json, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config_json.write_text(json.dumps(json.loads(config_json.read_text()) | sizes))
+    out = tmp_path / "rows.json"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    numbers = ["--samples", "1", "--new_tokens", "4", "--weights", "int4", "--temperature", "0"]
+    command = ["-m", "scripts.benchmark", "decode", "--shape", str(config_json), *numbers]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*start, *command, "--device", "cpu", "--json_path", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("int4") == 2 and done.stdout.count("memory:") == 1  # one line before the row, and it
+    content = json.loads(out.read_text())
+    assert content["ranks"] == 4 and content["load_seconds"] > 0 and content["peak_memory"] > 1e6
+    assert content["command"].startswith("torchrun --standalone --nproc_per_node=4 -m scripts.benchmark decode")
+    assert content["rows"][0]["agrees"].startswith(("same", "within"))
 
 
 CONFIG, OSS = FAMILIES["llama-2"], FAMILIES["gpt-oss"]
