@@ -13,6 +13,7 @@
     torchrun --standalone --nproc_per_node=2 -m scripts.benchmark decode --shape llama-2-7b
     torchrun --standalone --nproc_per_node=2 -m scripts.benchmark train --shape llama-2-7b --shard --recompute
     python -m scripts.benchmark plot --json_path FILE --png FILE
+    python -m scripts.benchmark plot --json_path ONE_GPU.json TWO_GPUS.json FOUR_GPUS.json --png FILE
 
 Decisions to know:
 
@@ -886,18 +887,67 @@ def draw_ladder(axes, rows: list[dict]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot(json_path: Path, png: Path) -> None:
-    """The rows of a suite against their floors."""
+def rows_by_ranks(contents: list[dict]) -> dict:
+    """{model and weights: {ranks: (row, the file's content)}} of `decode` under several numbers of ranks."""
+    found = {}
+    for content in sorted(contents, key=lambda content: content["ranks"]):
+        for row in content["rows"]:
+            found.setdefault(f"{content['model']} {row['name']}", {})[content["ranks"]] = row, content
+    return found
+
+
+def tabulate_ranks(found: dict) -> list[str]:
+    """Lines of a table; memory and loading are those of a file, with all its models."""
+    lines = [
+        "| | ranks | tokens/s | times one | of the floor | GB a rank | s to load |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, of_ranks in found.items():
+        for ranks, (row, content) in of_ranks.items():
+            times = f"{of_ranks[1][0]['seconds'] / row['seconds']:.2f}" if 1 in of_ranks else ""
+            rate, share, memory = 1 / row["seconds"], row["share_of_floor"], content["peak_memory"] / 1e9
+            load = content["load_seconds"]
+            lines.append(f"| {name} | {ranks} | {rate:.1f} | {times} | {share:.0%} | {memory:.1f} | {load:.0f} |")
+    return lines
+
+
+def draw_ranks(axes, found: dict) -> None:
+    """A line of tokens a second over ranks for each model and kind of weights, and its floor."""
+    for i, (name, of_ranks) in enumerate(found.items()):
+        rows = [row for row, _ in of_ranks.values()]
+        axes.plot(list(of_ranks), [1 / row["seconds"] for row in rows], f"C{i}o-", label=name)
+        axes.plot(list(of_ranks), [1 / row["floor_seconds"] for row in rows], f"C{i}--", linewidth=1)
+    ranks = sorted({ranks for of_ranks in found.values() for ranks in of_ranks})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ranks, [str(n) for n in ranks])
+    axes.set_xlabel("GPUs; dashed: at the bandwidth of all")
+    axes.set_ylabel("tokens a second, batch size 1")
+    axes.legend()
+
+
+def plot(json_paths: list[Path], png: Path) -> None:
+    """The rows of a suite against their floors; of several files those of `decode` over their ranks, and a table."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in json_paths]
+    suite, rows, several = contents[0]["suite"], contents[0]["rows"], len(contents) > 1
+    if several and any(content["suite"] != "decode" for content in contents):
+        raise ValueError("a plot of several files is of the suite decode under several numbers of ranks; give those")
+    if several:
+        found = rows_by_ranks(contents)
+        print("\n".join(tabulate_ranks(found)))
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
-    content = json.loads(json_path.read_text(encoding="utf-8"))
-    suite, rows = content["suite"], content["rows"]
-    figure = Figure(figsize=(9, 5 if suite == "context" else 1.2 + 0.45 * len(rows)), layout="constrained")
+    tall = several or suite == "context"
+    figure = Figure(figsize=(9, 5 if tall else 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    {"context": draw_lines, "ladder": draw_ladder}.get(suite, draw_bars)(axes, rows)
-    axes.set_title(f"{suite} of {content['model']}, {content['hardware']}, torch {content['torch']}", fontsize=10)
+    if several:
+        draw_ranks(axes, found)
+    else:
+        {"context": draw_lines, "ladder": draw_ladder}.get(suite, draw_bars)(axes, rows)
+    model = "decode" if several else f"{suite} of {contents[0]['model']}"
+    axes.set_title(f"{model}, {contents[0]['hardware']}, torch {contents[0]['torch']}", fontsize=10)
     with written_in_place(png) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -905,8 +955,10 @@ def plot(json_path: Path, png: Path) -> None:
 def check_flags(args) -> None:
     """Raises ValueError or OSError for arguments that cannot be, before anything is loaded; fills in --weights."""
     suite, on_cpu = args.suite, args.device == "cpu"
-    if args.json_path:
-        check_target(args.json_path)
+    if len(args.json_path) > 1:
+        raise ValueError(f"{suite} writes one --json_path, not {len(args.json_path)}; plot alone reads several")
+    for path in args.json_path:
+        check_target(path)
     if rank_and_count()[1] > 1 and (suite not in ("decode", "train") or args.checkpoint_path or args.hf):
         raise ValueError("under torchrun there are the suites decode and train of a --shape; run others without it")
     if suite != "train" and (args.shard or args.recompute):
@@ -1028,7 +1080,7 @@ def main(args) -> None:
             "limits": limits,
             "rows": rows,
         } | whole
-        write_json(args.json_path, content)
+        write_json(args.json_path[0], content)
 
 
 def parse_arguments():
@@ -1072,7 +1124,7 @@ def parse_arguments():
     add("--drafts", type=positive, nargs="+", default=[5], help="speculate: drafts in a round")
     add("--draft_weights", choices=WEIGHTS, default="int4", help="speculate: of the draft, an eighth of the layers")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
-    add("--json_path", type=Path, metavar="FILE", help="write limits and rows; for plot, read them")
+    add("--json_path", type=Path, nargs="+", default=[], metavar="FILE", help="write limits and rows; for plot, read")
     add("--png", type=Path, metavar="FILE", help="plot: the picture to write")
     return parser.parse_args()
 

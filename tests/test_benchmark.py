@@ -485,7 +485,7 @@ def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
     content = {"suite": "decode", "model": "a shape", "hardware": "a GPU", "torch": "2", "rows": [row]}
     (tmp_path / "rows.json").write_text(json.dumps(content))
     try:
-        benchmark.plot(tmp_path / "rows.json", tmp_path / "rows.png")
+        benchmark.plot([tmp_path / "rows.json"], tmp_path / "rows.png")
     except ValueError as error:
         assert "pip install matplotlib" in str(error) and importlib.util.find_spec("matplotlib") is None
     else:
@@ -498,6 +498,27 @@ def test_a_ladders_plot_is_tokens_a_second_with_a_tick_at_each_floor():
     assert axes.barh.call_args.args[1] == [2, 50] and axes.vlines.call_args.args[0] == [100, 200]
     assert axes.set_yticks.call_args.args[1] == ["eager", "int4"]
     assert [call.args[0] for call in axes.annotate.call_args_list[1:]] == ["2", "50"]
+
+
+def test_files_of_several_ranks_are_a_table_and_lines():
+    contents = [
+        {"suite": "decode", "model": "7b", "ranks": ranks, "peak_memory": 8e9 / ranks, "load_seconds": 3.0}
+        | {"rows": [benchmark.row_of(name, [seconds / ranks**0.5], 0.002 / ranks)]}
+        for name, seconds in (("bf16", 0.004), ("int8", 0.003))
+        for ranks in (4, 1)
+        if (name, ranks) != ("int8", 1)
+    ]
+    found = benchmark.rows_by_ranks(contents)
+    lines = benchmark.tabulate_ranks(found)
+    assert lines[2:] == [
+        "| 7b bf16 | 1 | 250.0 | 1.00 | 50% | 8.0 | 3 |",
+        "| 7b bf16 | 4 | 500.0 | 2.00 | 25% | 2.0 | 3 |",
+        "| 7b int8 | 4 | 666.7 |  | 33% | 2.0 | 3 |",
+    ]
+    axes = Mock()
+    benchmark.draw_ranks(axes, found)
+    assert [call.args[:2] for call in axes.plot.call_args_list[:2]] == [([1, 4], [250, 500]), ([1, 4], [500, 2000])]
+    axes.set_xticks.assert_called_once_with([1, 4], ["1", "4"])
 
 
 def test_a_contexts_plot_is_lines_over_the_tokens_used():
