@@ -83,7 +83,7 @@ def small(**fields) -> GPTConfig:
 
 
 FAMILIES = {
-    "llama-3.1": small(rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
+    "llama-3.1": small(head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
     "gpt-oss": small(
         hidden_dim=32,
         **BIASES,
