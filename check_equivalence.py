@@ -3,7 +3,7 @@
 Every row runs the same token ids another way and compares all logits with those of `model.py` in float32, each row of
 the batch on its own. The ids are random ones followed by the greedy text of the reference, so that the first position
 at which a row's argmax differs is the first at which its greedy text would. Without a checkpoint, small random models
-of every family are checked. Decisions to know:
+of every family are checked; on a CPU some of them, which have every field of the config, are compiled. Decisions:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
@@ -29,9 +29,12 @@ Shapes: B batch, T tokens, D model dim, K kv heads, C head dim, V vocabulary.
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -56,7 +59,6 @@ from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, 
 
 LONG = 1040  # tokens of the long prompt
 MOST_ERRORS = 1.6  # of a layer in 16-bit, in those of the reference
-SMALL = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "dim": 64, "hidden_dim": 96}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -72,47 +74,33 @@ YARN_SCALING = {
     "attention_factor": 1.2,
     "original_max_position_embeddings": 300,
 }
+BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+def small(**fields) -> GPTConfig:
+    sizes = {"block_size": 1200, "vocab_size": 331, "n_layer": 2, "n_head": 6, "n_kv_head": 2, "head_dim": 16}
+    return GPTConfig(**sizes | {"dim": 64, "hidden_dim": 96} | fields)
+
+
 FAMILIES = {
-    "llama-2": GPTConfig(**SMALL, n_kv_head=6, head_dim=16),
-    "llama-3.1": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
-    "mistral": GPTConfig(**SMALL, n_kv_head=3, head_dim=16, sliding_window=24),
-    "qwen2": GPTConfig(
-        **SMALL, n_kv_head=2, head_dim=16, qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING
+    "llama-3.1": small(head_dim=20, rope_base=500000.0, rope_scaling=LLAMA3_SCALING),
+    "gpt-oss": small(
+        hidden_dim=32,
+        **BIASES,
+        rope_scaling=YARN_SCALING | {"truncate": False},
+        sliding_window=24,
+        full_layers=(1,),
+        sinks=True,
+        activation="gelu_sigmoid",
+        gate_clamp=1.0,
+        n_expert=4,
+        n_expert_used=2,
+        router_bias=True,
     ),
-    "qwen3": GPTConfig(**SMALL, n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
-    "glm-4": GPTConfig(**SMALL, n_kv_head=2, head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
-    "olmo-2": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, pre_norm=False, post_norm=True, qk_norm="all"),
-    "pythia": GPTConfig(
-        **SMALL,
-        n_kv_head=6,
-        head_dim=16,
-        norm="layer",
-        parallel=True,
-        rotary_dim=4,
-        activation="gelu",
-        gated=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        head_bias=True,
-    ),
-    "smollm3": GPTConfig(
-        **SMALL, n_kv_head=2, head_dim=16, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)
-    ),
-    "granite": GPTConfig(
-        **SMALL,
-        n_kv_head=2,
-        head_dim=16,
-        mlp_bias=True,
-        embed_scale=7.0,
-        attention_scale=0.4,
-        residual_scale=0.3,
-        logit_scale=0.2,
-    ),
-    "gemma-3": GPTConfig(
-        **SMALL,
+    "gemma-3": small(
         n_kv_head=3,
         head_dim=20,
+        norm_eps=1e-3,
         norm_plus_one=True,
         qk_norm=True,
         activation="gelu_tanh",
@@ -126,60 +114,45 @@ FAMILIES = {
         rope_base_window=1e3,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
-    "mixtral": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, n_expert=5, n_expert_used=2),
-    "qwen3-moe": GPTConfig(
-        **SMALL | {"hidden_dim": 32},
-        n_kv_head=3,
-        head_dim=16,
-        qk_norm=True,
+    "granite": small(
+        hidden_dim=32,
         n_expert=12,
         n_expert_used=3,
         norm_topk_prob=False,
+        nope_layers=(1,),
+        embed_scale=7.0,
+        attention_scale=0.4,
+        residual_scale=0.3,
+        logit_scale=0.2,
     ),
-    "gpt-oss": GPTConfig(
-        **SMALL | {"hidden_dim": 32},
-        n_kv_head=2,
-        head_dim=16,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        rope_scaling=YARN_SCALING | {"truncate": False},
-        sliding_window=24,
-        full_layers=(1,),
-        sinks=True,
-        activation="gelu_sigmoid",
-        gate_clamp=1.0,
-        n_expert=4,
-        n_expert_used=2,
-        router_bias=True,
-    ),
-    "arcee": GPTConfig(**SMALL, n_kv_head=2, head_dim=16, activation="relu2", gated=False),
-    "starcoder2": GPTConfig(
-        **SMALL,
-        n_kv_head=2,
-        head_dim=16,
+    "pythia": small(
         norm="layer",
-        activation="gelu_tanh",
+        norm_eps=1e-3,
+        parallel=True,
+        rotary_dim=4,
+        activation="gelu",
         gated=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        sliding_window=24,
+        **BIASES,
+        head_bias=True,
     ),
-    "gpt-2": GPTConfig(
-        **SMALL,
-        n_kv_head=6,
-        head_dim=16,
-        norm="layer",
-        activation="gelu_tanh",
-        gated=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        rope_base=None,
-        tie_embeddings=True,
+    "gpt-2": small(
+        n_kv_head=6, norm="layer", activation="gelu_tanh", gated=False, **BIASES, rope_base=None, tie_embeddings=True
     ),
+    "olmo-2": small(pre_norm=False, post_norm=True, qk_norm="all"),
+    "llama-2": small(n_kv_head=6),
+    "mistral": small(n_kv_head=3, sliding_window=24),
+    "qwen2": small(qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING),
+    "qwen3": small(n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
+    "glm-4": small(head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
+    "smollm3": small(tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)),
+    "mixtral": small(n_expert=5, n_expert_used=2),
+    "qwen3-moe": small(hidden_dim=32, n_kv_head=3, qk_norm=True, n_expert=12, n_expert_used=3, norm_topk_prob=False),
+    "arcee": small(activation="relu2", gated=False),
+    "starcoder2": small(norm="layer", activation="gelu_tanh", gated=False, **BIASES, sliding_window=24),
 }
+# Those that are compiled on a CPU, where one costs as much as 20 others. Each field has another value than its default
+# among them. They come first, and share sizes, so that the compiler finds kernels that it has made before.
+COMPILED = ("llama-3.1", "gpt-oss", "gemma-3", "granite", "pythia", "gpt-2", "olmo-2")
 
 
 def random_weights(config: GPTConfig, seed: int = 0) -> dict:
@@ -499,6 +472,7 @@ class Case:
     state_dict: dict
     device: str
     compiled: bool
+    drafting: bool  # whether a compiled row's draft steps are, too: text does not depend on them
     reference: GPT  # in float32
     length: int  # of the prompts
     ids: torch.Tensor  # [B, T], random prompts and the reference's greedy text
@@ -531,7 +505,7 @@ class Case:
         return build_model(config or self.config, shard, self.device, dtype, rank=rank, ranks=ranks, **more)
 
 
-def make_case(config, state_dict, device, compiled) -> Case:
+def make_case(config, state_dict, device, compiled, drafting) -> Case:
     reference = build_model(config, state_dict, device, torch.float32, reference=True)
     random = torch.Generator().manual_seed(0)
     length, batch = min(16, config.block_size // 2), 3
@@ -540,7 +514,7 @@ def make_case(config, state_dict, device, compiled) -> Case:
     ids = torch.cat([prompt, torch.tensor(greedy, device=device).T], dim=1)[:, : config.block_size]
     ids = tp.from_rank_0(ids, rank_and_count()[1])
     expected = torch.cat([reference(row[None]) for row in ids])
-    return Case(config, state_dict, device, compiled, reference, length, ids, expected)
+    return Case(config, state_dict, device, compiled, drafting, reference, length, ids, expected)
 
 
 def transformers_row(case: Case, hf) -> Row:
@@ -582,7 +556,8 @@ def speculative_rows(case: Case, fast) -> Iterator[Row]:
         torch.compiler.reset()
         step, check, drafting = decode_step, verify, draft_step
         if compiled:
-            step, check, drafting = (compiled_step(f, case.ids.device.type) for f in (step, check, drafting))
+            step, check = (compiled_step(f, case.ids.device.type) for f in (step, check))
+            drafting = compiled_step(drafting, case.ids.device.type) if case.drafting else drafting
         for drafts in (DraftModel(draft, drafting), RashLookup()):
             yield speculative(case, fast, drafts, check, step, compiled)
 
@@ -652,9 +627,9 @@ def quantized_rows(case: Case) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def check_model(config: GPTConfig, state_dict: dict, device="cpu", compiled=True, hf=None) -> Iterator[Row]:
+def check_model(config, state_dict: dict, device="cpu", compiled=True, drafting=True, hf=None) -> Iterator[Row]:
     """Yield a row per way of running this model. `hf` is a directory for transformers to load the same model from."""
-    case = make_case(config, state_dict, device, compiled)
+    case = make_case(config, state_dict, device, compiled, drafting)
     if hf:
         yield transformers_row(case, hf)
     fast = case.fast(torch.float32)
@@ -685,20 +660,33 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
     return passed
 
 
-def models_to_check(args) -> Iterator[tuple[str, GPTConfig, dict]]:
-    """(title, config, state dict) of the checkpoint, or of the small models that this number of ranks divides."""
-    if args.checkpoint_path:
-        config, state_dict = read_checkpoint(args.checkpoint_path)
-        check_agreement({"model": fingerprint(config, state_dict)})
-        yield str(args.checkpoint_path), config, state_dict
-        return
+def check_family(name: str, device: str, compiled: bool) -> list[Row]:
+    config, compiled = FAMILIES[name], compiled and (name in COMPILED or device != "cpu")
+    return list(check_model(config, random_weights(config), device, compiled, drafting=name == "llama-3.1"))
+
+
+def check_families(device: str, compiled: bool) -> Iterator[tuple[str, list[Row]]]:
+    """(title, rows) of each small model that this number of ranks divides, on a CPU some models at a time."""
+    ranks, names = rank_and_count()[1], []
     for name, config in FAMILIES.items():
         try:
-            tp.shard_config(config, rank_and_count()[1])
+            tp.shard_config(config, ranks)
+            names.append(name)
         except ValueError as error:
             print0(f"\n{name}: left out, {error}")
-            continue
-        yield f"{name}, small random weights", config, random_weights(config)
+    if not names:
+        raise ValueError(f"{ranks} ranks divide none of the small models; take another number, or give a checkpoint")
+    titles, check = (
+        [f"{name}, small random weights" for name in names],
+        partial(check_family, device=device, compiled=compiled),
+    )
+    if device != "cpu" or ranks > 1:
+        yield from zip(titles, map(check, names), strict=True)
+        return
+    # Threads make matrices this small slower, and processes that only compile take seconds to start.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with ProcessPoolExecutor(min(4, torch.get_num_threads()), get_context("spawn")) as pool:
+        yield from zip(titles, pool.map(check, names), strict=True)
 
 
 def main(args) -> int:
@@ -707,13 +695,16 @@ def main(args) -> int:
         raise ValueError("--hf needs --checkpoint_path, the model.pth that was made from it")
     if args.hf and not args.hf.is_dir():  # transformers would ask the Hub for a repository of this name
         raise ValueError(f"{args.hf} is not a folder")
+    if args.checkpoint_path:
+        config, state_dict = read_checkpoint(args.checkpoint_path)
+        check_agreement({"model": fingerprint(config, state_dict)})
+        rows = check_model(config, state_dict, args.device, not args.no_compile, hf=args.hf)
+        tables = [(str(args.checkpoint_path), rows)]
+    else:
+        tables = check_families(args.device, not args.no_compile)
     passed = []
-    for title, config, state_dict in models_to_check(args):
-        rows = check_model(config, state_dict, args.device, not args.no_compile, args.hf)
+    for title, rows in tables:
         passed += objects_of_ranks(print_table(title, rows))
-    if not passed:
-        ranks = rank_and_count()[1]
-        raise ValueError(f"{ranks} ranks divide none of the small models; take another number, or give a checkpoint")
     agree = all(passed)
     print0("\nAll rows are within their tolerance." if agree else "\nThe models DISAGREE: see the rows that FAILED.")
     return 0 if agree else 1

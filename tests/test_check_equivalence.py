@@ -5,7 +5,7 @@ import subprocess
 import sys
 import types
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,16 @@ import convert_hf_checkpoint  # noqa: E402
 import fast_model  # noqa: E402
 import model  # noqa: E402
 import speculate  # noqa: E402
-from check_equivalence import FAMILIES, check_model, compare, main, print_table, random_weights  # noqa: E402
+from check_equivalence import (  # noqa: E402
+    COMPILED,
+    FAMILIES,
+    check_family,
+    check_model,
+    compare,
+    main,
+    print_table,
+    random_weights,
+)
 
 SCRIPT = Path(check_equivalence.__file__)
 SHORT = {name: replace(config, block_size=64) for name, config in FAMILIES.items()}  # leaves the long prompt out
@@ -35,7 +44,7 @@ def failures(config, state_dict=None, **options):
 
 
 def run(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
     command = [sys.executable, SCRIPT, "--device", "cpu", "--no_compile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -45,11 +54,13 @@ def run(*arguments):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_running_agrees(family):
-    """What the others have is in those that are compiled, too; seconds."""
-    assert failures(FAMILIES[family], compiled=family in ("llama-2", "mistral", "qwen3-moe", "gpt-2")) == []
+    """The fields of a compiled one are many of the others' too; minutes."""
+    assert failures(FAMILIES[family], compiled=family in ("llama-3.1", "gemma-3", "granite", "gpt-2")) == []
 
 
-def test_the_small_models_pass_from_the_command_line():
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_small_models_pass_from_the_command_line(processes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", processes)
     finished = run()
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert all(f"{family}, small random weights" in finished.stdout for family in FAMILIES)
@@ -57,11 +68,25 @@ def test_the_small_models_pass_from_the_command_line():
 
 
 def test_the_families_cover_what_the_config_can_say():
-    """Each field that changes the computation has two values among them."""
-    same_everywhere = {"n_layer", "n_head", "dim", "vocab_size", "block_size", "norm_eps"}
-    fields = {name: {str(vars(config)[name]) for config in FAMILIES.values()} for name in vars(FAMILIES["gpt-2"])}
-    assert {name for name, values in fields.items() if len(values) == 1} == same_everywhere
+    """Each field with a default has another value among those that are compiled, each without one two values."""
+    assert list(FAMILIES)[: len(COMPILED)] == list(COMPILED)  # they come first
+    same_everywhere = {"n_layer", "n_head", "dim", "vocab_size", "block_size"}
+    for field in fields(model.GPTConfig):
+        compiled, found = ([getattr(FAMILIES[name], field.name) for name in names] for names in (COMPILED, FAMILIES))
+        if field.default is MISSING:
+            assert (len(set(found)) == 1) == (field.name in same_everywhere), field.name
+        else:
+            assert any(value != field.default for value in compiled), field.name
     assert any(config.head_dim * config.n_head != config.dim for config in FAMILIES.values())
+
+
+@pytest.mark.parametrize(("family", "compiled"), (("llama-3.1", True), ("gemma-3", True), ("llama-2", False)))
+def test_which_small_models_are_compiled(family, compiled, monkeypatch):
+    given = []
+    monkeypatch.setattr(check_equivalence, "check_model", lambda *arguments, **more: given.append(arguments[3]) or [])
+    for device, wanted in (("cpu", True), ("cuda", True), ("cpu", False)):
+        check_family(family, device, wanted)
+    assert given == [compiled, True, False]
 
 
 def test_experts_in_mxfp4_agree_in_every_way():
