@@ -3,7 +3,7 @@
 Every row runs the same token ids another way and compares all logits with those of `model.py` in float32, each row of
 the batch on its own. The ids are random ones followed by the greedy text of the reference, so that the first position
 at which a row's argmax differs is the first at which its greedy text would. Without a checkpoint, small random models
-of every family are checked; on a CPU some of them, which have every field of the config, are compiled. Decisions:
+of every family are checked. On a CPU some are compiled, which have every field of the config. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
@@ -676,10 +676,8 @@ def check_families(device: str, compiled: bool) -> Iterator[tuple[str, list[Row]
             print0(f"\n{name}: left out, {error}")
     if not names:
         raise ValueError(f"{ranks} ranks divide none of the small models; take another number, or give a checkpoint")
-    titles, check = (
-        [f"{name}, small random weights" for name in names],
-        partial(check_family, device=device, compiled=compiled),
-    )
+    titles = [f"{name}, small random weights" for name in names]
+    check = partial(check_family, device=device, compiled=compiled)
     if device != "cpu" or ranks > 1:
         yield from zip(titles, map(check, names), strict=True)
         return

@@ -406,10 +406,9 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
         v = through_cache(self.v_cache, self.v_scale_cache, v.transpose(1, 2), input_pos)
-        by_flash = (
-            input_pos is None and on_gpu_kernels(q) and q.dtype != torch.float32 and self.head_dim in range(8, 257, 8)
-        )
-        if by_flash and self.sinks is not None:
+        new_with_sinks = self.sinks is not None and input_pos is None
+        flash_takes_it = q.dtype != torch.float32 and self.head_dim in range(8, 257, 8)
+        if new_with_sinks and flash_takes_it and on_gpu_kernels(q):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             y = flash_attention_with_sinks(q, k, v, self.window, self.scale, self.sinks)
             return self.out(y.reshape(B, T, -1))

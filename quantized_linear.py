@@ -5,8 +5,8 @@ Only weights are quantized; activations stay as they are. Decisions to know:
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
 - Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
   costs nothing.
-- MXFP4 has a power of two per group of 32. A mixture's experts alone become MXFP4, which is the form of gpt-oss. What
-  has it already stays as it is when the rest is quantized. No CPU kernel takes it, so it is slow there.
+- MXFP4 has a power of two per group of 32. Of a mixture the experts alone become MXFP4, which is the form of gpt-oss.
+  What has it already stays as it is when the rest is quantized. No kernel takes it yet, so it is slow.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
   gets a quantized copy of the embedding, which ends the tie.
 - The head is int8 beside 4-bit weights too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4

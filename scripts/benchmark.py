@@ -920,7 +920,8 @@ def draw_ranks(axes, found: dict) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
-    axes.set_xlabel("GPUs; dashed: at the bandwidth of all")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("ranks; dashed: at the bandwidth of all")
     axes.set_ylabel("tokens a second, batch size 1")
     axes.legend()
 
