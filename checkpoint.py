@@ -16,6 +16,8 @@ Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `c
 
 import hashlib
 import pickle
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -199,16 +201,16 @@ def describe_quantization(state_dict: dict) -> dict | None:
     return described | {"int8": int8} if int8 else described
 
 
-def untie_head(config: GPTConfig, state_dict: dict) -> tuple[GPTConfig, dict]:
-    """Config and weights in which a tied head is a head of its own."""
+def untie_head(config: GPTConfig, state_dict: Mapping) -> tuple[GPTConfig, Mapping]:
+    """Config and weights in which a tied head is a head of its own; none is asked for before it is used."""
     if not config.tie_embeddings:
         return config, state_dict
     head = {"lm_head.weight": state_dict["transformer.wte.weight"]}
-    return replace(config, tie_embeddings=False), {**state_dict, **head}
+    return replace(config, tie_embeddings=False), ChainMap(head, state_dict)
 
 
 def quantize_model(
-    config: GPTConfig, state_dict: dict, mode: str, group_size: int, rank: int = 0, ranks: int = 1
+    config: GPTConfig, state_dict: Mapping, mode: str, group_size: int, rank: int = 0, ranks: int = 1
 ) -> tuple[GPTConfig, dict]:
     """Config and weights with quantized linear layers; a tied head becomes a quantized head of its own. What is in
     MXFP4 stays so in another mode. In mode mxfp4 a mixture's experts alone are quantized.

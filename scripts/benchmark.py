@@ -67,6 +67,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -1016,7 +1017,7 @@ def make_models(args, config: GPTConfig, state_dict: Mapping, limits: dict) -> d
         return {kind: partial(make, config, state_dict, kind) for kind in args.weights}
     if suite == "speculate":  # a layer adds less than the embedding holds, or int4 alone would lose most drafts
         embedding = {"transformer.wte.weight": state_dict["transformer.wte.weight"] * 4 * config.dim**0.5}
-        state_dict = {**state_dict, **embedding}
+        state_dict = ChainMap(embedding, state_dict)
     models = {kind: make(config, state_dict, kind) for kind in args.weights}
     for kind, model in models.items():
         if args.kv_cache:
