@@ -147,11 +147,14 @@ class Int4Linear(nn.Module):
         """Powers of two [N, 1]: a scale of a row's groups [N, K/G, G] is 1 to 255 times the first, a zero -127 to 127
         times the second, so that a byte holds each, and bf16 too."""
         low, high = groups.amin(-1), groups.amax(-1)
-        scales = (high - low).clamp(min=1e-8) / 15
-        zeros = ((low + high + scales) / 2).abs().clamp(min=1e-30)
-        one, some_more = torch.ones_like(scales[:, :1]), 1.02  # than that, after rounding
-        largest = ((values * some_more).amax(1, True).frexp().exponent for values in (scales, zeros))
-        return [torch.ldexp(one, exponent - bits) for exponent, bits in zip(largest, (8, 7), strict=True)]
+        step = (high - low).clamp(min=1e-8) / 15
+        zeros = ((low + high + step) / 2).abs().clamp(min=1e-30)
+
+        def power(values, bits):  # the least with which the row's largest, some percent more, takes so many bits
+            return torch.ldexp(torch.ones_like(step[:, :1]), (1.02 * values.amax(1, True)).frexp().exponent - bits)
+
+        zero_step = power(zeros, 7)
+        return power(step + zero_step / 14, 8), zero_step  # a zero's rounding is half of that, a scale bears a seventh
 
     @staticmethod
     def grid(groups, scale_step, zero_step):
