@@ -123,8 +123,8 @@ BROKEN = {
     "embed_scale ignored": ("fast_model", "self.config.embed_scale != 1", "False", "granite"),
     "residual_scale for attention alone": (
         "fast_model",
-        "return residual, self.mlp(x)",
-        "return residual, self.mlp(x) / self.norm_2.scale",
+        "return residual, self.mlp(x, (self.mlp_peers, self.rank))",
+        "return residual, self.mlp(x, (self.mlp_peers, self.rank)) / self.norm_2.scale",
         "granite",
     ),
     "residual_scale for the embedding too": ("fast_model", "or self.config.residual_scale != 1", "", "granite"),
@@ -144,7 +144,12 @@ BROKEN = {
         "x = x.unflatten(-1, (1, -1)) * 1.1",
         "olmo-2",
     ),
-    "parallel ignored": ("fast_model", "self.parallel = config.parallel", "self.parallel = False", "pythia"),
+    "parallel ignored": (
+        "fast_model",
+        "self.parallel, self.rank = config.parallel, rank",
+        "self.parallel, self.rank = False, rank",
+        "pythia",
+    ),
     "parallel with one norm": ("fast_model", "_, x = self.norm_2(residual)", "pass", "pythia"),
     "sinks ignored": ("fast_model", "if sinks is not None:", "if False:", "gpt-oss"),
     "sinks with a value": ("fast_model", "F.pad(v, (0, 1, 1, 0))", "F.pad(v, (0, 1, 1, 0), value=1.0)", "gpt-oss"),
@@ -177,11 +182,11 @@ BROKEN = {
         "self.wpe(torch.arange(T, device=idx.device)[None])",
         "gpt-2",
     ),
-    "a norm left out": ("fast_model", "return residual, self.mlp(x)", "return residual, self.mlp(residual)", "llama-2"),
+    "a norm left out": ("fast_model", "return residual, self.mlp(x,", "return residual, self.mlp(residual,", "llama-2"),
     "the last norm left out": (
         "fast_model",
-        "_, x = self.norm_f(residual, update, post)",
-        "x, _ = self.norm_f(residual, update, post)",
+        "_, x = self.norm_f(residual, update, post,",
+        "x, _ = self.norm_f(residual, update, post,",
         "qwen2",
     ),
     "qk norm left out": ("fast_model", "q, k = self.q_norm(q), self.k_norm(k)", "pass", "qwen3"),
@@ -380,7 +385,7 @@ POSITIONS_IN_BF16 = "rope = rope_window = table[positions.to(update.dtype).long(
 MV = "torch.mv(weight, x)"
 MV_IN_FP8 = "torch.mv(weight, x if x.dtype == torch.float32 else x.to(torch.float8_e4m3fn).to(x.dtype))"
 NO_CACHE = "if cache is None:\n        return values"
-ATTENTION = "self.attn(x, rope, mask, input_pos)"
+ATTENTION = "self.attn(x, rope, mask, input_pos, (self.attn_peers, self.rank))"
 FAULTS = {
     "a norm's weight, 5%": (built(a_norm), "llama-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
     "a bias": (built(a_bias), "gpt-2", FLOAT32 | CACHE | BF16 | QUANTIZED | DRAFTS),
