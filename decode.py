@@ -137,6 +137,8 @@ def compiled_step(function, device: str):
     """
     on_gpu = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     on_cpu = {"realize_opcount_threshold": 6, "size_asserts": False, "alignment_asserts": False}
+    if device.startswith("cuda") and gpu_kernels is not None and torch.__version__ < "2.13":
+        gpu_kernels.tell_compiler()
     options = on_gpu if device.startswith("cuda") else on_cpu
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
