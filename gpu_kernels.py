@@ -620,8 +620,8 @@ def _(x, k):
 
 
 def tell_compiler() -> None:
-    """Make the operators that stand late in a graph known to PyTorch's compiler. It finds out by itself, but before 2.13
-    it first writes out all that comes before an operator it does not know, which after 32 layers takes minutes."""
+    """Make the operators that stand late in a graph known to PyTorch's compiler. It finds out by itself, but before
+    2.13 it first writes out all that comes before an operator it does not know: after 32 layers that takes minutes."""
     from torch._inductor.lowering import lowerings, make_fallback
 
     for operator in (torch.ops.gpt_twin.kth_largest.default, torch.ops.gpt_twin.gather.default):
