@@ -438,21 +438,22 @@ def errors_by_layer(reference, rounded, seen: list) -> float:
 def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
     """The largest error of a quantized weight, in half steps of the plain one's [N, K] rows or groups.
 
-    A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. int4's scales and zeros
-    are bytes: a scale is rounded up by at most a 125th of the row's largest, a zero is off by a 125th of its largest at
-    most, of which the scale bears a seventh.
+    A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. A group in int4 may cut off
+    its ends for less error in all, so that the root of its mean squared error counts. Its scale and zero are bytes: a
+    scale is rounded up by at most a 125th of the row's largest, a zero is off by a 125th of its largest at most, of which
+    the scale bears a seventh.
     """
     tensors = {"a.weight": weight, "a.scales": scales} | ({} if zeros is None else {"a.zeros": zeros})
     groups = plain.float().unflatten(1, (1 if zeros is None else scales.shape[1], -1))  # [N, K/G, G]
     error = dequantize_weights(tensors)["a.weight"].view(groups.shape) - groups
     if zeros is None:
-        allowed = groups.abs().amax(-1) / 127 / 2
+        error, allowed = error.abs().amax(-1), groups.abs().amax(-1) / 127 / 2
     else:
         low, high = groups.aminmax(dim=-1)
         step = (high - low) / 15
         borne = ((low + high + step) / 2).abs().amax(1, True) / 125 / 7
-        allowed = (step + borne + (step + borne).amax(1, True) / 125) / 2
-    return (error.abs().amax(-1) / allowed.clamp(min=1e-8)).max()
+        error, allowed = error.square().mean(-1).sqrt(), (step + borne + (step + borne).amax(1, True) / 125) / 2
+    return (error / allowed.clamp(min=1e-8)).max()
 
 
 def largest_half_steps(state_dict: dict, quantized: dict) -> float:

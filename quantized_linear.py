@@ -39,6 +39,7 @@ except ImportError:  # the file was left behind
     cpu_kernels = None
 
 MODES = ("int8", "int4", "mxfp4")
+PARTS_CUT_OFF = (0, 0.03, 0.06, 0.09, 0.12)  # of the range of a group in int4
 GROUP_SIZES = (32, 64, 128, 256)  # of int4
 
 
@@ -136,7 +137,7 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def quantize(weight, group_size: int) -> dict:
-        """{"weight", "scales", "zeros"} of a weight [N, K]: the range of each group in 16 steps."""
+        """{"weight", "scales", "zeros"} of a weight [N, K]."""
         groups = weight.float().unflatten(1, (-1, group_size))  # [N, K/G, G]
         scales, zeros = Int4Linear.grid(groups, *Int4Linear.steps(groups))
         q = Int4Linear.nearest(groups, scales[..., None], zeros[..., None])
@@ -158,13 +159,21 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def grid(groups, scale_step, zero_step):
-        """(scales, zeros), bf16 [...], that spread 16 numbers over the range of each group [..., G]. They are multiples
-        of `steps`: a zero the nearest one, a scale the least that reaches both ends."""
+        """(scales, zeros), bf16 [...], of each group [..., G]: 16 numbers over its range, or over the middle of that, if
+        then the squared errors are less although the ends are cut off. They are multiples of `steps`."""
         low, high = groups.amin(-1), groups.amax(-1)
-        zeros = (low + high + (high - low) / 15) / 2
-        zeros = (zeros / zero_step).round().clamp(-127, 127) * zero_step
-        scales = torch.maximum((zeros - low) / 8, (high - zeros) / 7)
-        scales = (scales / scale_step).ceil().clamp(1, 255) * scale_step
+        best = torch.full_like(low, float("inf"))
+        scales, zeros = torch.zeros_like(low), torch.zeros_like(low)
+        for cut in PARTS_CUT_OFF:
+            bottom, top = low.lerp(high, cut / 2), high.lerp(low, cut / 2)
+            zero = (bottom + top + (top - bottom) / 15) / 2
+            zero = (zero / zero_step).round().clamp(-127, 127) * zero_step
+            scale = torch.maximum((zero - bottom) / 8, (top - zero) / 7)  # the least that reaches both ends
+            scale = (scale / scale_step).ceil().clamp(1, 255) * scale_step
+            q = Int4Linear.nearest(groups, scale[..., None], zero[..., None])
+            errors = ((q - 8) * scale[..., None] + zero[..., None] - groups).square().sum(-1)
+            better = errors < best
+            best, scales, zeros = (torch.where(better, *pair) for pair in ((errors, best), (scale, scales), (zero, zeros)))
         return scales.bfloat16(), zeros.bfloat16()
 
     @staticmethod
