@@ -202,7 +202,7 @@ def describe_quantization(state_dict: dict) -> dict | None:
 
 
 def untie_head(config: GPTConfig, state_dict: Mapping) -> tuple[GPTConfig, Mapping]:
-    """Config and weights in which a tied head is a head of its own; none is asked for before it is used."""
+    """Config and weights in which a tied head is a head of its own. A weight is asked for when it is used."""
     if not config.tie_embeddings:
         return config, state_dict
     head = {"lm_head.weight": state_dict["transformer.wte.weight"]}
