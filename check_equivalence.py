@@ -438,10 +438,10 @@ def errors_by_layer(reference, rounded, seen: list) -> float:
 def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
     """The largest error of a quantized weight, in half steps of the plain one's [N, K] rows or groups.
 
-    A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. A group in int4 may cut off
-    its ends for less error in all, so that the root of its mean squared error counts. Its scale and zero are bytes: a
-    scale is rounded up by at most a 125th of the row's largest, a zero is off by a 125th of its largest at most, of which
-    the scale bears a seventh.
+    A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. int4 may cut the ends
+    of a group off for less error in all, so that the root of its mean squared error counts. Scales and zeros are bytes
+    there: a scale is rounded up by at most a 125th of the row's largest. A zero is off by a 125th of its largest at
+    most, of which the scale bears a seventh.
     """
     tensors = {"a.weight": weight, "a.scales": scales} | ({} if zeros is None else {"a.zeros": zeros})
     groups = plain.float().unflatten(1, (1 if zeros is None else scales.shape[1], -1))  # [N, K/G, G]

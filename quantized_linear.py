@@ -159,8 +159,8 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def grid(groups, scale_step, zero_step):
-        """(scales, zeros), bf16 [...], of each group [..., G]: 16 numbers over its range, or over the middle of that, if
-        then the squared errors are less although the ends are cut off. They are multiples of `steps`."""
+        """(scales, zeros), bf16 [...], of each group [..., G]. Its 16 numbers lie over its range, or over the middle of
+        it where cut-off ends make the squared errors less. Scales and zeros are multiples of `steps`."""
         low, high = groups.amin(-1), groups.amax(-1)
         best = torch.full_like(low, float("inf"))
         scales, zeros = torch.zeros_like(low), torch.zeros_like(low)
@@ -172,8 +172,9 @@ class Int4Linear(nn.Module):
             scale = (scale / scale_step).ceil().clamp(1, 255) * scale_step
             q = Int4Linear.nearest(groups, scale[..., None], zero[..., None])
             errors = ((q - 8) * scale[..., None] + zero[..., None] - groups).square().sum(-1)
-            better = errors < best
-            best, scales, zeros = (torch.where(better, *pair) for pair in ((errors, best), (scale, scales), (zero, zeros)))
+            worse = errors >= best
+            best = torch.where(worse, best, errors)
+            scales, zeros = torch.where(worse, scales, scale), torch.where(worse, zeros, zero)
         return scales.bfloat16(), zeros.bfloat16()
 
     @staticmethod

@@ -32,15 +32,24 @@ def test_int8_is_off_by_at_most_half_a_step(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("group_size", quantized_linear.GROUP_SIZES)
-def test_int4_is_off_by_at_most_half_a_step(shape, group_size):
+def test_int4_is_off_by_at_most_half_a_step_and_cuts_ends_off_for_less_error(monkeypatch, shape, group_size):
     if shape[1] % group_size:
         pytest.skip("the groups do not divide this shape")
     plain = weight(shape)
-    parts = Int4Linear.quantize(plain, group_size)
-    scales, zeros = parts["scales"].float(), parts["zeros"].float()
-    off = (Int4Linear.dequantize(parts["weight"], scales, zeros) - plain).abs().unflatten(1, (-1, group_size))
-    slack = scales / 16 + zeros.abs() / 128  # scale and zero point are rounded to bf16
+
+    def errors():  # and the scales and zeros
+        parts = Int4Linear.quantize(plain, group_size)
+        scales, zeros = parts["scales"].float(), parts["zeros"].float()
+        off = Int4Linear.dequantize(parts["weight"], scales, zeros) - plain
+        return off.abs().unflatten(1, (-1, group_size)), scales, zeros
+
+    least, _, _ = errors()
+    monkeypatch.setattr(quantized_linear, "PARTS_CUT_OFF", (0,))
+    off, scales, zeros = errors()
+    slack = scales / 16 + zeros.abs() / 128  # scale and zero point are rounded to bytes
     assert (off <= (scales / 2 + slack)[..., None]).all()
+    least, off = (error.square().sum(-1) for error in (least, off))
+    assert (least <= off).all() and (least.sum() < 0.97 * off.sum() or least.numel() == 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
