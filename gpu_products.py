@@ -164,8 +164,8 @@ def _experts_sum_kernel(
     tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
-# Weights of 4 bits, in words of 8 columns, as they are on disk. KIND is "floats": a group has a scale and a zero point;
-# "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
+# Weights of 8 or 4 bits, in words of 4 or 8 columns, as they are on disk. KIND is "int8"; or "floats": a group has a scale
+# and a zero point; "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
 
 
 @triton.jit
@@ -178,7 +178,8 @@ def _dot_bytes(a, b, total):
 
 @triton.jit
 def _pick_bytes(first, second, places):
-    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`, which are below 8."""
+    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`; 0 at places from 8 on, if no
+    byte has its highest bit."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, places], dtype=tl.int32, is_pure=True, pack=1
     )
@@ -205,7 +206,7 @@ def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # of integers, because NaN is the largest of these
     top = tl.maximum(tl.max(tl.reshape(top, [BLOCKS, 4]), 1), 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
     x *= tl.reshape(tl.broadcast_to((127 / top)[:, None], [BLOCKS, 4]), [BLOCKS * 4])[:, None]
-    if KIND == "fp4":  # four neighbours in a word, else every second column, as `_weights_in_bytes` has them
+    if KIND == "fp4" or KIND == "int8":  # four neighbours in a word, else every second column, as in the weights
         a, b = tl.split(tl.permute(tl.reshape(x, [BLOCKS * 4, 2, 4]), (0, 2, 1)))
     else:
         a, b = tl.split(tl.reshape(x, [BLOCKS * 4, 4, 2]))
@@ -224,20 +225,20 @@ def _x_in_bytes(x_ptr, first, K: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
-def _fp4_in_bytes(places, negative):
-    """Twice the numbers of four nibbles: the places without their signs, and 1 where that is negative."""
-    plus = _pick_bytes(0x03020100, 0x0C080604, places)
-    minus = _pick_bytes(0xFDFEFF00 - 2**32, 0xF4F8FAFC - 2**32, places)
-    sign = _pick_bytes(0xFF00, 0, negative)
-    return (minus & sign) | (plus & ~sign)
+def _fp4_in_bytes(plus, minus):
+    """12 and twice the numbers of the last four nibbles of `plus`; `minus` has their signs the other way round. A place
+    with its highest bit set gives the highest bit of a byte, which is 0 in all."""
+    return _pick_bytes(0x0F0E0D0C, 0x18141210, plus) | _pick_bytes(0x090A0B0C, 0x00040608, minus)
 
 
 @triton.jit
-def _weights_in_bytes(words, KIND: tl.constexpr):
-    """Two words of bytes: twice the numbers of MXFP4, or q from 0 to 15."""
-    if KIND == "fp4":
-        places, negative = words & 0x77777777, (words >> 3) & 0x11111111
-        first, second = _fp4_in_bytes(places, negative), _fp4_in_bytes(places >> 16, negative >> 16)
+def _weights_in_bytes(words, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr):
+    """Two words of bytes for 8 columns: the numbers of int8, 12 and twice the numbers of MXFP4, or q from 0 to 15."""
+    if KIND == "int8":
+        first, second = tl.split(tl.reshape(words, [ROWS, BLOCKS * 4, 2]))
+    elif KIND == "fp4":
+        minus = words ^ (0x88888888 - 2**32)
+        first, second = _fp4_in_bytes(words, minus), _fp4_in_bytes(words >> 16, minus >> 16)
     else:
         first, second = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
     return first, second
@@ -250,38 +251,45 @@ def _byte_to_float(byte):
 
 
 @triton.jit
-def _int4_load(
+def _load_tile(
     matrix, rows, inside, first,
     K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """A tile of weights: words [rows, 4 BLOCKS], and what is stored of scales and zeros [rows, BLOCKS]."""
+    """A tile of weights: words of [rows, BLOCKS] blocks of 32 columns, and what is stored of their scales and zeros."""
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
-    at, block = first * 4 + tl.arange(0, BLOCKS * 4)[None, :], first + tl.arange(0, BLOCKS)[None, :]
-    w_at, group = w_ptr + rows * (K // 8) + at, rows * (K // G) + block // (G // 32)
+    WORDS: tl.constexpr = K // 4 if KIND == "int8" else K // 8
+    WIDE: tl.constexpr = 8 if KIND == "int8" else 4
+    at, block = first * WIDE + tl.arange(0, BLOCKS * WIDE)[None, :], first + tl.arange(0, BLOCKS)[None, :]
+    w_at, group = w_ptr + rows * WORDS + at, rows * (K // G) + block // (G // 32)
     if MASKED:
         inside_groups = inside & (block < K // 32)
-        words = tl.load(w_at, mask=inside & (at < K // 8), other=0)
-        scale = tl.load(s_ptr + group, mask=inside_groups, other=0)
+        words = tl.load(w_at, mask=inside & (at < WORDS), other=0)
+        scale = words if KIND == "int8" else tl.load(s_ptr + group, mask=inside_groups, other=0)
         zero = tl.load(z_ptr + group, mask=inside_groups, other=0) if KIND == "floats" else scale
     else:
-        words, scale = tl.load(w_at), tl.load(s_ptr + group)
-        zero = tl.load(z_ptr + group) if KIND == "floats" else scale
+        words = tl.load(w_at, mask=inside)
+        scale = words if KIND == "int8" else tl.load(s_ptr + group, mask=inside)
+        zero = tl.load(z_ptr + group, mask=inside) if KIND == "floats" else scale
     return words, scale, zero
 
 
 @triton.jit
-def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
-    """Products [ROWS, BLOCKS] of what `_int4_load` and `_x_in_bytes` gave, with two bytes of x or THREE."""
+def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
+    """Products [ROWS, BLOCKS] of what `_load_tile` and `_x_in_bytes` gave, with two bytes of x or THREE."""
     words, scale, zero = tile
     a_bytes, b_bytes, a_second, b_second, sums, step, a_third, b_third, third_sums = x
-    a, b = _weights_in_bytes(words, KIND)
-    minus: tl.constexpr = 0 if KIND == "fp4" else 8  # q - 8
-    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254 - minus * sums[None, :]
+    a, b = _weights_in_bytes(words, ROWS, BLOCKS, KIND)
+    minus: tl.constexpr = 12 if KIND == "fp4" else 8  # q - 8
+    dot = _dot_bytes(b, b_bytes[None, :], _dot_bytes(a, a_bytes[None, :], 0)) * 254
+    if KIND != "int8":
+        dot -= minus * sums[None, :]
     dot = _dot_bytes(b, b_second[None, :], _dot_bytes(a, a_second[None, :], dot))
     dot = tl.sum(tl.reshape(dot, [ROWS, BLOCKS, 4]), 2).to(tl.float32)
     x_sum = tl.sum(tl.reshape(sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :]
     if THREE:
-        third = _dot_bytes(b, b_third[None, :], _dot_bytes(a, a_third[None, :], -minus * third_sums[None, :]))
+        third = _dot_bytes(b, b_third[None, :], _dot_bytes(a, a_third[None, :], 0))
+        if KIND != "int8":
+            third -= minus * third_sums[None, :]
         dot += tl.sum(tl.reshape(third, [ROWS, BLOCKS, 4]), 2).to(tl.float32) * (1 / 254)
         x_sum += tl.sum(tl.reshape(third_sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :] * (1 / 254)
     if KIND == "fp4":
@@ -290,33 +298,34 @@ def _int4_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
         both = scale.to(tl.int32)
         zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
         dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
-    else:
+    elif KIND == "floats":
         dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
     return dot * step[None, :]
 
 
 @triton.jit
-def _int4_rows_dot(
-    x_ptr, matrix, tile, rows, inside,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
+def _rows_dot(
+    x_ptr, x, matrix, tile, rows, inside,
+    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights, of which the first tile is there, times x, with their bias, if there is one; [ROWS, 1]."""
+    """Rows of weights times x, of both of which the first tile is there, with their bias, if there is one; [ROWS, 1]."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
     THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
     factor, zero_step = 1.0, 1.0
-    if KIND == "bytes":
+    if KIND == "int8":
+        factor = tl.load(s_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    elif KIND == "bytes":
         factor = tl.load(z_ptr + 2 * rows, mask=inside, other=0.0)
         zero_step = tl.load(z_ptr + 2 * rows + 1, mask=inside, other=0.0)
-    x = _x_in_bytes(x_ptr, 0, K, BLOCKS, BLOCKS > WHOLE, KIND)
-    total = _int4_dot(tile, x, zero_step, ROWS, BLOCKS, KIND, THREE)
+    total = _tile_dot(tile, x, zero_step, ROWS, BLOCKS, KIND, THREE)
     for first in range(BLOCKS, WHOLE, BLOCKS):
-        later = _int4_load(matrix, rows, inside, first, K, G, BLOCKS, not EVEN, KIND)
+        later = _load_tile(matrix, rows, inside, first, K, G, BLOCKS, False, KIND)
         x = _x_in_bytes(x_ptr, first, K, BLOCKS, False, KIND)
-        total += _int4_dot(later, x, zero_step, ROWS, BLOCKS, KIND, THREE)
-    if BLOCKS <= WHOLE and WHOLE < K // 32:
-        last = _int4_load(matrix, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
-        total += _int4_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
+        total += _tile_dot(later, x, zero_step, ROWS, BLOCKS, KIND, THREE)
+    if BLOCKS <= WHOLE and WHOLE * 32 < K:
+        last = _load_tile(matrix, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
+        total += _tile_dot(last, _x_in_bytes(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
     y = tl.sum(total, 1)[:, None] * factor
     if b_ptr is not None:
         y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
@@ -324,73 +333,91 @@ def _int4_rows_dot(
 
 
 @jit_for_any_T
-def _int4_matvec_kernel(
+def _bytes_matvec_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of N rows and all of T tokens a program; GATED: half as many as gate, and as many from row N on as up.
+    """Every so manieth ROWS of N rows and all of T tokens a program, which fetches the next rows before it works on
+    these; GATED: half as many as gate, and as many from row N on as up.
 
     Of experts a program takes one of T pairs of a token and an expert. They and the bias are as for `_matvec_kernel`.
     """
     DIFFERENT: tl.constexpr = ROWS // 2 if GATED else ROWS
+    MASKED: tl.constexpr = BLOCKS * 32 > K
     i = tl.arange(0, ROWS)[:, None]
-    program, tokens, first = tl.program_id(0), T, 0
+    program, programs, tokens, first = tl.program_id(0), tl.num_programs(0), T, 0
     if chosen_ptr is not None:
-        pair, program, tokens = program % T, program // T, 1
+        pair, program, programs, tokens = program % T, program // T, programs // T, 1
         _wait_for_choice(PDL)
         first = tl.load(chosen_ptr + pair) * (2 * N if GATED else N)
         x_ptr += pair // USED * K
         y_ptr += pair * N
+    matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
+    rows = first + i // DIFFERENT * N + i % DIFFERENT
     out = program * DIFFERENT + i % DIFFERENT
-    rows, inside, matrix = first + out + i // DIFFERENT * N, out < N, (w_ptr, s_ptr, z_ptr, b_ptr)
-    tile = _int4_load(matrix, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
+    tile = _load_tile(matrix, rows + program * DIFFERENT, out < N, 0, K, G, BLOCKS, MASKED, KIND)
     inboxes = open_inboxes(peers_ptr, RANKS)
     if chosen_ptr is None:
         wait_for_inputs(PDL)
-    count = count_of_rows(inboxes, out, N, RANK, RANKS)
-    for _ in range(tokens):
-        y = _int4_rows_dot(x_ptr, matrix, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
-        if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
-            y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
-            at = program * DIFFERENT + tl.arange(0, DIFFERENT)
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
-        else:
-            if ACT is not None:
-                y = _activate(y, ACT, y_ptr.dtype.element_ty)
-            y = y.to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + out, y, mask=inside)
-            tell_rows(y, out, N, count, inboxes, RANK, RANKS)  # several ranks have one token
-        x_ptr += K
-        y_ptr += N
+    x = _x_in_bytes(x_ptr, 0, K, BLOCKS, MASKED, KIND)
+    for group in range(program, tl.cdiv(N, DIFFERENT), programs):
+        out = group * DIFFERENT + i % DIFFERENT
+        inside = group * DIFFERENT < N if EVEN else out < N
+        following = group + programs
+        more = following * DIFFERENT < N if EVEN else following * DIFFERENT + i % DIFFERENT < N
+        next_tile = _load_tile(matrix, rows + following * DIFFERENT, more, 0, K, G, BLOCKS, MASKED, KIND)
+        count = count_of_rows(inboxes, out, N, RANK, RANKS)
+        for token in range(tokens):
+            x_at, y_at = x_ptr + token * K, y_ptr + token * N
+            if T != 1 and chosen_ptr is None:
+                x = _x_in_bytes(x_at, 0, K, BLOCKS, MASKED, KIND)
+            y = _rows_dot(x_at, x, matrix, tile, rows + group * DIFFERENT, inside, K, G, ROWS, BLOCKS, KIND)
+            if GATED:
+                gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
+                y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+                at = group * DIFFERENT + tl.arange(0, DIFFERENT)
+                tl.store(y_at + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
+            else:
+                if ACT is not None:
+                    y = _activate(y, ACT, y_ptr.dtype.element_ty)
+                y = y.to(y_ptr.dtype.element_ty)
+                tl.store(y_at + out, y, mask=inside)
+                tell_rows(y, out, N, count, inboxes, RANK, RANKS)  # several ranks have one token
+        tile = next_tile
 
 
 @jit_for_any_T
-def _int4_experts_sum_kernel(
+def _bytes_experts_sum_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, weights_ptr, chosen_ptr, peers_ptr, T, N,
     USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, KIND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program, else as `_experts_sum_kernel`."""
+    MASKED: tl.constexpr = BLOCKS * 32 > K
     token = tl.program_id(0) % T
     out = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
-    inside, matrix = out < N, (w_ptr, s_ptr, z_ptr, b_ptr)
+    matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
+    inside = tl.program_id(0) >= 0 if EVEN else out < N
     chosen_ptr += token * USED
+    tiles = ()
+    for i in tl.static_range(USED):
+        rows = tl.load(chosen_ptr + i) * N + out
+        tiles = tiles + (_load_tile(matrix, rows, inside, 0, K, G, BLOCKS, MASKED, KIND),)
     inboxes = open_inboxes(peers_ptr, RANKS)
     wait_for_inputs(PDL)
     count = count_of_rows(inboxes, out, N, RANK, RANKS)
     total = tl.zeros([ROWS, 1], tl.float32)
     for i in tl.static_range(USED):
         rows = tl.load(chosen_ptr + i) * N + out
-        tile = _int4_load(matrix, rows, inside, 0, K, G, BLOCKS, not (EVEN and BLOCKS <= K // 32), KIND)
         x_at = x_ptr + (token * USED + i) * K
-        y = _int4_rows_dot(x_at, matrix, tile, rows, inside, K, G, ROWS, BLOCKS, EVEN, KIND)
+        x = _x_in_bytes(x_at, 0, K, BLOCKS, MASKED, KIND)
+        y = _rows_dot(x_at, x, matrix, tiles[i], rows, inside, K, G, ROWS, BLOCKS, KIND)
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         total += y * tl.load(weights_ptr + token * USED + i).to(tl.float32)
     y = total.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token * N + out, y, mask=inside)
+    tl.store(y_ptr + token * N + out, y, mask=out < N)
     tell_rows(y, out, N, count, inboxes, RANK, RANKS)
 
 
@@ -565,11 +592,25 @@ def _(weight, scales, zeros, dtype):
     return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
 
 
-def int4_options(N: int, K: int, scales, rows: int) -> dict:
-    """Constants of the int4 kernels, which take ROWS rows a program, `rows` of them of one kind."""
-    kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
+ROWS, WARPS, SUM_ROWS, SUM_WARPS, PER_SM = 16, 8, 8, 8, 2
+ROWS8, PER_SM8 = 8, 2
+
+
+def takes_bytes(weight: torch.Tensor) -> bool:
+    """Whether a weight is for the kernels that multiply bytes."""
+    return weight.dtype == torch.uint8 or weight.dtype == torch.int8 and weight.shape[1] % 32 == 0
+
+
+def bytes_options(N: int, weight, scales, rows: int, gated=False) -> dict:
+    """Constants of the kernels that multiply bytes, of which a program takes so many rows at a time."""
+    K, group = columns(weight), 32
+    if weight.dtype == torch.int8:
+        kind = "int8"
+    else:
+        kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
+        group = K // scales.shape[1]
     blocks = min(128, triton.next_power_of_2(K // 32))
-    return {"K": K, "G": K // scales.shape[1], "ROWS": 16, "BLOCKS": blocks, "EVEN": N % rows == 0, "KIND": kind}
+    return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % (rows // 2 if gated else rows) == 0, "KIND": kind}
 
 
 def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
@@ -584,18 +625,25 @@ def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, 
     (activation, gated, clamp), (peers, rank) = act, to
     options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
     options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
-    if weight.dtype != torch.uint8:
+    if not takes_bytes(weight):
         block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
             x, weight, scales, bias, y, chosen, peers, T, N,
             K=K, BLOCK=block, num_warps=warps, **options,
         )  # fmt: skip
     else:
-        rows = 8 if gated else 16
-        options |= int4_options(N, K, scales, rows)
-        grid = (triton.cdiv(N, rows) * (1 if chosen is None else T),)
+        rows, per_sm = (ROWS, PER_SM) if weight.dtype == torch.uint8 else (ROWS8, PER_SM8)
+        groups, pairs = triton.cdiv(N, rows // 2 if gated else rows), 1 if chosen is None else T
+        options |= bytes_options(N, weight, scales, rows, gated)
+        programs = min(groups, triton.cdiv(per_sm * multiprocessors(x.device), pairs))
         words = weight.view(torch.int32)
-        _int4_matvec_kernel[grid](x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=8, **options)
+        _bytes_matvec_kernel[(programs * pairs,)](
+            x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=WARPS, **options
+        )
+
+
+def multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def takes_few_tokens(x, weight: torch.Tensor) -> bool:
@@ -754,15 +802,16 @@ def sum_experts(
     y = x.new_empty(T, N)
     assert T == 1 or peers is None
     options = {"USED": used, "RANK": rank, "RANKS": 1 if peers is None else len(peers)} | launch_options(x.device)
-    if weight.dtype != torch.uint8:
+    if not takes_bytes(weight):
         arguments = (x, weight, scales, bias, y, weights, chosen, peers, T, N)
         _experts_sum_kernel[(N * T,)](*arguments, K=K, BLOCK=1024, **options)
     else:
-        options |= int4_options(N, K, scales, 16)
-        grid = (triton.cdiv(N, 16) * T,)
+        rows = SUM_ROWS if weight.dtype == torch.uint8 else SUM_ROWS // 2
+        options |= bytes_options(N, weight, scales, rows)
+        grid = (triton.cdiv(N, rows) * T,)
         words = weight.view(torch.int32)
         arguments = (x, words, scales, zeros, bias, y, weights, chosen, peers, T, N)
-        _int4_experts_sum_kernel[grid](*arguments, num_warps=8, **options)
+        _bytes_experts_sum_kernel[grid](*arguments, num_warps=SUM_WARPS, **options)
     return y
 
 
