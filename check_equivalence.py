@@ -53,7 +53,7 @@ from checkpoint import (
 from decode import Sampling, Steps, compiled_prefill, compiled_step, decode_step, generate
 from fast_model import to_reference
 from model import GPT, GPTConfig, rope_frequencies, rotate
-from quantized_linear import dequantize_weights
+from quantized_linear import Int4Linear, dequantize_weights
 from runtime import check_agreement, check_device, default_device, objects_of_ranks, print0, rank_and_count, run_command
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
 
@@ -439,9 +439,9 @@ def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
     """The largest error of a quantized weight, in half steps of the plain one's [N, K] rows or groups.
 
     A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. int4 may cut the ends
-    of a group off for less error in all, so that the root of its mean squared error counts. Scales and zeros are bytes
-    there: a scale is rounded up by at most a 125th of the row's largest. A zero is off by a 125th of its largest at
-    most, of which the scale bears a seventh.
+    of a group off for less error in all. So the root of its mean squared error counts, and how far a weight is from
+    the nearest of its group's numbers. Scales and zeros are bytes there: a scale is rounded up by at most a 125th of
+    the row's largest. A zero is off by a 125th of its largest at most, of which the scale bears a seventh.
     """
     tensors = {"a.weight": weight, "a.scales": scales} | ({} if zeros is None else {"a.zeros": zeros})
     groups = plain.float().unflatten(1, (1 if zeros is None else scales.shape[1], -1))  # [N, K/G, G]
@@ -452,7 +452,10 @@ def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
         low, high = groups.aminmax(dim=-1)
         step = (high - low) / 15
         borne = ((low + high + step) / 2).abs().amax(1, True) / 125 / 7
-        error, allowed = error.square().mean(-1).sqrt(), (step + borne + (step + borne).amax(1, True) / 125) / 2
+        q = Int4Linear.unpack(weight).view(groups.shape)
+        wrong = (q - Int4Linear.nearest(groups, scales[..., None], zeros[..., None])).abs().amax(-1) * step
+        error = error.square().mean(-1).sqrt() + wrong
+        allowed = (step + borne + (step + borne).amax(1, True) / 125) / 2
     return (error / allowed.clamp(min=1e-8)).max()
 
 

@@ -6,7 +6,7 @@ Only weights are quantized; activations stay as they are. Decisions to know:
 - Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
   costs nothing.
 - MXFP4 has a power of two per group of 32. Of a mixture the experts alone become MXFP4, which is the form of gpt-oss.
-  What has it already stays as it is when the rest is quantized. No kernel takes it yet, so it is slow.
+  What has it already stays as it is when the rest is quantized. Only GPUs have a kernel for it.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head
   gets a quantized copy of the embedding, which ends the tie.
 - The head is int8 beside 4-bit weights too. It is the most sensitive matrix: of SmolLM2's perplexity of 26.78, an int4
