@@ -9,9 +9,10 @@ them: bf16 181 and 208, int8 206 and 343; benchmarks/README.md and log.md say fr
   as two int8 numbers, 15 bits, so that no weight is converted; elsewhere they are converted inside a product.
   Otherwise weights are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
-- Converting an integer to a float is a quarter-rate instruction. So weights of 4 bits stay integers: in each block of
-  32 columns x becomes two bytes a number, 16 bits, or three if it is float32, and one instruction (dp4a) adds up four
-  products of bytes. Words are as on disk; their low and high nibbles meet the bytes of even and odd columns.
+- Converting an integer to a float is a quarter-rate instruction. So weights of 8 and 4 bits stay integers: in each
+  block of 32 columns x becomes two bytes a number, 16 bits, or three if it is float32, and one instruction (dp4a) adds
+  up four products of bytes. Words are as on disk. The nibbles of int4 meet the bytes of even and odd columns.
+- As many programs as fit on the GPU multiply bytes. Each makes its x once and fetches the next rows ahead.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those that are chosen, and one kernel sums their results.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
@@ -164,7 +165,7 @@ def _experts_sum_kernel(
     tell_rows(y, row, N, count, inboxes, RANK, RANKS)
 
 
-# Weights of 8 or 4 bits, in words of 4 or 8 columns, as they are on disk. KIND is "int8"; or "floats": a group has a scale
+# Weights of 8 or 4 bits, in words of 4 or 8 columns, as they are on disk. KIND is "int8"; "floats": a group has a scale
 # and a zero point; "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
 
 
@@ -308,7 +309,7 @@ def _rows_dot(
     x_ptr, x, matrix, tile, rows, inside,
     K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights times x, of both of which the first tile is there, with their bias, if there is one; [ROWS, 1]."""
+    """Rows of weights times x, with the bias, if there is one; [ROWS, 1]. Of both the first tile is there."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
     THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
@@ -339,8 +340,8 @@ def _bytes_matvec_kernel(
     EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every so manieth ROWS of N rows and all of T tokens a program, which fetches the next rows before it works on
-    these; GATED: half as many as gate, and as many from row N on as up.
+    """ROWS of N rows at a time and all of T tokens a program, which fetches its next rows before it multiplies these;
+    GATED: half as many as gate, and as many from row N on as up.
 
     Of experts a program takes one of T pairs of a token and an expert. They and the bias are as for `_matvec_kernel`.
     """
@@ -592,25 +593,19 @@ def _(weight, scales, zeros, dtype):
     return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
 
 
-ROWS, WARPS, SUM_ROWS, SUM_WARPS, PER_SM = 16, 8, 8, 8, 2
-ROWS8, PER_SM8 = 8, 2
-
-
 def takes_bytes(weight: torch.Tensor) -> bool:
-    """Whether a weight is for the kernels that multiply bytes."""
+    """Whether a weight is for the kernels that multiply bytes: whole blocks of 32 columns."""
     return weight.dtype == torch.uint8 or weight.dtype == torch.int8 and weight.shape[1] % 32 == 0
 
 
-def bytes_options(N: int, weight, scales, rows: int, gated=False) -> dict:
-    """Constants of the kernels that multiply bytes, of which a program takes so many rows at a time."""
-    K, group = columns(weight), 32
-    if weight.dtype == torch.int8:
-        kind = "int8"
-    else:
-        kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
+def bytes_options(N: int, weight, scales, rows: int, apart: int) -> dict:
+    """Constants of the kernels that multiply bytes, so many rows at a time, which are `apart` outputs."""
+    K, group, kind = columns(weight), 32, "int8"
+    if weight.dtype == torch.uint8:
         group = K // scales.shape[1]
+        kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
     blocks = min(128, triton.next_power_of_2(K // 32))
-    return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % (rows // 2 if gated else rows) == 0, "KIND": kind}
+    return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % apart == 0, "KIND": kind}
 
 
 def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
@@ -626,24 +621,22 @@ def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, 
     options = {"USED": used, "GATED": gated, "ACT": activation, "CLAMP": clamp} | launch_options(x.device)
     options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
     if not takes_bytes(weight):
-        block, warps = (512, 2) if gated and scales is not None else (1024, 4)
         _matvec_kernel[(N * T,)](
             x, weight, scales, bias, y, chosen, peers, T, N,
-            K=K, BLOCK=block, num_warps=warps, **options,
+            K=K, BLOCK=1024, num_warps=4, **options,
         )  # fmt: skip
+        return
+    # Rows, warps and programs of a multiprocessor: the fastest of eight such triples on an H100 (benchmarks/log.md).
+    if weight.dtype == torch.int8:
+        rows, warps, several = 8, 8 if K <= 4096 else 4, 3
     else:
-        rows, per_sm = (ROWS, PER_SM) if weight.dtype == torch.uint8 else (ROWS8, PER_SM8)
-        groups, pairs = triton.cdiv(N, rows // 2 if gated else rows), 1 if chosen is None else T
-        options |= bytes_options(N, weight, scales, rows, gated)
-        programs = min(groups, triton.cdiv(per_sm * multiprocessors(x.device), pairs))
-        words = weight.view(torch.int32)
-        _bytes_matvec_kernel[(programs * pairs,)](
-            x, words, scales, zeros, bias, y, chosen, peers, T, N, num_warps=WARPS, **options
-        )
-
-
-def multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        rows, warps, several = (16, 8, 2) if chosen is None else (8, 4, 3)
+    apart, pairs = rows // 2 if gated else rows, 1 if chosen is None else T
+    resident = several * torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(triton.cdiv(N, apart), triton.cdiv(resident, pairs))
+    options |= bytes_options(N, weight, scales, rows, apart)
+    arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, chosen, peers, T, N)
+    _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, **options)
 
 
 def takes_few_tokens(x, weight: torch.Tensor) -> bool:
@@ -806,12 +799,10 @@ def sum_experts(
         arguments = (x, weight, scales, bias, y, weights, chosen, peers, T, N)
         _experts_sum_kernel[(N * T,)](*arguments, K=K, BLOCK=1024, **options)
     else:
-        rows = SUM_ROWS if weight.dtype == torch.uint8 else SUM_ROWS // 2
-        options |= bytes_options(N, weight, scales, rows)
-        grid = (triton.cdiv(N, rows) * T,)
-        words = weight.view(torch.int32)
-        arguments = (x, words, scales, zeros, bias, y, weights, chosen, peers, T, N)
-        _bytes_experts_sum_kernel[grid](*arguments, num_warps=SUM_WARPS, **options)
+        rows = 8 if weight.dtype == torch.uint8 else 4
+        options |= bytes_options(N, weight, scales, rows, rows)
+        arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, weights, chosen, peers, T, N)
+        _bytes_experts_sum_kernel[(triton.cdiv(N, rows) * T,)](*arguments, num_warps=4, **options)
     return y
 
 
