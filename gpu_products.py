@@ -627,11 +627,13 @@ def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, 
         )  # fmt: skip
         return
     # Rows, warps and programs of a multiprocessor: the fastest of 15 such triples on an H100 (benchmarks/log.md).
-    rows, warps, several = (8, 4, 4) if weight.dtype == torch.int8 else (16, 8, 2) if chosen is None else (8, 4, 3)
+    if weight.dtype == torch.int8:
+        rows, warps, several = 8, 8 if K <= 4096 else 4, 3
+    else:
+        rows, warps, several = (16, 8, 2) if chosen is None else (8, 4, 3)
     apart, pairs = rows // 2 if gated else rows, 1 if chosen is None else T
     resident = several * torch.cuda.get_device_properties(x.device).multi_processor_count
-    groups = triton.cdiv(N, apart)
-    programs = triton.cdiv(groups, triton.cdiv(groups * pairs, resident))  # equal shares, so the next kernel finds room
+    programs = min(triton.cdiv(N, apart), triton.cdiv(resident, pairs))
     options |= bytes_options(N, weight, scales, rows, apart)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, chosen, peers, T, N)
     _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, **options)
