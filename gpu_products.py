@@ -626,7 +626,7 @@ def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, 
             K=K, BLOCK=1024, num_warps=4, **options,
         )  # fmt: skip
         return
-    # Rows, warps and programs of a multiprocessor: the fastest of 15 such triples on an H100 (benchmarks/log.md).
+    # Rows, warps and programs of a multiprocessor, chosen on an H100 among those in benchmarks/log.md.
     if weight.dtype == torch.int8:
         rows, warps, several = 8, 8 if K <= 4096 else 4, 3
     else:
