@@ -465,7 +465,7 @@ def _attention_kernel(
     tl.store(tops_ptr + 2 * out + 1, total)
     tl.debug_barrier()  # all warps have stored; the count then tells the other programs
     if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived_ptr + head, 0)  # for the next layer's
+        tl.store(arrived_ptr + head, 0)  # for the next step's
         # Parts of older slots, from the first on; the last one had the new tokens.
         parts = tl.minimum(tl.cdiv(older - oldest, tl.maximum(per_split, 1)), SPLITS - 1)
         for other in range(0, parts + 1):

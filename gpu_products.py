@@ -4,10 +4,10 @@ One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without 
 them: bf16 181 and 208, int8 206 and 343; benchmarks/README.md and log.md say from which runs. Decisions to know:
 
 - `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product, up to 6 do so
-  one by one in 4 bits. On Hopper 2 to 64 go through a tensor core's product, for which the copy engine (TMA) fetches
-  the weights; it is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights meet x there
-  as two int8 numbers, 15 bits, so that no weight is converted; elsewhere they are converted inside a product.
-  Otherwise weights are unpacked, then cuBLAS.
+  one by one in 4 bits. On Hopper 2 to 64 go through a tensor core's product, if the weights have 16 or 8 bits. The copy
+  engine (TMA) fetches these. It is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
+  meet x there as two int8 numbers, 15 bits, so that no weight is converted; elsewhere several tokens convert them
+  inside the product. Otherwise weights are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
 - Converting an integer to a float is a quarter-rate instruction. So weights of 8 and 4 bits stay integers: in each
   block of 32 columns x becomes two bytes a number, 16 bits, or three if it is float32, and one instruction (dp4a) adds
@@ -431,7 +431,8 @@ def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, 
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
     x = tl.load(x_ptr + token * K + at, mask=at < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-30) / 127
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # of integers, because NaN is the largest of these
+    scale = tl.maximum(top, 0x0DA24260).to(tl.float32, bitcast=True) / 127  # at least 1e-30
     x /= scale
     high = x + 12582912.0  # the nearest integer stands in the last bits
     low = (x - (high - 12582912.0)) * 254 + 12582912.0
@@ -536,7 +537,7 @@ def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr
     q = (tl.load(w_ptr + at // 8, mask=at < total, other=0) >> (at % 8 * 4).to(tl.int32)) & 15
     scale = tl.load(s_ptr + at // G, mask=at < total, other=0)
     if z_ptr is None:  # MXFP4
-        y = _fp4(q) * ((scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 8.507059173023462e37)
+        y = _fp4(q) * 8.507059173023462e37 * (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # 2^126 first
     else:
         zero = tl.load(z_ptr + at // G, mask=at < total, other=0.0).to(tl.float32)
         y = (q.to(tl.float32) - 8) * scale.to(tl.float32) + zero
@@ -678,8 +679,8 @@ def linear(
     bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
     peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or of `int4_layout`, scales and zeros [N, K/G]; or
-    MXFP4 in that layout, and scales [N, K/32] in uint8.
+    """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or packed as in `Int4Linear`, uint8 [N, K/2], with
+    scales and zeros [N, K/G] or what `in_bytes` makes of them; or packed MXFP4, and scales [N, K/32] in uint8.
 
     For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
     with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as

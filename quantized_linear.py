@@ -1,10 +1,10 @@
 """int8, int4 and MXFP4 weights: one linear class per format, and the swap that puts them into a model.
 
-Only weights are quantized; activations stay as they are. Decisions to know:
+Only weights are quantized. Kernels may round x to 15 or 16 bits, for products of integers. Decisions to know:
 
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
-- Scales and zero points are bf16. They are rounded first and the weights then fitted to them, so that this rounding
-  costs nothing.
+- Scales and zero points are bf16, in int4 whole multiples of a row's steps, so that a byte holds each. They are rounded
+  first, and the weights then fitted to them.
 - MXFP4 has a power of two per group of 32. Of a mixture the experts alone become MXFP4, which is the form of gpt-oss.
   What has it already stays as it is when the rest is quantized. Only GPUs have a kernel for it.
 - Every linear layer is quantized, and the output head. The embedding is not: a token reads one row of it. A tied head

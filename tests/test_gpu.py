@@ -202,6 +202,18 @@ def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape
                 assert close(found, make()(y), dtype, times=4), activation
                 found = gpu_products.linear(x, *parts, bias=added, activation=activation, gated=True)
                 assert close(found, make()(gate) * up, dtype, times=4), activation
+        x[1, 3] = float("nan")
+        y = gpu_products.linear(x, *parts)
+        assert y[1].isnan().all() and y[0].isfinite().all(), tokens
+
+
+def test_mxfp4_with_large_scales_is_dequantized_exactly():
+    import gpu_products
+
+    packed = torch.arange(256, dtype=torch.uint8, device="cuda").view(16, 16)
+    scales = torch.arange(110, 206, 6, dtype=torch.uint8, device="cuda")[:, None]  # powers of two from -17 to 73
+    numbers = gpu_products.dequantize(packed, scales, None, torch.float32)
+    assert torch.equal(numbers, Mxfp4Linear.dequantize(packed, scales).float()) and numbers.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8"])
