@@ -436,7 +436,7 @@ def errors_by_layer(reference, rounded, seen: list) -> float:
 
 
 def half_steps(plain, weight, scales, zeros=None) -> torch.Tensor:
-    """The largest error of a quantized weight, in half steps of the plain one's [N, K] rows or groups.
+    """The worst row of an int8 weight or group of an int4 one: its error in half steps of the plain [N, K] one's.
 
     A row has 127 steps up to its largest number, a group 15 from the smallest to the largest. int4 may cut the ends
     of a group off for less error in all. So the root of its mean squared error counts, and how far a weight is from
@@ -628,7 +628,7 @@ def quantized_rows(case: Case) -> Iterator[Row]:
         carrying = build_model(config, quantized, case.device, torch.float32, reference=True)(case.ids)
         yield compare(f"{mode} by token", carrying, logits, case.length, **case.exactness(quantized))
         options = {"tolerance": 1 + 2**-8, "difference": largest_half_steps(case.state_dict, quantized)}
-        reason = "each weight, in half steps of its row or group"
+        reason = "half steps of a row or group; of a group the root mean square"
         yield compare(f"{mode} against plain", case.expected, logits, case.length, reason=reason, **options)
 
 

@@ -263,7 +263,7 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 
 def told_words(ranks: int, dim: int) -> int:
-    """The same of what products tell in `linear`, which takes two such inboxes in turn."""
+    """The same of what `linear` and `sum_experts` tell, which take two such inboxes in turn."""
     return dim * (1 + ranks) + dim % 2
 
 
@@ -278,7 +278,7 @@ def add_norm(
     norm of that weight before it is added. With `plus_one` weights are what is added to 1.
 
     `peers` [ranks] are the addresses of the ranks' inboxes (`inbox_words`, `tp.shared_memory`). An update of one row
-    that the `linear` before has `told` is in inboxes of `told_words`. All ranks make the same calls; who comes first
+    that the product before has `told` is in inboxes of `told_words`. All ranks make the same calls; who comes first
     waits. The compiler is told that this changes nothing: each sum needs the one before it, so none is dropped, joined
     or moved.
     """

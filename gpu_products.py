@@ -12,7 +12,8 @@ them: bf16 181 and 208, int8 206 and 343; benchmarks/README.md and log.md say fr
 - Converting an integer to a float is a quarter-rate instruction. So weights of 8 and 4 bits stay integers: in each
   block of 32 columns x becomes two bytes a number, 16 bits, or three if it is float32, and one instruction (dp4a) adds
   up four products of bytes. Words are as on disk. The nibbles of int4 meet the bytes of even and odd columns.
-- As many programs as fit on the GPU multiply bytes. Each makes its x once and fetches the next rows ahead.
+- Bytes are multiplied by as many programs as fit on the GPU. Each makes its x once and fetches its next rows ahead.
+  The sum of experts has a program for every few rows, which fetches all experts' first tiles before it waits.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those that are chosen, and one kernel sums their results.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
@@ -309,7 +310,7 @@ def _rows_dot(
     x_ptr, x, matrix, tile, rows, inside,
     K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights times x, with the bias, if there is one; [ROWS, 1]. Of both the first tile is there."""
+    """Rows of weights times x, with the bias, if there is one; [ROWS, 1]. `tile` and `x` are the first tile of each."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS * BLOCKS
     THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
@@ -400,7 +401,7 @@ def _bytes_experts_sum_kernel(
     token = tl.program_id(0) % T
     out = tl.program_id(0) // T * ROWS + tl.arange(0, ROWS)[:, None]
     matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
-    inside = tl.program_id(0) >= 0 if EVEN else out < N
+    inside = tl.program_id(0) >= 0 if EVEN else out < N  # always, without a comparison for each row
     chosen_ptr += token * USED
     tiles = ()
     for i in tl.static_range(USED):
@@ -609,7 +610,7 @@ def bytes_options(N: int, weight, scales, rows: int, apart: int) -> dict:
     return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "EVEN": N % apart == 0, "KIND": kind}
 
 
-def launch_matvec(x, weights, y, act: tuple = (None, False, None), chosen=None, to=(None, 0)) -> None:
+def launch_matvec(x, weights, y, act: tuple, chosen=None, to=(None, 0)) -> None:
     """Fill y [T, N] for x [T, K], or, with `chosen` [T/used, used], for x [T/used, K].
 
     `weights` are the weight, scales, zeros and bias of `linear`, `act` its activation, gated and clamp, `to` its peers
