@@ -323,9 +323,28 @@ class AddNorm(nn.Module):
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
         self.register_buffer("told_peers", None, persistent=False)  # those that the product before has told its part
 
-    def forward(self, residual, update=None, post=None, told=True):
-        """The sum, and its norm, of residual and update [..., D]; `post` [D] are weights of a norm of the update. A row
-        that was one of several when it was computed, so that nobody has told it, is not `told`."""
+    def forward(self, residual, update=None, post=None, told=True, module=None):
+        """The sum, and its norm, of residual and update [..., D], or what a `module` projects the norm to. `post` [D]
+        are weights of a norm of the update. A row that was one of several when it was computed, so that nobody has told
+        it, is not `told`."""
+        if module is not None and (joined := self.joined(module, residual, update, post)):
+            return joined
+        residual, x = self.add(residual, update, post, told)
+        return residual, x if module is None else module.project(x)
+
+    def joined(self, module, residual, update, post):
+        """The same by one kernel, or None: of a single token a GPU's product takes the norm by itself, if it can."""
+        matrix, activation = module.projection()
+        if matrix is None or update is None or self.ranks > 1 or not self.is_plain(post):
+            return None
+        weights = matrix.gpu_weights() if is_single_token(residual) and on_gpu_kernels(residual) else None
+        if weights is None or not gpu_products.takes_norm(weights[0]):
+            return None
+        norm, more = (self.weight, self.eps), {"bias": matrix.bias, **activation}
+        residual, y = gpu_products.norm_linear(update.flatten(0, -2), residual, *norm, *weights, **more)
+        return residual, y.view(*residual.shape[:-1], -1)
+
+    def add(self, residual, update, post, told):
         if self.ranks == 1 or update is None:
             few = statically_known_true(residual.numel() <= 64 * residual.shape[-1])
         else:
@@ -336,14 +355,17 @@ class AddNorm(nn.Module):
             peers = None if update is None else self.told_peers if told else self.peers
             norms = (self.weight, self.bias, post, self.eps, self.plus_one)
             return gpu_kernels.add_norm(residual, update, *norms, self.scale, peers, self.rank, told)
-        plain = self.is_rms and self.pre_norm and post is None and not self.plus_one and self.scale == 1
-        if self.ranks == 1 and plain and update is not None and on_cpu_kernels(residual):
+        if self.ranks == 1 and self.is_plain(post) and update is not None and on_cpu_kernels(residual):
             return cpu_kernels.add_norm(residual, update, self.weight, self.eps)
         if update is not None:
             update = all_reduce(update, self.ranks)
             update = update if post is None else self.norm(update, post)
             residual = residual + (update if self.scale == 1 else update * self.scale)
         return residual, self.norm(residual, self.weight) if self.pre_norm else residual
+
+    def is_plain(self, post) -> bool:
+        """Whether it is an RMS norm of residual + update."""
+        return self.is_rms and self.pre_norm and post is None and not self.plus_one and self.scale == 1
 
     def norm(self, x, weight):
         if self.plus_one:
@@ -382,10 +404,18 @@ class Attention(nn.Module):
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
-    def forward(self, x, rope, mask, input_pos, to=ALONE):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        by_gpu_kernel = input_pos is not None and on_gpu_kernels(x) and T * self.queries_per_kv <= 64
+    def projection(self):
+        """See `AddNorm.joined`."""
+        return self.qkv, {}
+
+    def project(self, x):
+        return self.qkv(x)
+
+    def forward(self, qkv, rope, mask, input_pos, to=ALONE):
+        """The update of this rank [B, T, D], of what `project` gave: queries, keys and values [B, T, (H + 2 K) C]."""
+        B, T, _ = qkv.shape
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        by_gpu_kernel = input_pos is not None and on_gpu_kernels(qkv) and T * self.queries_per_kv <= 64
         norms_there = by_gpu_kernel and self.qk_norm is True
         if self.qk_norm and not norms_there:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -465,17 +495,23 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.dim, width, bias=config.mlp_bias)  # without a gate, up alone
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
-    def forward(self, x, to=ALONE):
+    def projection(self):
+        """See `AddNorm.joined`."""
+        return self.gate_up, {"activation": self.activation, "gated": self.gated, "clamp": self.clamp}
+
+    def project(self, x):
         weights = self.gate_up.gpu_weights() if on_gpu_kernels(x) else None
         if weights and takes_few_tokens(x, weights[0]):
-            more = {"bias": self.gate_up.bias, "activation": self.activation, "gated": self.gated}
-            more["clamp"] = self.clamp
-            y = gpu_products.linear(x.flatten(0, -2), *weights, **more).view(*x.shape[:-1], -1)
-        elif self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
-            y = cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
-        else:
-            y = self.act(self.gate_up(x))
-        return part_of_sum(self.down, y, to)
+            matrix, activation = self.projection()
+            y = gpu_products.linear(x.flatten(0, -2), *weights, bias=matrix.bias, **activation)
+            return y.view(*x.shape[:-1], -1)
+        if self.silu_gated and self.gate_up.cpu_weights(rows := x.flatten(0, -2)):
+            return cpu_kernels.linear(rows, *self.gate_up.cpu_weights(rows), gated=True).view(*x.shape[:-1], -1)
+        return self.act(self.gate_up(x))
+
+    def forward(self, hidden, to=ALONE):
+        """The update of this rank [..., D], of what `project` gave: hidden units [..., F]."""
+        return part_of_sum(self.down, hidden, to)
 
 
 def multiply_by_experts(x, weight, ends):
@@ -541,6 +577,13 @@ class SparseMLP(nn.Module):
         self.experts_down = Linear(config.hidden_dim, config.n_expert * config.dim, bias=bias)
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
+    def projection(self):
+        """See `AddNorm.joined`: the router and all experts take the same norm."""
+        return None, {}
+
+    def project(self, x):
+        return x
+
     def forward(self, x, to=ALONE):
         rows = x.flatten(0, -2)  # [N, D]
         logits = self.router(rows)  # [N, experts]
@@ -559,12 +602,11 @@ class SparseMLP(nn.Module):
         return y.view(x.shape)
 
     def of_few_by_kernels(self, x, logits, to):
-        weights, chosen = gpu_products.choose_experts(logits, self.used, self.norm_topk_prob)
         gate_up, down = self.experts_gate_up, self.experts_down
         kind = (self.activation, self.gated.clamp)
-        hidden = gpu_products.gated_experts(x, chosen, self.n_expert, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
+        hidden = gpu_products.gated_experts(x, logits, self.used, *kind, *gate_up.gpu_weights(), bias=gate_up.bias)
         more = {"bias": down.bias, "peers": to[0], "rank": to[1]}
-        return gpu_products.sum_experts(hidden, weights, chosen, self.n_expert, *down.gpu_weights(), **more)
+        return gpu_products.sum_experts(hidden, logits, self.used, self.norm_topk_prob, *down.gpu_weights(), **more)
 
     def with_bias(self, y, matrix, expert):
         """y [n, N/experts], each row with the bias of its expert's part [N/experts] of a matrix of all."""
@@ -623,12 +665,12 @@ class Block(nn.Module):
         return self.compute(*inputs) if torch.is_grad_enabled() else self.compute_in_region(*inputs)
 
     def compute(self, residual, update, post, rope, mask, input_pos):
-        residual, x = self.norm_1(residual, update, post)
+        residual, x = self.norm_1(residual, update, post, module=self.attn)
         update = self.attn(x, rope, mask, input_pos, (self.attn_peers, self.rank))
         if self.parallel:
             _, x = self.norm_2(residual)
-            return residual, update + self.mlp(x)
-        residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight)
+            return residual, update + self.mlp(self.mlp.project(x))
+        residual, x = self.norm_2(residual, update, self.post_attn and self.post_attn.weight, module=self.mlp)
         return residual, self.mlp(x, (self.mlp_peers, self.rank))
 
     compute_in_region = torch.compiler.nested_compile_region(compute)

@@ -544,73 +544,56 @@ def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, sc
 
 
 @triton.jit
-def _digit(key, ROUND: tl.constexpr, SHORT: tl.constexpr):
-    """Of a key's 32 bits the first 11, the next 11, the last 10; SHORT: of its first 16 bits 11, then 5."""
-    if ROUND == 0:
-        return (key >> 21).to(tl.int32)
-    if ROUND == 1:
-        return (key >> 16 & 31 if SHORT else key >> 10 & 2047).to(tl.int32)
-    return (key & 1023).to(tl.int32)
-
-
-@triton.jit
-def _chosen_bin(counts_ptr, k, BINS: tl.constexpr):
-    """The bin in which the k-th largest is, and which largest it is there."""
-    bins = tl.arange(0, BINS)
-    counts = tl.load(counts_ptr + bins)
-    from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    chosen = tl.max(tl.where(from_here >= k, bins, 0), 0)
-    return chosen, k - tl.sum(tl.where(bins > chosen, counts, 0), 0)
-
-
-@triton.jit
-def _count_digits_kernel(
-    x_ptr, counts_ptr, V, k,
-    ROUND: tl.constexpr, SHORT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+def _kth_kernel(
+    x_ptr, state_ptr, y_ptr, V, k, parts,
+    ROUNDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row: how often each digit comes among the numbers whose earlier digits are the k-th largest's."""
-    row, at = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    counts_ptr += row * 3 * BINS
+    """One part of a row: how often each digit comes among the numbers whose earlier digits are the k-th largest's.
+
+    After each digit a program waits for the other parts of its row. They have started, because rows and parts are taken
+    in the order in which programs start, and a GPU holds all parts of a row at once.
+    """
+    bins = tl.arange(0, 256)
     wait_for_inputs(PDL)
+    ticket = tl.atomic_add(state_ptr, 1, sem="relaxed")
+    row, at = ticket // parts, ticket % parts * BLOCK + tl.arange(0, BLOCK)
+    arrived_ptr = state_ptr + 1 + row * ROUNDS * 257
+    counts_ptr = arrived_ptr + ROUNDS
     bits = tl.load(x_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    key = (bits ^ (bits >> 31 | -(2**31))).to(tl.uint32, bitcast=True)  # in the order of the numbers
-    inside, rank = at < V, k
-    for earlier in tl.static_range(ROUND):
-        chosen, rank = _chosen_bin(counts_ptr + earlier * BINS, rank, BINS)
-        inside &= _digit(key, earlier, SHORT) == chosen
-    counts = tl.histogram(_digit(key, ROUND, SHORT), BINS, mask=inside)
-    tl.atomic_add(counts_ptr + ROUND * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _kth_kernel(counts_ptr, y_ptr, k, SHORT: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0)
-    counts_ptr += row * 3 * BINS
-    wait_for_inputs(PDL)
-    first, rank = _chosen_bin(counts_ptr, k, BINS)
-    second, rank = _chosen_bin(counts_ptr + BINS, rank, BINS)
-    key = first << 21 | (second << 16 if SHORT else second << 10)
-    if not SHORT:
-        third, rank = _chosen_bin(counts_ptr + 2 * BINS, rank, BINS)
-        key |= third
+    key = bits ^ (bits >> 31 | -(2**31))  # without sign in the order of the numbers
+    inside, rank, found = at < V, k, 0
+    for i in tl.static_range(ROUNDS):
+        digit = key >> (24 - 8 * i) & 255
+        counts = tl.histogram(digit, 256, mask=inside)
+        tl.atomic_add(counts_ptr + i * 256 + bins, counts, mask=counts > 0, sem="relaxed")
+        tl.debug_barrier()  # all warps have added
+        tl.atomic_add(arrived_ptr + i, 1, sem="release")
+        while tl.atomic_add(arrived_ptr + i, 0, sem="acquire") < parts:
+            pass
+        counts = tl.load(counts_ptr + i * 256 + bins, cache_modifier=".cg")
+        from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        chosen = tl.max(tl.where(from_here >= rank, bins, 0), 0)
+        rank -= tl.sum(tl.where(bins > chosen, counts, 0), 0)
+        inside &= digit == chosen
+        found = found << 8 | chosen
     # The sign bit is set in the key of a positive number; one of a negative number ends in ones.
-    bits = tl.where(key < 0, key ^ -(2**31), ~(key | 0xFFFF if SHORT else key))
+    found <<= 32 - 8 * ROUNDS
+    bits = tl.where(found < 0, found ^ -(2**31), ~(found | ((1 << (32 - 8 * ROUNDS)) - 1)))
     tl.store(y_ptr + row, bits.to(tl.float32, bitcast=True))
 
 
 @torch.library.custom_op("gpt_twin::kth_largest", mutates_args=(), device_types="cuda")
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest number of each row of x [..., V], [..., 1] in float32: digit by digit, by counting (a radix
-    select), in a pass over x for each of two digits of bf16 or three of float32. k is from 1 to V."""
+    select), two digits of bf16 or four of others. k is from 1 to V."""
     x, V = x.contiguous(), x.shape[-1]
-    rows, bins = x.numel() // V, 2048
-    counts = torch.zeros(rows, 3, bins, dtype=torch.int32, device=x.device)
+    rows, rounds = x.numel() // V, 2 if x.dtype == torch.bfloat16 else 4
+    state = torch.zeros(1 + rows * rounds * 257, dtype=torch.int32, device=x.device)
     y = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    options = {"SHORT": x.dtype == torch.bfloat16, "BINS": bins} | launch_options(x.device)
-    for digit in range(2 if x.dtype == torch.bfloat16 else 3):
-        grid = (triton.cdiv(V, 2048), rows)
-        _count_digits_kernel[grid](x, counts, V, k, ROUND=digit, BLOCK=2048, num_warps=8, **options)
-    _kth_kernel[(rows,)](counts, y, k, num_warps=8, **options)
+    block = max(256, triton.next_power_of_2(triton.cdiv(V, 64)))  # 64 parts at most
+    parts = triton.cdiv(V, block)
+    options = {"ROUNDS": rounds, "BLOCK": block, "num_warps": 8} | launch_options(x.device)
+    _kth_kernel[(rows * parts,)](x, state, y, V, k, parts, **options)
     return y
 
 

@@ -150,7 +150,12 @@ BROKEN = {
         "self.parallel, self.rank = False, rank",
         "pythia",
     ),
-    "parallel with one norm": ("fast_model", "_, x = self.norm_2(residual)", "pass", "pythia"),
+    "parallel with one norm": (
+        "fast_model",
+        "_, x = self.norm_2(residual)",
+        "x = self.norm_1.norm(residual, self.norm_1.weight)",
+        "pythia",
+    ),
     "sinks ignored": ("fast_model", "if sinks is not None:", "if False:", "gpt-oss"),
     "sinks with a value": ("fast_model", "F.pad(v, (0, 1, 1, 0))", "F.pad(v, (0, 1, 1, 0), value=1.0)", "gpt-oss"),
     "gate not clamped": ("fast_model", "gate.clamp(max=self.clamp), up", "gate, up", "gpt-oss"),
@@ -182,7 +187,12 @@ BROKEN = {
         "self.wpe(torch.arange(T, device=idx.device)[None])",
         "gpt-2",
     ),
-    "a norm left out": ("fast_model", "return residual, self.mlp(x,", "return residual, self.mlp(residual,", "llama-2"),
+    "a norm left out": (
+        "fast_model",
+        "else module.project(x)",
+        "else module.project(residual)",
+        "llama-2",
+    ),
     "the last norm left out": (
         "fast_model",
         "_, x = self.norm_f(residual, update, post,",

@@ -164,7 +164,9 @@ def test_attention_is_that_of_plain_pytorch(kernels, monkeypatch, threads, dtype
                 values[:, :, :200] = past
             else:
                 values[:, :, :200], scales[:, :, :200] = fast_model.quantize_heads(past)
-        results.append((layer(x, rope, mask, positions), [cache.clone() for cache in layer.buffers(recurse=False)]))
+        results.append(
+            (layer(layer.project(x), rope, mask, positions), [cache.clone() for cache in layer.buffers(recurse=False)])
+        )
     assert calls == [1]
     (y, stored), (expected, expected_stored) = results
     assert error(y, expected.double()) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -401,9 +401,12 @@ def test_only_a_single_token_takes_the_matrix_vector_path(monkeypatch):
             model(random_ids(rows, length), positions(3, 3 + length, rows))
 
 
-@pytest.mark.parametrize("tokens, by_kernels", [(1, True), (2, True), (64, True), (65, False)])
-def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, by_kernels, monkeypatch):
-    """With made-up ones, which compute plainly: every product and norm of 64 tokens, and none of 65."""
+@pytest.mark.parametrize(
+    "tokens, joined, calls", [(1, True, 4), (1, False, 6), (2, True, 6), (64, True, 6), (65, True, 0)]
+)
+def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, joined, calls, monkeypatch):
+    """With made-up ones, which compute plainly: every product and norm of 64 tokens, and none of 65. Of one token the
+    products after a norm take it with them, if they are `joined`."""
     config = replace(LLAMA, block_size=65)
     model, ids, rows = build(config), random_ids(1, tokens), []
 
@@ -419,15 +422,20 @@ def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, by_kernels
         x = x if update is None else x + update
         return x, F.rms_norm(x, weight.shape, weight, eps)
 
+    def norm_linear(x, residual, norm, eps, weight, **more):
+        total = residual + x.view(residual.shape)
+        return total, linear(F.rms_norm(total, norm.shape, norm, eps).flatten(0, -2), weight, **more)
+
     with torch.no_grad():
         expected = model(ids)
-        kernels = SimpleNamespace(takes_few_tokens=lambda x, weight: True, linear=linear, add_norm=add_norm)
+        more = {"takes_few_tokens": lambda x, weight: True, "takes_norm": lambda weight: joined}
+        kernels = SimpleNamespace(linear=linear, add_norm=add_norm, norm_linear=norm_linear, **more)
         monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
         monkeypatch.setattr(fast_model, "gpu_products", kernels)
         monkeypatch.setattr(fast_model, "cpu_kernels", None)
         monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
         close(model(ids), expected)
-    assert rows == ([tokens] * (6 * config.n_layer + 2) if by_kernels else [])
+    assert rows == [tokens] * (calls * config.n_layer + (2 if calls else 0))
 
 
 @torch.no_grad()

@@ -167,7 +167,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         inbox_words=lambda ranks, dim: ranks * dim,
         told_words=lambda ranks, dim: dim,
         gather_words=lambda ranks: ranks,
-        add_norm=lambda x, update, *norms: taken.append(norms[6:]),  # peers, rank, told
+        add_norm=lambda x, update, *norms: taken.append(norms[6:]) or (3 * x, x),  # peers, rank, told
     )
 
     def shared_memory(words, device):
@@ -182,7 +182,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
         taken.clear()
         x = torch.ones(1, rows, len(norm.weight))
         result = norm(x, x, told=told)
-        assert result is None or torch.equal(result[0], 3 * x)
+        assert torch.equal(result[0], 3 * x)
         told = told and rows == 1 and norm is not models[0].layers[0].norm_1
         assert not taken or taken[0][0] is (norm.told_peers if told else norm.peers)
         return [call[1:] for call in taken] == [(1, told)]
@@ -218,8 +218,8 @@ def empty_kernels(log):
         log.extend([("heard", update)] if norms[8] else [])
         return x, x
 
-    def sum_experts(hidden, weights, chosen, experts, weight, *parts, bias=None, **to):
-        return linear(chosen, weight[: len(weight) // experts], **to)
+    def sum_experts(hidden, logits, used, norm, weight, *parts, bias=None, **to):
+        return linear(logits, weight[: len(weight) // logits.shape[1]], **to)
 
     return SimpleNamespace(
         MOST_ROWS=16,
@@ -229,12 +229,12 @@ def empty_kernels(log):
         gather_words=lambda ranks: 1,
         runs_on=lambda device: True,
         takes_few_tokens=lambda x, weight: False,
+        takes_norm=lambda weight: True,  # but ranks have a sum before each
         linear=linear,
         add_norm=add_norm,
         attention=lambda q, *more: torch.zeros_like(q),
         gather=lambda x, peers, rank: torch.stack([x, x]),
-        choose_experts=lambda logits, used, norm: (logits[:, :used], torch.zeros(len(logits), used, dtype=torch.int64)),
-        gated_experts=lambda x, chosen, *more, **bias: x.new_zeros(chosen.numel(), 1),
+        gated_experts=lambda x, logits, used, *more, **bias: x.new_zeros(len(x) * used, 1),
         sum_experts=sum_experts,
     )
 
