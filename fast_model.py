@@ -12,6 +12,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
 - The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
+- Attention and feed-forward say which product comes first in them, their projection, so that `AddNorm` can leave the
+  norm to that product's kernel.
 - A layer is a nested compile region: the compiler works on one and reuses it for all. With gradients it is not.
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.

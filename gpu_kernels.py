@@ -550,8 +550,8 @@ def _kth_kernel(
 ):  # fmt: skip
     """One part of a row: how often each digit comes among the numbers whose earlier digits are the k-th largest's.
 
-    After each digit a program waits for the other parts of its row. They have started, because rows and parts are taken
-    in the order in which programs start, and a GPU holds all parts of a row at once.
+    After each digit a program waits for the other parts of its row. Rows and parts are taken in the order in which
+    programs start, and there are no more parts than multiprocessors, so nobody waits for a part that finds no room.
     """
     bins = tl.arange(0, 256)
     wait_for_inputs(PDL)
@@ -590,7 +590,8 @@ def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     rows, rounds = x.numel() // V, 2 if x.dtype == torch.bfloat16 else 4
     state = torch.zeros(1 + rows * rounds * 257, dtype=torch.int32, device=x.device)
     y = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    block = max(256, triton.next_power_of_2(triton.cdiv(V, 64)))  # 64 parts at most
+    most = min(64, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    block = max(256, triton.next_power_of_2(triton.cdiv(V, most)))
     parts = triton.cdiv(V, block)
     options = {"ROUNDS": rounds, "BLOCK": block, "num_warps": 8} | launch_options(x.device)
     _kth_kernel[(rows * parts,)](x, state, y, V, k, parts, **options)
