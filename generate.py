@@ -398,10 +398,13 @@ def warm_prefill(prefill, model, compiled: bool) -> None:
 def warm_up(args, session: Session, rows: list[list[int]]) -> None:
     """Take the first steps, so that no figure of an answer contains compilation or lazy loading.
 
-    A speculation that adapts gets the costs of its rounds.
+    A speculation that adapts gets the costs of its rounds. One new token comes from the prefill alone, so that no step
+    is there to compile.
     """
     model, steps, speculation = session.model, session.steps, session.steps.speculation
-    compiles = args.compile or args.compile_prefill
+    compiles = args.compile_prefill or (args.compile and (session.args.max_new_tokens > 1 or speculation is not None))
+    if args.compile and not compiles:
+        say("--compile compiles nothing, because one new token comes from the prefill; see --compile_prefill")
     if compiles:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits = time.perf_counter(), compiler_cache_hits()

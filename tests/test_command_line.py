@@ -350,6 +350,15 @@ def test_compiling_is_announced_and_in_no_figure(run):
         assert seconds < result.data["compile_seconds"] / 2
 
 
+def test_one_new_token_leaves_nothing_to_compile(run):
+    result = run(*GREEDY, "--prompt", "5", "--max_new_tokens", 1, "--compile")
+    assert result.samples == run(*GREEDY, "--prompt", "5", "--max_new_tokens", 1).samples
+    assert result.stderr.startswith("--compile compiles nothing") and "compiled in" not in result.stderr
+    assert "compile_seconds" not in result.data
+    result = run(*GREEDY, "--prompt", "5", "--max_new_tokens", 1, "--compile", "--prompt_lookup")
+    assert "compiled in" in result.stderr
+
+
 def test_a_compiled_prefill_takes_prompts_of_any_length_and_what_is_cached(run):
     torch.compiler.reset()
     session = (*GREEDY, "--interactive")
