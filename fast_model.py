@@ -13,7 +13,7 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
 - Attention and feed-forward say which product comes first in them, their projection, so that `AddNorm` can leave the
-  norm to that product's kernel.
+  norm to that product's kernel. So `AddNorm` calls it, and their `forward`, with its hooks, comes after it.
 - A layer is a nested compile region: the compiler works on one and reuses it for all. With gradients it is not.
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
@@ -407,7 +407,7 @@ class Attention(nn.Module):
             self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
     def projection(self):
-        """See `AddNorm.joined`."""
+        """The matrix that comes first, if there is one, and what `gpu_products.linear` takes for what follows it."""
         return self.qkv, {}
 
     def project(self, x):
@@ -498,7 +498,6 @@ class MLP(nn.Module):
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def projection(self):
-        """See `AddNorm.joined`."""
         return self.gate_up, {"activation": self.activation, "gated": self.gated, "clamp": self.clamp}
 
     def project(self, x):
@@ -580,8 +579,7 @@ class SparseMLP(nn.Module):
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
     def projection(self):
-        """See `AddNorm.joined`: the router and all experts take the same norm."""
-        return None, {}
+        return None, {}  # the router and the experts take the same norm
 
     def project(self, x):
         return x

@@ -10,7 +10,8 @@ much. Decisions to know:
   before has told the other ranks its part already, so that the norm's kernel only hears.
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding"). Whichever program ends last joins the parts.
-- The k-th largest number, for top-k sampling, is found by counting digits, without a sort.
+- The k-th largest number, for top-k sampling, is found by counting digits, without a sort, in one kernel whose
+  programs wait for one another.
 
 `fast_model.py`, `tp.py` and `decode.py` have the plain twin of each.
 
@@ -585,7 +586,10 @@ def _kth_kernel(
 @torch.library.custom_op("gpt_twin::kth_largest", mutates_args=(), device_types="cuda")
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest number of each row of x [..., V], [..., 1] in float32: digit by digit, by counting (a radix
-    select), two digits of bf16 or four of others. k is from 1 to V."""
+    select), two digits of bf16 or four of others. k is from 1 to V.
+
+    One call at a time on a device: on a small one the programs of two could each wait for room that the other has.
+    """
     x, V = x.contiguous(), x.shape[-1]
     rows, rounds = x.numel() // V, 2 if x.dtype == torch.bfloat16 else 4
     state = torch.zeros(1 + rows * rounds * 257, dtype=torch.int32, device=x.device)

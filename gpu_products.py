@@ -1,7 +1,7 @@
 """Triton kernels for products of few tokens with weights in bf16, int8 or 4 bits on a GPU, and for experts.
 
 One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without `gpu_kernels.py` and this file and with
-them: bf16 181 and 208, int8 206 and 343; benchmarks/README.md and log.md say from which runs. Decisions to know:
+them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say from which runs. Decisions to know:
 
 - `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product, up to 6 do so
   one by one in 4 bits. On Hopper 2 to 64 go through a tensor core's product, if the weights have 16 or 8 bits. The copy
@@ -52,7 +52,8 @@ def _wait_for_choice(PDL: tl.constexpr):
 
 @triton.jit
 def _places(logits_ptr, E: tl.constexpr):
-    """For each expert, how many of a token's E logits come before its own; E or more where there is none."""
+    """For each expert, how many of a token's E logits come before its own. Where there is no expert, or a logit is NaN,
+    it is any number."""
     BLOCK: tl.constexpr = triton.next_power_of_2(E)
     PART: tl.constexpr = min(BLOCK, 32)
     expert = tl.arange(0, BLOCK)[:, None]
@@ -238,7 +239,7 @@ def _to_bytes(x):
 
 @triton.jit
 def _columns(tile, BLOCKS: tl.constexpr):
-    """The columns of a tile of BLOCKS blocks, those of a word in a row."""
+    """The columns of a tile of BLOCKS blocks, 8 neighbours in a row."""
     return tile * BLOCKS * 32 + tl.arange(0, BLOCKS * 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
@@ -305,7 +306,7 @@ def _normed_x_tiles(
     for i in tl.static_range(TILES):
         at = _columns(i, BLOCKS)
         x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-        rounded = (tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32) + x).to(dtype)
+        rounded = (tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32) + x).to(total_ptr.dtype.element_ty)
         sums = sums + (rounded.to(tl.float32),)
         squares += tl.sum(sums[i] * sums[i])
         if tl.program_id(0) == 0:
@@ -710,19 +711,15 @@ def takes_bytes(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.uint8 or weight.dtype == torch.int8 and weight.shape[1] % 32 == 0
 
 
-def bytes_options(N: int, weight, scales, rows: int, apart: int) -> dict:
-    """Constants of the kernels that multiply bytes, so many rows at a time, which are `apart` outputs.
-
-    Of a row of up to 4,096 columns all tiles are fetched first. Of 4-bit weights with 2,880 columns small tiles leave
-    room for a third program, which int8 has anyway.
+def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 128) -> dict:
+    """Constants of the kernels that multiply bytes, so many rows at a time, which are `apart` outputs, in tiles of up
+    to so many blocks. Of a row of up to 4,096 columns all tiles are fetched first.
     """
     K, group, kind = columns(weight), 32, "int8"
     if weight.dtype == torch.uint8:
         group = K // scales.shape[1]
         kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
-    blocks = min(128, triton.next_power_of_2(K // 32))
-    if kind != "int8" and blocks == 128 and K < 4096:
-        blocks = 32
+    blocks = min(blocks, triton.next_power_of_2(K // 32))
     tiles = triton.cdiv(K, 32 * blocks) if K <= 4096 else 1
     more = {"EVEN": N % apart == 0, "KIND": kind}
     return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
@@ -735,7 +732,7 @@ def takes_norm(weight) -> bool:
 
 def row_tile(K: int) -> tuple[int, int]:
     """Columns and warps of a tile of a row of floats, as they were fastest on an H100 of K = 2,048 to 11,008."""
-    if K <= 4096:
+    if 1024 < K <= 4096:
         return (4096, 8) if K == 4096 else (2048, 4)
     return (2048, 8) if K % 2048 == 0 else (1024, 4)
 
@@ -768,7 +765,8 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     apart, pairs = rows // 2 if gated else rows, 1 if logits is None else T
     resident = several * torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(triton.cdiv(N, apart), triton.cdiv(resident, pairs))
-    options |= bytes_options(N, weight, scales, rows, apart)
+    small = weight.dtype == torch.uint8 and logits is not None and 2048 < K <= 3072  # so that a third program fits
+    options |= bytes_options(N, weight, scales, rows, apart, 32 if small else 128)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N, *norm)
     _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, **options)
 
@@ -856,8 +854,8 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """residual + x [1, K], and y as of `linear` for the RMS norm of that, by weights `norm` [K].
 
-    Each program of the product takes the norm by itself, which is faster than a kernel before it: on an H100 a step of
-    Llama-2-7B in int8 takes 2.73 ms instead of 2.84. For weights that `takes_norm` says.
+    Each program of the product takes the norm by itself. On an H100 a step of Llama-2-7B in int8 took 2.73 ms so, and
+    2.84 with a kernel before it; gpt-oss-20b in int8 gained nothing. For weights that `takes_norm` says.
     """
     x, residual, N = x.contiguous(), residual.contiguous(), weight.shape[0]
     total, y = torch.empty_like(residual), x.new_empty(1, N // 2 if gated else N)
@@ -915,8 +913,10 @@ def sum_experts(
         arguments = (x, weight, scales, bias, y, logits, peers, T, N)
         _experts_sum_kernel[(N * T,)](*arguments, K=K, BLOCK=1024, **options)
     else:
-        rows = 8 if weight.dtype == torch.uint8 else 4
-        options |= bytes_options(N, weight, scales, rows, rows)
+        rows, blocks = 4, 128
+        if weight.dtype == torch.uint8:  # in small tiles, so that all programs fit at once
+            rows, blocks = 8, 32 if K <= 4096 else 64
+        options |= bytes_options(N, weight, scales, rows, rows, blocks)
         arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N)
         _bytes_experts_sum_kernel[(triton.cdiv(N, rows) * T,)](*arguments, num_warps=4, **options)
     return y

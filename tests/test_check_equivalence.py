@@ -189,8 +189,8 @@ BROKEN = {
     ),
     "a norm left out": (
         "fast_model",
-        "else module.project(x)",
-        "else module.project(residual)",
+        "return residual, self.mlp(x,",
+        "return residual, self.mlp(self.mlp.project(residual),",
         "llama-2",
     ),
     "the last norm left out": (

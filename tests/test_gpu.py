@@ -240,9 +240,36 @@ def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
         assert torch.equal(chain(lambda: None), expected)
 
 
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("family", ["llama-2", "mixtral"])
+def test_a_model_gives_the_same_when_no_kernel_starts_early(mode, family, monkeypatch):
+    import gpu_kernels
+    import gpu_products
+
+    config = replace(FAMILIES[family], n_layer=12)
+    state = random_weights(config)
+    if mode:
+        config, state = quantize_model(config, state, mode, 32)
+    model = build_model(config, state, "cuda", torch.bfloat16)
+
+    @torch.no_grad()
+    def text():
+        model.setup_caches(1, 32)
+        torch.cuda._sleep(10**8)  # so that the kernels stand in line
+        return torch.cat(
+            [model(torch.full((1, 1), i, device="cuda"), torch.full((1, 1), i, device="cuda")) for i in range(8)]
+        )
+
+    found = [text() for _ in range(5)]
+    for file in (gpu_kernels, gpu_products):
+        monkeypatch.setattr(file, "launch_options", lambda device: {"PDL": False})
+    expected = text()
+    assert all(torch.equal(logits, expected) for logits in found)
+
+
 @pytest.mark.parametrize("kind", MODES)
 @pytest.mark.parametrize("dim", [96, 2880, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
     config = replace(FAMILIES["qwen2"], n_layer=1, dim=dim, hidden_dim=320)
     config, state = quantize_model(config, random_weights(config), kind, 32)
@@ -258,15 +285,17 @@ def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
         expected = act(expected if matrix.bias is None else expected + matrix.bias)
         with torch.no_grad():
             total, y = norm(x, update, module=module)
+            _, of_nan = norm(x, update.index_fill(-1, torch.tensor(5, device="cuda"), torch.nan), module=module)
         assert torch.equal(total, sums)
         assert close(y, expected, dtype, times=4)
+        assert of_nan.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kth_largest_is_that_of_a_sort(dtype):
     import gpu_kernels
 
-    for shape in ((1, 128256), (3, 2, 501), (1, 1)):
+    for shape in ((40, 128256), (1, 128256), (3, 2, 501), (1, 1)):  # of the first, more parts than a GPU holds at once
         x = (3 * torch.randn(shape, device="cuda")).to(dtype)
         for k in {1, min(200, shape[-1]), shape[-1]}:
             expected = x.float().sort(-1, descending=True).values[..., k - 1 : k]
@@ -364,7 +393,7 @@ def test_a_prompt_with_sinks_gives_what_the_plain_path_gives(heads, kv_heads, si
 
 
 @pytest.mark.parametrize("kind", ["plain", *MODES])
-@pytest.mark.parametrize("experts, used, hidden", [(8, 2, 3584), (12, 5, 96)])
+@pytest.mark.parametrize("experts, used, hidden", [(8, 2, 3584), (12, 5, 96), (64, 8, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expert_kernels_give_what_the_plain_path_gives(kind, experts, used, hidden, dtype):
     sizes = {"n_layer": 1, "dim": 1120, "hidden_dim": hidden, "n_expert": experts, "n_expert_used": used}
