@@ -74,6 +74,12 @@ def _expert_at(places, place, E: tl.constexpr):
 
 
 @triton.jit
+def _expert_of_pair(logits_ptr, pair, E: tl.constexpr, USED: tl.constexpr):
+    """The expert of a pair of a token and one of its USED places."""
+    return _expert_at(_places(logits_ptr + pair // USED * E, E), pair % USED, E)
+
+
+@triton.jit
 def _chosen_experts(logits_ptr, E: tl.constexpr, USED: tl.constexpr, NORM: tl.constexpr):
     """A token's USED experts, and the weights of their results: a softmax over all, or with NORM over these."""
     places = _places(logits_ptr, E)
@@ -158,7 +164,7 @@ def _matvec_kernel(
     w_row = row.to(tl.int64)
     if logits_ptr is not None:
         _wait_for_choice(PDL)
-        w_row += _expert_at(_places(logits_ptr + pair // USED * E, E), pair % USED, E) * (2 * N if GATED else N)
+        w_row += _expert_of_pair(logits_ptr, pair, E, USED) * (2 * N if GATED else N)
         x_ptr += pair // USED * K
         y_ptr += pair * N
     matrix = (w_ptr, s_ptr, b_ptr)
@@ -460,7 +466,7 @@ def _bytes_matvec_kernel(
     if logits_ptr is not None:
         pair, program, programs, tokens = program % T, program // T, programs // T, 1
         _wait_for_choice(PDL)
-        first = _expert_at(_places(logits_ptr + pair // USED * E, E), pair % USED, E) * (2 * N if GATED else N)
+        first = _expert_of_pair(logits_ptr, pair, E, USED) * (2 * N if GATED else N)
         x_ptr += pair // USED * K
         y_ptr += pair * N
     matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
@@ -712,8 +718,8 @@ def takes_bytes(weight: torch.Tensor) -> bool:
 
 
 def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 128) -> dict:
-    """Constants of the kernels that multiply bytes, so many rows at a time, which are `apart` outputs, in tiles of up
-    to so many blocks. Of a row of up to 4,096 columns all tiles are fetched first.
+    """Constants of the kernels that multiply bytes, `rows` at a time, which are `apart` outputs, in tiles of up to
+    `blocks`. Of a row of up to 4,096 columns all tiles are fetched first.
     """
     K, group, kind = columns(weight), 32, "int8"
     if weight.dtype == torch.uint8:
@@ -854,8 +860,9 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """residual + x [1, K], and y as of `linear` for the RMS norm of that, by weights `norm` [K].
 
-    Each program of the product takes the norm by itself. On an H100 a step of Llama-2-7B in int8 took 2.73 ms so, and
-    2.84 with a kernel before it; gpt-oss-20b in int8 gained nothing. For weights that `takes_norm` says.
+    Each program of the product takes the norm by itself. On an H100 a step of Llama-2-7B in int8 takes 2.73 ms so, with
+    a kernel before it 2.84; gpt-oss-20b, whose qkv alone is such a product, gained nothing (benchmarks/log.md). The
+    weight is one that `takes_norm` allows.
     """
     x, residual, N = x.contiguous(), residual.contiguous(), weight.shape[0]
     total, y = torch.empty_like(residual), x.new_empty(1, N // 2 if gated else N)
