@@ -26,6 +26,7 @@ Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv h
 
 import math
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn as nn
@@ -873,14 +874,17 @@ SURGERY = (
 
 
 def _module_pairs(config: GPTConfig):
-    """The table, written out for every layer of one model."""
-    for sources, target in SURGERY:
+    """The table, written out for every layer of one model. One layer comes after another, as matrices are made: of a
+    GPU's memory those that are fused leave whole blocks behind.
+    """
+    for layer, (sources, target) in product(range(config.n_layer), SURGERY):
+        if layer > 0 and "{}" not in target:
+            continue
         if not config.gated:
             sources = [name for name in sources if not name.endswith("gate_proj")]
         if "*" in sources[0]:
             sources = [name.replace("*", str(expert)) for expert in range(config.n_expert) for name in sources]
-        for layer in range(config.n_layer if "{}" in target else 1):
-            yield [name.format(layer) for name in sources], target.format(layer)
+        yield [name.format(layer) for name in sources], target.format(layer)
 
 
 def _by_module(names) -> dict:

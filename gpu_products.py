@@ -3,11 +3,13 @@
 One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without `gpu_kernels.py` and this file and with
 them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say from which runs. Decisions to know:
 
-- `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product, up to 6 do so
-  one by one in 4 bits. On Hopper 2 to 64 go through a tensor core's product, if the weights have 16 or 8 bits. The copy
-  engine (TMA) fetches these. It is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
-  meet x there as two int8 numbers, 15 bits, so that no weight is converted; elsewhere several tokens convert them
-  inside the product. Otherwise weights are unpacked, then cuBLAS.
+- `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product. On Hopper 2 to
+  64 go through a tensor core's product, if they have 16 bits. The copy engine (TMA) fetches the weights. It is in
+  Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights meet x there as two int8 numbers, 15
+  bits, so that no weight is converted. 4-bit ones become numbers of x's dtype in the registers that are the product's
+  operand: a thread has one of a block's four words, and x is put into the order of its numbers.
+- Elsewhere up to 6 tokens read 4-bit weights one by one, up to 64 convert int8 ones inside the product. Otherwise
+  weights are unpacked, then cuBLAS.
 - K and the group size are compile-time constants, and only the last tile of a row is masked.
 - Converting an integer to a float is a quarter-rate instruction. So weights of 8 and 4 bits stay integers: in each
   block of 32 columns x becomes two bytes a number, 16 bits, or three if it is float32, and one instruction (dp4a) adds
@@ -560,44 +562,141 @@ def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, 
     tl.store(s_ptr + token, scale)
 
 
+@triton.jit
+def _in_word_order_kernel(x_ptr, y_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A token's x [K] in the order in which `_unpack` gives the numbers of words."""
+    token, at = tl.program_id(0).to(tl.int64) * K, tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
+    column = at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 2 + at // 8 % 2 + at % 2 * 4
+    x = tl.load(x_ptr + token + column, mask=at < K, other=0.0)
+    tl.store(y_ptr + token + at, x, mask=at < K)
+
+
+def unpack_code(kind: str, dtype: torch.dtype) -> str:
+    """PTX that makes the 8 numbers of a word, times a scale and plus a zero point, as number i and number i + 4 of 4
+    pairs. Bits that stand in two halves of a register become two numbers of `dtype`, bf16 or float16, by one
+    instruction: of a q in the last bits of 128 or 1,024 these and 8 are taken; MXFP4's exponent and mantissa stand at
+    the end of the larger exponent, so the number is 2^126 or 2^14 too small.
+    """
+    half = dtype == torch.float16
+    name, bits, offset, factor = ("f16x2", 9, 0x64086408, 0x74007400) if half else ("bf16x2", 6, 0x43084308, 0x7E807E80)
+    lines = [".reg .b32 t, u, s, z;", "mov.b32 s, {$9, $9};", "mov.b32 z, {$10, $10};"]
+    for i in range(4):
+        if kind == "fp4":
+            by = bits - 4 * i
+            lines += [
+                f"sh{'l' if by > 0 else 'r'}.b32 t, $8, {abs(by)};",
+                f"and.b32 t, t, {0x00070007 << bits};",
+                f"shl.b32 u, $8, {12 - 4 * i};",
+                f"lop3.b32 t, u, {0x80008000}, t, 0xEA;",  # (u & mask) | t
+                f"mov.b32 u, {factor};",
+                f"mul.rn.{name} t, t, u;",
+                f"mul.rn.{name} t, t, s;",
+            ]
+        else:
+            lines += [
+                f"shr.b32 t, $8, {4 * i};",
+                f"lop3.b32 t, t, {0x000F000F}, {offset - 0x00080008}, 0xEA;",  # (t & mask) | 128 or 1,024
+                f"mov.b32 u, {offset};",
+                f"sub.rn.{name} t, t, u;",
+                f"fma.rn.{name} t, t, s, z;",
+            ]
+        lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.jit
+def _load_scales(s_ptr, z_ptr, rows, inside, group, GROUPS: gl.constexpr, KIND: gl.constexpr):
+    """Scales, and zero points if there are any, of some of the GROUPS of rows, as they are on disk."""
+    inside = inside & (group < GROUPS)
+    scale = gl.load(s_ptr + rows * GROUPS + group, mask=inside, other=0)
+    zero = gl.load(z_ptr + rows * GROUPS + group, mask=inside, other=0) if KIND == "floats" else scale
+    return scale, zero
+
+
+@gluon.jit
+def _unpack(words, scale, zero, steps, KIND: gl.constexpr, CODE: gl.constexpr, dtype: gl.constexpr):
+    """The numbers [M, 32 W] of words [M, W, 4], a block of 4 words of which has a scale and a zero point."""
+    if KIND == "bytes":
+        step, zero_step = steps
+        zero = (zero >> 8).to(gl.float32) * zero_step
+        scale = (scale & 255).to(gl.float32) * step
+    elif KIND == "fp4":
+        scale = (scale.to(gl.int32) << 23).to(gl.float32, bitcast=True)
+    scale, zero = scale.to(dtype)[:, :, None], zero.to(dtype)[:, :, None]
+    n = gl.inline_asm_elementwise(
+        CODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h,h", [words, scale, zero],
+        dtype=(scale.dtype,) * 8, is_pure=True, pack=1,
+    )  # fmt: skip
+    first = gl.join(gl.join(n[0], n[1]), gl.join(n[2], n[3]))
+    second = gl.join(gl.join(n[4], n[5]), gl.join(n[6], n[7]))
+    return gl.join(first, second).permute((0, 1, 5, 4, 2, 3)).reshape([words.shape[0], 32 * words.shape[1]])
+
+
 @gluon.jit(do_not_specialize_on_alignment=["T"])
 def _few_tokens_kernel(
-    w_desc, x_desc, x_scale_ptr, s_ptr, b_ptr, y_ptr, T, N, K,
-    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
+    w_desc, x_desc, x_scale_ptr, s_ptr, z_ptr, b_ptr, y_ptr, T, N, K,
+    GROUPS: gl.constexpr, SHARE: gl.constexpr, KIND: gl.constexpr, CODE: gl.constexpr, STAGES: gl.constexpr,
+    ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Some of N rows of weights [1 or 2, N, K] times all of T tokens, as columns of a tensor core's product; of 2 parts
     the first is gate, the other up. The first tiles of weights are on their way before the wait for x. int8 weights
-    take x as `_two_int8_kernel` makes it.
+    take x as `_two_int8_kernel` makes it, 4-bit ones, which are words, as `_in_word_order_kernel` does.
     """
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
-    BLOCK: gl.constexpr = w_desc.block_type.shape[2]
     COLS: gl.constexpr = x_desc.block_type.shape[0]
-    SIZE: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
-    BYTES: gl.constexpr = (PARTS * ROWS + COLS) * BLOCK * SIZE
+    BLOCK: gl.constexpr = x_desc.block_type.shape[1]
+    SIZE: gl.constexpr = x_desc.dtype.primitive_bitwidth // 8
+    W_BLOCK: gl.constexpr = w_desc.block_type.shape[2]
+    BYTES: gl.constexpr = PARTS * ROWS * W_BLOCK * w_desc.dtype.primitive_bitwidth // 8 + COLS * BLOCK * SIZE
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLS, 32 // SIZE])
-    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, BLOCK], w_desc.layout)
+    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, W_BLOCK], w_desc.layout)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLS, BLOCK], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     row = gl.program_id(0) * ROWS
     for i in gl.static_range(STAGES):
         hopper.mbarrier.init(full.index(i), count=1)
         hopper.mbarrier.expect(full.index(i), BYTES)
-        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, i * BLOCK], full.index(i), w.index(i))
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, i * W_BLOCK], full.index(i), w.index(i))
+    if KIND is not None:  # a thread has one of a block's four words, as a product's operand asks
+        words: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1, 0], [0, 2, 0], [0, 4, 0], [8, 0, 0]] + ([[64, 0, 0]] if PARTS == 2 else []),
+            [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+            [[16, 0, 0], [32, 0, 0]],
+            [],
+            [PARTS * ROWS, BLOCK // 32, 4],
+        )
+        by_block: gl.constexpr = gl.SliceLayout(2, words)
+        at = gl.arange(0, PARTS * ROWS, gl.SliceLayout(1, by_block))[:, None]
+        inside, at = row + at % ROWS < N, at // ROWS * N + row + at % ROWS
+        block = gl.arange(0, BLOCK // 32, gl.SliceLayout(0, by_block))[None, :]
+        steps_of_row = (0.0, 0.0)
+        if KIND == "bytes":
+            step_of_row = gl.load(z_ptr + 2 * at, mask=inside, other=0.0)
+            steps_of_row = (step_of_row, gl.load(z_ptr + 2 * at + 1, mask=inside, other=0.0) * step_of_row)
+        scale, zero = _load_scales(s_ptr, z_ptr, at, inside, block // SHARE, GROUPS, KIND)
     wait_for_inputs(PDL)
     for i in gl.static_range(STAGES):
         hopper.tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK], full.index(i), x.index(i))
     y = gl.zeros([PARTS * ROWS, COLS], gl.int32 if SIZE == 1 else gl.float32, mma)
-    steps = gl.maximum(gl.cdiv(K, BLOCK), STAGES)  # beyond K all are zeros
+    steps = gl.cdiv(K, BLOCK)  # beyond K all are zeros
     for step in range(steps):
         slot = step % STAGES
         hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
-        rows = w.index(slot).reshape([PARTS * ROWS, BLOCK])
+        rows = w.index(slot).reshape([PARTS * ROWS, W_BLOCK])
+        if KIND is not None:
+            next_block = (step + 1) * (BLOCK // 32) + block
+            next_scale, next_zero = _load_scales(s_ptr, z_ptr, at, inside, next_block // SHARE, GROUPS, KIND)
+            rows = rows.reshape([PARTS * ROWS, BLOCK // 32, 4]).load(words)
+            rows = _unpack(rows, scale, zero, steps_of_row, KIND, CODE, x_desc.dtype)
+            rows = gl.convert_layout(rows, gl.DotOperandLayout(0, mma, 2))
+            scale, zero = next_scale, next_zero
         y = hopper.warpgroup_mma(rows, x.index(slot).permute((1, 0)), y)
-        more, at = step + STAGES < steps, (step + STAGES) * BLOCK
+        more, later = step + STAGES < steps, step + STAGES
         hopper.mbarrier.expect(full.index(slot), BYTES, more)
-        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, at], full.index(slot), w.index(slot), more)
-        hopper.tma.async_copy_global_to_shared(x_desc, [0, at], full.index(slot), x.index(slot), more)
+        hopper.tma.async_copy_global_to_shared(w_desc, [0, row, later * W_BLOCK], full.index(slot), w.index(slot), more)
+        hopper.tma.async_copy_global_to_shared(x_desc, [0, later * BLOCK], full.index(slot), x.index(slot), more)
     if SIZE == 1:
         high, low = y.reshape([PARTS * ROWS, COLS // 2, 2]).split()
         y = high.to(gl.float32) + low.to(gl.float32) / 254
@@ -717,6 +816,11 @@ def takes_bytes(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.uint8 or weight.dtype == torch.int8 and weight.shape[1] % 32 == 0
 
 
+def kind_of(scales: torch.Tensor) -> str:
+    """KIND of packed weights with such scales."""
+    return {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
+
+
 def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 128) -> dict:
     """Constants of the kernels that multiply bytes, `rows` at a time, which are `apart` outputs, in tiles of up to
     `blocks`. Of a row of up to 4,096 columns all tiles are fetched first.
@@ -724,7 +828,7 @@ def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 1
     K, group, kind = columns(weight), 32, "int8"
     if weight.dtype == torch.uint8:
         group = K // scales.shape[1]
-        kind = {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
+        kind = kind_of(scales)
     blocks = min(blocks, triton.next_power_of_2(K // 32))
     tiles = triton.cdiv(K, 32 * blocks) if K <= 4096 else 1
     more = {"EVEN": N % apart == 0, "KIND": kind}
@@ -782,7 +886,7 @@ def takes_few_tokens(x, weight: torch.Tensor) -> bool:
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype in (x.dtype, torch.int8)
+        and weight.dtype in (x.dtype, torch.int8, torch.uint8)
         and weight.shape[1] * weight.element_size() % 16 == 0
     )
 
@@ -790,23 +894,34 @@ def takes_few_tokens(x, weight: torch.Tensor) -> bool:
 def launch_few_tokens(x, weights, y, act: tuple) -> None:
     """As `launch_matvec`, for T up to 64 and weights that `takes_few_tokens`."""
     (T, N), K = y.shape, x.shape[1]
-    (weight, scales, _, bias), (activation, gated, clamp) = weights, act
-    options, x_scales, cols = launch_options(x.device), None, 16 if T <= 16 else 64
-    if scales is not None:
+    (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
+    options, x_scales, kind, code, groups, share = launch_options(x.device), None, None, "", 0, 1
+    cols = 64 if T > 16 else 16 if T > 8 or scales is None else 8
+    if weight.dtype == torch.uint8:
+        kind, groups = kind_of(scales), scales.shape[1]
+        share = K // groups // 32
+        ordered, code = torch.empty_like(x), unpack_code(kind, x.dtype)
+        _in_word_order_kernel[(T,)](x, ordered, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
+        x, weight = ordered, weight.view(torch.int32)
+    elif scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
         x, cols = q, 2 * cols
-    bits, block = 8 * x.element_size(), 256 // x.element_size()
-    weight = weight.view(2 if gated else 1, N, K)
-    weight = TensorDescriptor.from_tensor(weight, [len(weight), 64, block], gl.NVMMASharedLayout(128, bits, 3))
-    x = TensorDescriptor.from_tensor(x, [cols, block], gl.NVMMASharedLayout(128, bits, 2))
-    # A block takes most of a multiprocessor's shared memory, of the faster int8 ones half. With room for three a layer
-    # took 153 us instead of 144; early blocks may then crowd onto a few multiprocessors, which nobody has looked at.
-    stage = 256 * (weight.block_shape[0] * 64 + cols)
-    stages = min(6, (110_000 if scales is not None and T <= 16 else 200_000) // stage)
-    _few_tokens_kernel[(triton.cdiv(N, 64),)](
-        weight, x, x_scales, scales, bias, y, T, N, K,
-        STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=4, **options,
+    parts, block = 2 if gated else 1, 256 if kind else 256 // x.element_size()
+    shapes = [parts, 64, block // 8 if kind else block], [cols, block]
+    # A program takes most of a multiprocessor's shared memory; of quantized weights half of it, if there are more
+    # programs than multiprocessors. benchmarks/log.md has what other shares gave.
+    programs, most = triton.cdiv(N, 64), 6 if scales is None else 16 if kind else 8
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    room = 110_000 if scales is not None and T <= 16 and programs > count else 200_000
+    stage = 64 * parts * (128 if kind else 256) + cols * block * x.element_size()
+    weight, x = (
+        TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout(128, 8 * t.element_size(), len(shape)))
+        for t, shape in zip((weight.view(parts, N, -1), x), shapes, strict=True)
+    )
+    _few_tokens_kernel[(programs,)](
+        weight, x, x_scales, scales, zeros, bias, y, T, N, K, GROUPS=groups, SHARE=share, KIND=kind, CODE=code,
+        STAGES=min(most, triton.cdiv(K, block), room // stage), ACT=activation, CLAMP=clamp, num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -828,7 +943,7 @@ def linear(
     (T, K), N = x.shape, weight.shape[0]
     few = 1 < T <= 64 and takes_few_tokens(x, weight)
     packed = weight.dtype == torch.uint8
-    if scales is not None and T > (6 if packed else 64):
+    if scales is not None and T > (6 if packed and not few else 64):
         weight, scales = dequantize(weight, scales, zeros, x.dtype), None
     assert T == 1 or few or activation is None
     assert peers is None or (T == 1 and not gated)

@@ -15,8 +15,8 @@ Only weights are quantized. Kernels may round x to 15 or 16 bits, for products o
   are cut and joined like plain weights. What one device's kernel wants is made by `prepare` after loading.
 - For a single token the packed weights are read once, as they are. For many they are dequantized, then multiplied,
   where no kernel converts them inside the product. On CPUs `cpu_kernels.py` does so for any number of tokens. Without
-  it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64 and the
-  int4 kernel for up to 6.
+  it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64, those
+  of 4 bits for up to 6, on Hopper for up to 64.
 
 Copy me: needs torch, and for speed `gpu_kernels.py` and `gpu_products.py` (GPUs) and `cpu_kernels.py` beside it.
 

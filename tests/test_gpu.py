@@ -133,39 +133,44 @@ def close(y, expected, dtype, times=1):
     return (y - expected).norm() <= times * (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
 
+def weights_of(kind, shape, dtype):
+    """What the kernels take as random weights of this kind, a number being int4's group size, and them in float64."""
+    import gpu_products
+
+    weight = torch.randn(shape, device="cuda")
+    if kind == "plain":
+        return (weight.to(dtype),), weight.to(dtype).double()
+    if kind == "int8":
+        parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
+        return parts, Int8Linear.dequantize(parts[0], parts[1].double())
+    if kind == "mxfp4":
+        parts = Mxfp4Linear.quantize(weight)
+        return tuple(parts.values()), Mxfp4Linear.dequantize(**parts).double()
+    parts = Int4Linear.quantize(weight, 32 if kind == "floats" else kind)
+    scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
+    if kind == "floats":  # that bytes do not hold
+        scales *= 1.01
+    expected = Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double())
+    scales, zeros = gpu_products.in_bytes(scales, zeros)
+    assert (scales.dtype == torch.int16) == (kind != "floats")
+    return (parts["weight"], scales, zeros), expected
+
+
 @pytest.mark.parametrize("kind", ["plain", "int8", "mxfp4", "floats", 32, 256])
 @pytest.mark.parametrize("shape", [(34, 768), (96, 11008)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
     import gpu_products
 
-    weight = torch.randn(shape, device="cuda")
-    if kind == "plain":
-        parts = expected = (weight.to(dtype),)
-    elif kind == "int8":
-        parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
-        expected = (Int8Linear.dequantize(parts[0], parts[1].double()),)
-    elif kind == "mxfp4":
-        parts = Mxfp4Linear.quantize(weight)
-        expected = (Mxfp4Linear.dequantize(**parts).double(),)
-        parts = tuple(parts.values())
-    else:
-        parts = Int4Linear.quantize(weight, 64 if kind == "floats" else kind)
-        scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
-        if kind == "floats":  # that bytes do not hold
-            scales *= 1.01
-        expected = (Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double()),)
-        scales, zeros = gpu_products.in_bytes(scales, zeros)
-        assert (scales.dtype == torch.int16) == (kind != "floats")
-        parts = (parts["weight"], scales, zeros)
+    parts, expected = weights_of(kind, shape, dtype)
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     for tokens in (1, 2, 16, 17, 70):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
         y, biased = gpu_products.linear(x, *parts), gpu_products.linear(x, *parts, bias=bias)
-        assert close(y, x.double() @ expected[0].double().T, dtype), tokens
-        assert close(biased, x.double() @ expected[0].double().T + bias, dtype), tokens
+        assert close(y, x.double() @ expected.T, dtype), tokens
+        assert close(biased, x.double() @ expected.T + bias, dtype), tokens
     x = x[:1] / shape[1] ** 0.5
-    exact = x.double() @ expected[0].double().T
+    exact = x.double() @ expected.T
     for activation, make in ACTIVATIONS.items():  # an error of each factor, and of the activation
         for added in (None, bias):
             y = exact if added is None else exact + added
@@ -176,18 +181,21 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
             assert close(found, make()(gate) * up, dtype, times=4), activation
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8"])
-@pytest.mark.parametrize("shape", [(34, 304), (1030, 776), (70, 4112), (66, 515)])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *product(("plain", "int8"), ((34, 304), (1030, 776), (70, 4112), (66, 515))),
+        *product(("mxfp4", "floats", 32), ((34, 288), (1030, 800), (70, 4128))),
+        *product((64, 128), ((70, 1152),)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape, dtype):
     import gpu_products
 
-    weight, (N, K) = torch.randn(shape, device="cuda"), shape
-    parts, expected = (weight.to(dtype),), weight.to(dtype).double()
-    if kind == "int8":
-        parts = tuple(t.to(dtype) if t.is_floating_point() else t for t in Int8Linear.quantize(weight).values())
-        expected = Int8Linear.dequantize(parts[0], parts[1].double())
+    (parts, expected), (N, K) = weights_of(kind, shape, dtype), shape
     bias = torch.randn(N, device="cuda", dtype=dtype)
+    activations = ACTIVATIONS if kind in ("plain", "int8") else {"silu": ACTIVATIONS["silu"]}  # seconds of compilation
     for tokens in (2, 5, 8, 9, 16, 33, 64, 65):
         x = torch.randn(tokens, K, device="cuda", dtype=dtype) / K**0.5
         x[1] *= 8  # no more, or float16 could not hold the square
@@ -197,7 +205,7 @@ def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape
             if tokens == 65 or not gpu_products.takes_few_tokens(x, parts[0]):
                 continue
             gate, up = y.chunk(2, dim=-1)
-            for activation, make in ACTIVATIONS.items():
+            for activation, make in activations.items():
                 found = gpu_products.linear(x, *parts, bias=added, activation=activation)
                 assert close(found, make()(y), dtype, times=4), activation
                 found = gpu_products.linear(x, *parts, bias=added, activation=activation, gated=True)
@@ -216,16 +224,13 @@ def test_mxfp4_with_large_scales_is_dequantized_exactly():
     assert torch.equal(numbers, Mxfp4Linear.dequantize(packed, scales).float()) and numbers.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "int8", 32])
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
     import gpu_kernels
     import gpu_products
 
-    weight = torch.randn(2048, 2048, device="cuda")
-    quantized = Int8Linear.quantize(weight)
-    parts = tuple(quantized.values()) if kind == "int8" else (weight.bfloat16(),)
-    parts = tuple(t.bfloat16() if t.is_floating_point() else t for t in parts)
+    parts, _ = weights_of(kind, (2048, 2048), torch.bfloat16)
     x, ones = torch.randn(tokens, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
 
     def chain(between):
