@@ -874,8 +874,8 @@ SURGERY = (
 
 
 def _module_pairs(config: GPTConfig):
-    """The table, written out for every layer of one model. One layer comes after another, as matrices are made: of a
-    GPU's memory those that are fused leave whole blocks behind.
+    """The table, written out for every layer of one model. Layer by layer, so that the parts of a fused matrix, once
+    freed, leave room for the next layer's.
     """
     for layer, (sources, target) in product(range(config.n_layer), SURGERY):
         if layer > 0 and "{}" not in target:

@@ -512,19 +512,18 @@ def attention(
     """
     B, T, H, C = q.shape
     KV, S = k_cache.shape[1:3]
-    along = 0 if T == 1 else 1  # from token to token; the stride of a dimension of one may be any number
-    q, k, v = (
-        t if t.stride()[2:] == (C, 1) and (T == 1 or t.stride(0) == T * t.stride(1)) else t.contiguous()
-        for t in (q, k, v)
-    )
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # views of one matrix stay views
+    q, k, v = (t if t.stride()[1:] == (C, 1) else t.contiguous() for t in (q, k, v))
     input_pos = input_pos.contiguous()
     rope = None if rope is None else rope.contiguous()
     M = 16 if T * H // KV <= 16 else 64
     CP = max(16, triton.next_power_of_2(C))
-    # About as many programs as multiprocessors. Those of an int8 cache are busy with conversions, so two share one and
-    # take larger tiles, where registers suffice: after 32,768 tokens the 8B's step takes an H200 5.25 ms, not 6.27.
-    twice = 2 if k_scales is not None and M == 16 and q.element_size() == 2 else 1
-    splits = max(1, 128 * twice // triton.next_power_of_2(B * KV))
+    # About as many programs as multiprocessors. Those of an int8 cache are busy with conversions. On Hopper two share
+    # one, with larger tiles, where registers suffice: after 32,768 tokens the 8B's step took an H200 5.25 ms, not 6.27.
+    # Other GPUs have less shared memory, and were not measured.
+    is_hopper = torch.cuda.get_device_capability(q.device)[0] == 9
+    twice = 2 if k_scales is not None and M == 16 and q.element_size() == 2 and is_hopper else 1
+    splits = min(128, max(1, 128 * twice // triton.next_power_of_2(B * KV)))  # the last to end joins them one by one
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
     tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
     y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
@@ -534,7 +533,7 @@ def attention(
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
         q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops, arrived, sinks, y,
-        T, S, window, q.stride(along), k.stride(along), v.stride(along),
+        T, S, window, q.stride(0), k.stride(0), v.stride(0),
         scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
         eps=eps, NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None,
         PLUS_ONE=plus_one, **shape, **options,

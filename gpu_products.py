@@ -3,10 +3,10 @@
 One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without `gpu_kernels.py` and this file and with
 them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say from which runs. Decisions to know:
 
-- `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product. On Hopper 2 to
-  64 go through a tensor core's product, if they have 16 bits. The copy engine (TMA) fetches the weights. It is in
-  Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights meet x there as two int8 numbers, 15
-  bits, so that no weight is converted. 4-bit ones become numbers of x's dtype in the registers that are the product's
+- `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product. On Hopper 2
+  to 64 go through a tensor core's product, if x has 16 bits. The copy engine (TMA) fetches the weights. It is in Gluon,
+  Triton's lower layer, where loads can be put before the wait. int8 weights meet x there as two int8 numbers, 15 bits,
+  so that no weight is converted. 4-bit ones become numbers of x's dtype in the registers that are the product's
   operand: a thread has one of a block's four words, and x is put into the order of its numbers.
 - Elsewhere up to 6 tokens read 4-bit weights one by one, up to 64 convert int8 ones inside the product. Otherwise
   weights are unpacked, then cuBLAS.
@@ -238,6 +238,12 @@ def _pick_bytes(first, second, places):
 
 
 @triton.jit
+def _power_of_two(scale):
+    """2^(scale - 127) of MXFP4's scales, exponents in a byte."""
+    return (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _to_bytes(x):
     """Words [W] of the signed bytes nearest to x [W, 4], and what is left of x."""
     rounded = x + 12582912.0  # 1.5 * 2^23: the last byte of the sum is the integer
@@ -408,7 +414,7 @@ def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
         dot += tl.sum(tl.reshape(third, [ROWS, BLOCKS, 4]), 2).to(tl.float32) * (1 / 254)
         x_sum += tl.sum(tl.reshape(third_sums, [BLOCKS, 4]), 1).to(tl.float32)[None, :] * (1 / 254)
     if KIND == "fp4":
-        dot *= (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
+        dot *= _power_of_two(scale) * 0.5
     elif KIND == "bytes":
         both = scale.to(tl.int32)
         zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
@@ -563,20 +569,19 @@ def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _in_word_order_kernel(x_ptr, y_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """A token's x [K] in the order in which `_unpack` gives the numbers of words."""
-    token, at = tl.program_id(0).to(tl.int64) * K, tl.arange(0, BLOCK)
+def _in_word_order_kernel(x_ptr, y_ptr, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Some of a token's x [K] in the order in which `_unpack` gives the numbers of words."""
+    first, at = tl.program_id(0) * K, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
     column = at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 2 + at // 8 % 2 + at % 2 * 4
-    x = tl.load(x_ptr + token + column, mask=at < K, other=0.0)
-    tl.store(y_ptr + token + at, x, mask=at < K)
+    tl.store(y_ptr + first + at, tl.load(x_ptr + first + column, mask=at < K, other=0.0), mask=at < K)
 
 
 def unpack_code(kind: str, dtype: torch.dtype) -> str:
     """PTX that makes the 8 numbers of a word, times a scale and plus a zero point, as number i and number i + 4 of 4
-    pairs. Bits that stand in two halves of a register become two numbers of `dtype`, bf16 or float16, by one
-    instruction: of a q in the last bits of 128 or 1,024 these and 8 are taken; MXFP4's exponent and mantissa stand at
-    the end of the larger exponent, so the number is 2^126 or 2^14 too small.
+    pairs. Nibbles in the two halves of a register become two numbers of `dtype`, bf16 or float16, by one instruction: q
+    stands in the last bits of 128 or 1,024, of which 136 or 1,032 is taken. MXFP4's exponent and mantissa stand at the
+    end of the larger exponent, so the number is 2^126 or 2^14 too small. Scales must be numbers of `dtype`.
     """
     half = dtype == torch.float16
     name, bits, offset, factor = ("f16x2", 9, 0x64086408, 0x74007400) if half else ("bf16x2", 6, 0x43084308, 0x7E807E80)
@@ -622,7 +627,7 @@ def _unpack(words, scale, zero, steps, KIND: gl.constexpr, CODE: gl.constexpr, d
         zero = (zero >> 8).to(gl.float32) * zero_step
         scale = (scale & 255).to(gl.float32) * step
     elif KIND == "fp4":
-        scale = (scale.to(gl.int32) << 23).to(gl.float32, bitcast=True)
+        scale = _power_of_two(scale)
     scale, zero = scale.to(dtype)[:, :, None], zero.to(dtype)[:, :, None]
     n = gl.inline_asm_elementwise(
         CODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h,h", [words, scale, zero],
@@ -641,7 +646,8 @@ def _few_tokens_kernel(
 ):  # fmt: skip
     """Some of N rows of weights [1 or 2, N, K] times all of T tokens, as columns of a tensor core's product; of 2 parts
     the first is gate, the other up. The first tiles of weights are on their way before the wait for x. int8 weights
-    take x as `_two_int8_kernel` makes it, 4-bit ones, which are words, as `_in_word_order_kernel` does.
+    take x as `_two_int8_kernel` makes it, 4-bit ones, which are words, as `_in_word_order_kernel` does. Of those CODE
+    is `unpack_code`'s, a row has GROUPS scales, and SHARE blocks of 32 columns have the same.
     """
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
@@ -754,7 +760,7 @@ def _int4_dequantize_kernel(w_ptr, s_ptr, z_ptr, out_ptr, total, G: tl.constexpr
     q = (tl.load(w_ptr + at // 8, mask=at < total, other=0) >> (at % 8 * 4).to(tl.int32)) & 15
     scale = tl.load(s_ptr + at // G, mask=at < total, other=0)
     if z_ptr is None:  # MXFP4
-        y = _fp4(q) * 8.507059173023462e37 * (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # 2^126 first
+        y = _fp4(q) * 8.507059173023462e37 * _power_of_two(scale)  # 2^126 first
     else:
         zero = tl.load(z_ptr + at // G, mask=at < total, other=0.0).to(tl.float32)
         y = (q.to(tl.float32) - 8) * scale.to(tl.float32) + zero
@@ -896,12 +902,12 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     (T, N), K = y.shape, x.shape[1]
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
     options, x_scales, kind, code, groups, share = launch_options(x.device), None, None, "", 0, 1
-    cols = 64 if T > 16 else 16 if T > 8 or scales is None else 8
+    cols = 64 if T > 16 else 16 if T > 8 or scales is None else 8  # 16-bit weights gained nothing by 8
     if weight.dtype == torch.uint8:
         kind, groups = kind_of(scales), scales.shape[1]
         share = K // groups // 32
         ordered, code = torch.empty_like(x), unpack_code(kind, x.dtype)
-        _in_word_order_kernel[(T,)](x, ordered, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
+        _in_word_order_kernel[(T, triton.cdiv(K, 1024))](x, ordered, K, BLOCK=1024, **options)
         x, weight = ordered, weight.view(torch.int32)
     elif scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
@@ -909,11 +915,11 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
         x, cols = q, 2 * cols
     parts, block = 2 if gated else 1, 256 if kind else 256 // x.element_size()
     shapes = [parts, 64, block // 8 if kind else block], [cols, block]
-    # A program takes most of a multiprocessor's shared memory; of quantized weights half of it, if there are more
-    # programs than multiprocessors. benchmarks/log.md has what other shares gave.
+    # A program takes most of a multiprocessor's shared memory; of quantized weights and up to 16 tokens half of it, if
+    # there are more programs than multiprocessors. benchmarks/log.md has what other shares gave.
     programs, most = triton.cdiv(N, 64), 6 if scales is None else 16 if kind else 8
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    room = 110_000 if scales is not None and T <= 16 and programs > count else 200_000
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    room = 110_000 if scales is not None and T <= 16 and programs > multiprocessors else 200_000
     stage = 64 * parts * (128 if kind else 256) + cols * block * x.element_size()
     weight, x = (
         TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout(128, 8 * t.element_size(), len(shape)))

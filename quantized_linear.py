@@ -1,6 +1,7 @@
 """int8, int4 and MXFP4 weights: one linear class per format, and the swap that puts them into a model.
 
-Only weights are quantized. Kernels may round x to 15 or 16 bits, for products of integers. Decisions to know:
+Only weights are quantized. Kernels may round x to 15 or 16 bits, for products of integers,
+or 4-bit weights to x's dtype, for products of several tokens. Decisions to know:
 
 - int8 is symmetric with one scale per row (output channel). int4 has a scale and a zero point per group of a row.
 - Scales and zero points are bf16, in int4 whole multiples of a row's steps, so that a byte holds each. They are rounded

@@ -134,7 +134,10 @@ def close(y, expected, dtype, times=1):
 
 
 def weights_of(kind, shape, dtype):
-    """What the kernels take as random weights of this kind, a number being int4's group size, and them in float64."""
+    """What the kernels take as random weights of this kind, and them in float64.
+
+    A number is int4's group size; "floats" has groups of 64, and scales that bytes do not hold.
+    """
     import gpu_products
 
     weight = torch.randn(shape, device="cuda")
@@ -146,9 +149,9 @@ def weights_of(kind, shape, dtype):
     if kind == "mxfp4":
         parts = Mxfp4Linear.quantize(weight)
         return tuple(parts.values()), Mxfp4Linear.dequantize(**parts).double()
-    parts = Int4Linear.quantize(weight, 32 if kind == "floats" else kind)
+    parts = Int4Linear.quantize(weight, 64 if kind == "floats" else kind)
     scales, zeros = parts["scales"].to(dtype), parts["zeros"].to(dtype)
-    if kind == "floats":  # that bytes do not hold
+    if kind == "floats":
         scales *= 1.01
     expected = Int4Linear.dequantize(parts["weight"], scales.double(), zeros.double())
     scales, zeros = gpu_products.in_bytes(scales, zeros)
@@ -185,8 +188,9 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
     ("kind", "shape"),
     [
         *product(("plain", "int8"), ((34, 304), (1030, 776), (70, 4112), (66, 515))),
-        *product(("mxfp4", "floats", 32), ((34, 288), (1030, 800), (70, 4128))),
-        *product((64, 128), ((70, 1152),)),
+        *product(("mxfp4", 32), ((34, 288), (1030, 800), (70, 4128))),
+        *product(("floats", 64, 128), ((70, 1152),)),
+        *product(("int8", "mxfp4", 32), ((8500, 2336),)),  # more programs than multiprocessors, more steps than stages
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -338,9 +342,9 @@ def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
 def test_the_attention_kernel_gives_what_the_plain_path_gives(
     heads, kv_heads, size, batch, tokens, dtype, int8_cache, qk_norm, plus_one, sinks
 ):
-    slots = 1000
+    slots = 6000  # so that a program has several tiles
     config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size, norm_plus_one=plus_one)
-    config = replace(config, qk_norm=qk_norm, sinks=sinks)
+    config = replace(config, qk_norm=qk_norm, sinks=sinks, block_size=slots)
     model = build_model(config, random_weights(config), "cuda", dtype)
     model.setup_caches(batch, slots, int8=int8_cache)
     attn = model.layers[0].attn
