@@ -250,7 +250,7 @@ def different_lengths(model, ids, expected):
 
 
 def compiled_steps(model, ids):
-    forward = compiled_step(model, ids.device.type)
+    forward = partial(compiled_step(lambda model, ids, input_pos: model(ids, input_pos), ids.device.type), model)
     in_chunks(model, ids, 1, forward)
     with torch.compiler.set_stance("fail_on_recompile"):
         return in_chunks(model, ids, 1, forward)

@@ -8,6 +8,7 @@ Decisions to know:
 - Prompts of different lengths are padded on the right. No token sees the padding: each attends to slots up to its own
   position, and a row's new tokens overwrite the padded slots before they come into view.
 - The compiled decode step is a value that is passed along. Prefill is eager unless it is given compiled.
+- On a GPU a step becomes a CUDA graph as it is, of the kernels that it starts; the compiler is for what has none there.
 - On a GPU the host runs ahead of the device by a few tokens and reads them in groups, so that no step waits for it.
 - Logits that are not finite become the token -1, which costs no wait, and end the loop where the host reads it.
 
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,10 @@ class Sampling:
         return self.temperature < 1e-6
 
 
+def by_gpu_kernels(device: torch.device) -> bool:
+    return gpu_kernels is not None and gpu_kernels.runs_on(device)
+
+
 def to_probabilities(logits, sampling: Sampling):
     """Probabilities [..., V] in float32 after temperature, then top-k, then top-p (Holtzman et al. 2020)."""
     logits, given = logits.float() / sampling.temperature, logits
@@ -69,25 +75,24 @@ def to_probabilities(logits, sampling: Sampling):
 
 def kth_largest(values, k: int):
     """The k-th largest number [..., 1] of each row of values [..., V]."""
-    if gpu_kernels is not None and gpu_kernels.runs_on(values.device):
+    if by_gpu_kernels(values.device):
         return gpu_kernels.kth_largest(values, k)
     return values.topk(k, sorted=False).values.amin(-1, keepdim=True)
 
 
 def likeliest(values):
-    """The index [..., 1] of the largest number of each row of values [..., V]; a NaN is the largest.
+    """The index [..., 1] of the largest number of each row of values [..., V], -1 where that is not finite. A NaN is
+    the largest of all.
 
     In 128 parts, because the compiler gives a row to one program of a GPU: of 262,208 logits it took 143 us.
     """
+    if by_gpu_kernels(values.device):
+        return gpu_kernels.choose(values)
     V = values.shape[-1]
     parts = F.pad(values, (0, -V % 128), value=float("-inf")).unflatten(-1, (128, -1))
     top, index = parts.max(-1)  # [..., 128]
     part = top.argmax(-1, keepdim=True)
-    return (part * parts.shape[-1] + index.gather(-1, part)).clamp(max=V - 1)
-
-
-def unless_nan(token, values):
-    """token [B, 1], or -1 where its entry in values [B, V] is not finite. A NaN anywhere in a row wins its argmax."""
+    token = (part * parts.shape[-1] + index.gather(-1, part)).clamp(max=V - 1)
     return torch.where(values.gather(-1, token).isfinite(), token, -1)
 
 
@@ -97,9 +102,11 @@ def sample(logits, noise, sampling: Sampling):
     `noise` [B, V] is Exp(1): argmax(p / noise) has distribution p.
     """
     if sampling.greedy:
-        return unless_nan(likeliest(logits), logits)
-    probabilities = to_probabilities(logits, sampling)
-    return unless_nan(likeliest(probabilities / noise), probabilities)
+        return likeliest(logits)
+    if sampling.top_p == 1 and by_gpu_kernels(logits.device):
+        least = kth_largest(logits, sampling.top_k) if 0 < sampling.top_k < logits.shape[-1] else None
+        return gpu_kernels.choose(logits, noise, least, 1 / sampling.temperature)
+    return likeliest(to_probabilities(logits, sampling) / noise)
 
 
 def why_not_finite(*models) -> str:
@@ -129,22 +136,63 @@ def decode_step(model, token, input_pos, noise, sampling: Sampling):
     return model.from_rank_0(sample(logits, noise, sampling)), following
 
 
+class Recorded:
+    """A step as CUDA graphs, one for each model and kind of input, recorded when it is first asked for.
+
+    The model is the first argument. Tensors among the others are copied to where a graph reads them, and the next call
+    overwrites the results. Graphs of a model are dropped when its memory is another one, see `FastGPT.make_tables`.
+    """
+
+    def __init__(self, function):
+        self.function, self.count = function, 0  # graphs that were recorded
+        self.of_models = WeakKeyDictionary()  # model: (its memory, {kind of input: (graph, own inputs, results)})
+
+    def __call__(self, model, *inputs, **settings):
+        memory, graphs = self.of_models.get(model, (None, {}))
+        if memory is not model.memory:
+            graphs = {}
+            self.of_models[model] = model.memory, graphs
+        kind = (*((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs), *settings.values())
+        with torch.cuda.device(inputs[0].device):
+            if kind not in graphs:
+                graphs[kind] = self._record(model, inputs, settings)
+            graph, own_inputs, results = graphs[kind]
+            for own, given in zip(own_inputs, inputs, strict=True):
+                if isinstance(given, torch.Tensor):
+                    own.copy_(given)
+            graph.replay()
+        return results
+
+    def _record(self, model, inputs, settings):
+        own = [copied(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        self.function(model, *own, **settings)  # builds its kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread that asks for events
+            results = self.function(model, *own, **settings)
+        self.count += 1
+        return graph, own, results
+
+
 def compiled_step(function, device: str):
-    """A step as one compiled graph; on a GPU it is tuned for reading speed and replayed as CUDA graph.
+    """A step that takes the host little time: elsewhere than on a GPU one compiled graph. There it is `Recorded`, as it
+    is or, without `gpu_kernels.py`, with the compiler's kernels.
 
     On a CPU the compiler would compute a norm again for each row of the weights after it (SmolLM2 in bfloat16: 56
     tokens/s instead of 71, benchmarks/log.md). Its 1,400 assertions a step take 0.3 ms of 6 there.
     """
-    on_gpu = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-    on_cpu = {"realize_opcount_threshold": 6, "size_asserts": False, "alignment_asserts": False}
-    if device.startswith("cuda") and gpu_kernels is not None and torch.__version__ < "2.13":
-        gpu_kernels.tell_compiler()
-    options = on_gpu if device.startswith("cuda") else on_cpu
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    if not device.startswith("cuda"):
+        options = {"realize_opcount_threshold": 6, "size_asserts": False, "alignment_asserts": False}
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    if by_gpu_kernels(torch.device(device)):
+        return Recorded(function)
+    options = {"coordinate_descent_tuning": True}
+    return Recorded(torch.compile(function, fullgraph=True, dynamic=False, options=options))
 
 
 def compiled_prefill(prefill=prefill):
     """`prefill` as one compiled graph for prompts of any length; a single token gets a graph of its own."""
+    if gpu_kernels is not None and torch.__version__ < "2.13":
+        gpu_kernels.tell_compiler()
     compiled = torch.compile(prefill, fullgraph=True)
 
     def run(model, prompt, input_pos, last):

@@ -407,6 +407,10 @@ class Attention(nn.Module):
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
+    def by_gpu_kernel(self, x, input_pos) -> bool:
+        """Whether a GPU's kernel, which needs no mask, takes tokens x [B, T, ...] at these positions."""
+        return input_pos is not None and on_gpu_kernels(x) and x.shape[1] * self.queries_per_kv <= 64
+
     def projection(self):
         """The matrix that comes first, if there is one, and what `gpu_products.linear` takes for what follows it."""
         return self.qkv, {}
@@ -418,7 +422,7 @@ class Attention(nn.Module):
         """The update of this rank [B, T, D], of what `project` gave: queries, keys and values [B, T, (H + 2 K) C]."""
         B, T, _ = qkv.shape
         q, k, v = qkv.split(self.sizes, dim=-1)
-        by_gpu_kernel = input_pos is not None and on_gpu_kernels(qkv) and T * self.queries_per_kv <= 64
+        by_gpu_kernel = self.by_gpu_kernel(qkv, input_pos)
         norms_there = by_gpu_kernel and self.qk_norm is True
         if self.qk_norm and not norms_there:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -699,6 +703,7 @@ class FastGPT(nn.Module):
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks] of all of them
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
+        self.memory = None  # another object whenever caches and tables have moved, for who holds their addresses
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, int8: bool | None = None):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the norms' dtype.
@@ -721,7 +726,7 @@ class FastGPT(nn.Module):
 
     def make_tables(self):
         """Those of the rotary angles, for the slots of the cache."""
-        config, device = self.config, self.wte.weight.device
+        config, device, self.memory = self.config, self.wte.weight.device, object()
         if config.rope_base is not None:
             self.rope = rope_table(config, self.max_seq_length, device)
         if config.rope_base_window is not None:
@@ -758,7 +763,7 @@ class FastGPT(nn.Module):
     def _apply(self, fn, recurse=True):
         """`.to(dtype)` comes through here; the table of angles stays float32."""
         super()._apply(fn, recurse)
-        if self.rope is not None:
+        if self.max_seq_length:
             self.make_tables()
         return self
 
@@ -788,7 +793,7 @@ class FastGPT(nn.Module):
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
         mask = in_window = None  # without positions a token sees those before it
-        if input_pos is not None:
+        if input_pos is not None and not self.layers[0].attn.by_gpu_kernel(idx, input_pos):
             slots = torch.arange(self.max_seq_length, device=idx.device)
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             if window is not None:

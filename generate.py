@@ -30,6 +30,7 @@ import cpu_kernels
 import tp
 from checkpoint import DTYPES, build_model, choose_dtype, default_dtype, fingerprint, quantize_model, read_checkpoint
 from decode import (
+    Recorded,
     Sampling,
     Steps,
     Text,
@@ -149,6 +150,7 @@ class Session:
     bandwidth: float  # bytes per second
     stopwatch: Stopwatch
     steps: Steps = Steps()
+    recorded: list[Recorded] = field(default_factory=list)  # those of the steps that are CUDA graphs
     slots: int = 0
     context: int = 0  # tokens that the model, and one that drafts, can have
     draft_bytes: int = 0  # that a step of the draft model reads
@@ -350,7 +352,9 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
     model = session.model
 
     def compiled(function):
-        return compiled_step(function, args.device) if args.compile else function
+        step = compiled_step(function, args.device) if args.compile else function
+        session.recorded += [step] if isinstance(step, Recorded) else []
+        return step
 
     def new_prefill():
         return compiled_prefill() if args.compile_prefill else prefill
@@ -376,12 +380,16 @@ def compiler_cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
-def compilations() -> int:
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compilations(session: Session) -> int:
     """Graphs and kernels that this process has built by now."""
     kernels = 0
     if gpu_kernels is not None:
         kernels = gpu_kernels.variants_built(gpu_kernels) + gpu_kernels.variants_built(gpu_products)
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] + kernels
+    return compiled_graphs() + sum(step.count for step in session.recorded) + kernels
 
 
 @torch.no_grad()
@@ -407,7 +415,7 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
         say("--compile compiles nothing, because one new token comes from the prefill; see --compile_prefill")
     if compiles:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
-    start, hits = time.perf_counter(), compiler_cache_hits()
+    start, hits, graphs = time.perf_counter(), compiler_cache_hits(), compiled_graphs()
     if args.interactive and has_cache(model) and (args.device != "cpu" or args.compile_prefill):
         warm_prefill(steps.prefill, model, args.compile_prefill)
     plain = replace(steps, speculation=None)
@@ -415,7 +423,8 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
         pass
     if speculation:
         session.steps = replace(steps, speculation=measured(args, session, rows))
-    seconds, kind = time.perf_counter() - start, "from cache" if compiler_cache_hits() > hits else "cold"
+    seconds = time.perf_counter() - start
+    kind = "from cache" if compiler_cache_hits() > hits else "cold" if compiled_graphs() > graphs else "recorded"
     if compiles:
         say(f"compiled in {seconds:.1f} s ({kind})")
         session.figures |= {"compile_seconds": seconds, "compile_kind": kind}
@@ -452,7 +461,7 @@ def answer_once(session: Session, answers: list[Answer], steps: Steps, show) -> 
     if session.slots < model.config.block_size:  # else generate() ends each row at its own last slot
         new = min(new, session.slots - max(map(len, rows)) + 1)
     seed = session.args.seed + len(session.samples) - len(rows)  # of the first row; these are among the samples already
-    times, built, start = [], compilations(), time.perf_counter()
+    times, built, start = [], compilations(session), time.perf_counter()
     for ids in generate(model, rows, new, session.sampling, session.eos_ids, seed, cached, steps):
         times.append(time.perf_counter() - start)
         for answer, id in zip(answers, ids, strict=True):
@@ -469,7 +478,7 @@ def answer_once(session: Session, answers: list[Answer], steps: Steps, show) -> 
     seconds, tokens = times[-1] - times[0], sum(map(len, rows))
     taken = len(steps.speculation.history) if steps.speculation else len(times) - 1
     decoded = sum(len(answer.token_ids) for answer in answers) - len(rows)  # each row's first belongs to the prefill
-    built = compilations() - built
+    built = compilations(session) - built
     measured = taken and not built
     return {
         "prompt_tokens": tokens,

@@ -11,7 +11,7 @@ much. Decisions to know:
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding"). Whichever program ends last joins the parts.
 - The k-th largest number, for top-k sampling, is found by counting digits, without a sort, in one kernel whose
-  programs wait for one another.
+  programs wait for one another. A second one takes the token.
 
 `fast_model.py`, `tp.py` and `decode.py` have the plain twin of each.
 
@@ -613,11 +613,68 @@ def _(x, k):
     return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
+# --- The largest of many numbers --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _largest_kernel(
+    x_ptr, noise_ptr, least_ptr, state_ptr, y_ptr, V, parts, scale,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One part of a row. What is largest so far, and where, is one number of 63 bits, of which all parts of the row
+    take the maximum. Whoever ends last writes the answer."""
+    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + row.to(tl.int64) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    score = x
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + row.to(tl.int64) * V + at, mask=at < V, other=1.0)
+        score = x * scale - tl.log(noise)
+    if least_ptr is not None:
+        score = tl.where(x < tl.load(least_ptr + row), float("-inf"), score)
+    bits = score.to(tl.int32, bitcast=True)
+    key = (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(tl.int64) + 2**31  # from 0 on, in the order of the numbers
+    key = tl.where(score != score, 2**32 - 1, key)
+    best = tl.max(tl.where(at < V, key << 31 | (2**31 - 1 - at), 0), 0)  # of equal numbers the first
+    tl.atomic_max(state_ptr + 2 * row, best, sem="release")
+    if tl.atomic_add(state_ptr + 2 * row + 1, 1, sem="acq_rel") == parts - 1:
+        best = tl.atomic_max(state_ptr + 2 * row, 0, sem="acquire")
+        finite = (best >> 31 > 0x007FFFFF) & (best >> 31 < 0xFF800000)  # the keys of -inf and inf
+        tl.store(y_ptr + row, tl.where(finite, 2**31 - 1 - (best & (2**31 - 1)), -1))
+
+
+@torch.library.custom_op("gpt_twin::choose", mutates_args=(), device_types="cuda")
+def choose(
+    logits: torch.Tensor, noise: torch.Tensor | None = None, least: torch.Tensor | None = None, scale: float = 1.0
+) -> torch.Tensor:
+    """Where the largest of each row of logits [..., V] is, [..., 1] in int64; -1 if that is no finite number, and a NaN
+    is the largest of all.
+
+    With Exp(1) `noise` [..., V] a token of the probabilities softmax(scale * logits), as the largest of
+    scale * logits - log(noise): the Gumbel-max trick (Maddison et al. 2014, arXiv:1411.0030). Logits below `least`
+    [..., 1] are left out.
+    """
+    logits, V = logits.contiguous(), logits.shape[-1]
+    noise, least = (None if t is None else t.contiguous() for t in (noise, least))
+    rows, block = logits.numel() // V, 2048
+    parts = triton.cdiv(V, block)
+    state = torch.zeros(2 * rows, dtype=torch.int64, device=logits.device)
+    y = torch.empty(*logits.shape[:-1], 1, dtype=torch.int64, device=logits.device)
+    options = {"BLOCK": block, "num_warps": 8} | launch_options(logits.device)
+    _largest_kernel[(rows * parts,)](logits, noise, least, state, y, V, parts, scale, **options)
+    return y
+
+
+@choose.register_fake
+def _(logits, noise=None, least=None, scale=1.0):
+    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.int64)
+
+
 def tell_compiler() -> None:
-    """Make the operators that stand late in a graph known to PyTorch's compiler. It finds out by itself, but before
+    """Make the operator that stands late in a graph known to PyTorch's compiler. It finds out by itself, but before
     2.13 it first writes out all that comes before an operator it does not know: after 32 layers that takes minutes."""
     from torch._inductor.lowering import lowerings, make_fallback
 
-    for operator in (torch.ops.gpt_twin.kth_largest.default, torch.ops.gpt_twin.gather.default):
-        if operator not in lowerings:
-            make_fallback(operator, warn=False)
+    if torch.ops.gpt_twin.gather.default not in lowerings:
+        make_fallback(torch.ops.gpt_twin.gather.default, warn=False)

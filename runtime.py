@@ -267,9 +267,11 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError if this machine has no such device."""
+    """Raises ValueError if this machine has no such device. A GPU becomes the current one, on which kernels start."""
     try:
         torch.empty(1, device=device).item()  # of "meta" there is nothing to read
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"there is no device {device!r} on this machine; the default is {default_device()}") from error
 

@@ -29,7 +29,6 @@ from decode import (
     likeliest,
     prefill,
     to_probabilities,
-    unless_nan,
     why_not_finite,
 )
 from runtime import synchronize
@@ -64,7 +63,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     token is -1 where p or q is not finite.
     """
     if sampling.greedy:
-        best = unless_nan(likeliest(logits), logits)[..., 0]  # [B, k + 1]
+        best = likeliest(logits)[..., 0]  # [B, k + 1]
         count = (drafts == best[:, :-1]).cumprod(1).sum(1, keepdim=True)
         return count, best.gather(1, count)
     p = to_probabilities(logits, sampling)
@@ -76,7 +75,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
-    return count, unless_nan(likeliest(rest / noise), rest)
+    return count, likeliest(rest / noise)
 
 
 def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):

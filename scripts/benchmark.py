@@ -30,8 +30,8 @@ Decisions to know:
 - A sample in which something would be compiled is an error. Of `prefill` at most the first two lengths compile.
 - `decode` takes the samples of all rows in turn, so that a machine that is slower for a minute is so for all of them;
   the other suites take them row by row.
-- `decode`, `context` and `batch` say how long compiling the greedy step takes, cold in an empty cache of its own, then
-  warm. Triton kernels that an earlier model of the run has compiled stay in the process.
+- `decode`, `context` and `batch` say how long it takes until the greedy step is compiled or recorded, cold in an empty
+  cache of its own, then warm. Triton kernels that the run has compiled before stay in the process.
 - `context` and `batch` decode greedily.
 - `ladder` adds one thing a row: the twin with its cache, the compiler, the kernels, fewer bits. The rows before the
   kernels run without those for GPUs. `model.py` computes the whole text again for each token, so its row is of the
@@ -92,6 +92,7 @@ from checkpoint import (
 )
 from convert_hf_checkpoint import config_from_hf
 from decode import (
+    Recorded,
     Sampling,
     Steps,
     cache_slots,
@@ -364,6 +365,17 @@ def compile_times(device: str, action, *arguments) -> tuple[float, float, object
     return *seconds, step
 
 
+@contextmanager
+def nothing_built(*steps):
+    """Inside, compiling is an error, and recording a CUDA graph of one of these steps is one at the end."""
+    recorded = [step for step in steps if isinstance(step, Recorded)]
+    before = [step.count for step in recorded]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        yield
+    if [step.count for step in recorded] != before:
+        raise RuntimeError("a CUDA graph was recorded inside a sample, so its figure would be false")
+
+
 def count_kernels(events) -> int:
     """Kernels among a profiler's events, which on the device's side has copies, fills and named ranges too."""
     return sum(
@@ -445,7 +457,7 @@ def decode(args, models: dict, limits: dict):
     with torch._dynamo.config.patch(recompile_limit=2 * len(WEIGHTS)):
         prepared = prepare_decode(args, models, prompt, sampling)
     times, first = {name: [] for name in models}, {name: [] for name in models}
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_built(*(step for _, step, _ in prepared.values())):
         for _ in range(args.samples):
             for name, (model, step, _) in prepared.items():
                 start = time.perf_counter()
@@ -523,7 +535,7 @@ def steps_at(model, used: int, batch: int, count: int, step) -> torch.Tensor:
 
 def sample_steps(args, model, used: int, batch: int, step, name: str) -> tuple[list[float], str]:
     """Seconds of a step in each sample, and how their tokens agree with the eager step's."""
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_built(step):
         ids = steps_at(model, used, batch, 8, step)
         seconds = [timed(args.device, steps_at, model, used, batch, 32, step) / 32 for _ in range(args.samples)]
     return seconds, check_steps(model, ids, used, name)
@@ -545,7 +557,7 @@ def contexts(args, models: dict, limits: dict):
             more = {"weights": name, "used": count, "slots": model.max_seq_length, "cold": cold, "warm": warm}
             more |= {"cache_share": cache / (weights + cache), "agrees": agrees}
             yield row_of(title, seconds, floor, tokens=1, **more)
-        torch.compiler.reset()  # CUDA graphs hold the cache
+        torch.compiler.reset()  # what is compiled may hold the cache
         model.setup_caches(1, 1)  # the next model needs its memory
 
 
@@ -561,7 +573,7 @@ def batches(args, models: dict, limits: dict):
             weights = bytes_per_step(model) - size * model.max_seq_length * slot_bytes(model)
             floor = (weights + size * 256 * slot_bytes(model)) / limits["bytes_per_second"]
             yield row_of(title, seconds, floor, tokens=size, cold=cold, warm=warm, agrees=agrees)
-            torch.compiler.reset()  # CUDA graphs hold the cache
+            torch.compiler.reset()  # what is compiled may hold the cache
             model.setup_caches(1, 1)  # the next size or model needs its memory
 
 
@@ -678,15 +690,14 @@ def sample_rounds(args, text, plain: Steps, drafted: Steps, watch: Stopwatch) ->
     """(seconds a token and rounds of each sample with drafts, figures of these), plain steps in turn with them."""
     sampling, new = Sampling(args.temperature), args.new_tokens
     steps, fast, rates, rounds, calls = [], [], [], [], {"draft": 0.0, "verify": 0.0}
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for sample in range(args.samples):
-            steps.append(text(plain, new, sampling, seed=sample)[0])
-            watch.read()
-            fast.append(text(drafted, new, sampling, seed=sample)[0])
-            for kind, seconds in watch.read().items():
-                calls[kind] += sum(seconds)
-            rates.append(drafted.speculation.figures({})["acceptance"])
-            rounds.append(len(drafted.speculation.history))
+    for sample in range(args.samples):
+        steps.append(text(plain, new, sampling, seed=sample)[0])
+        watch.read()
+        fast.append(text(drafted, new, sampling, seed=sample)[0])
+        for kind, seconds in watch.read().items():
+            calls[kind] += sum(seconds)
+        rates.append(drafted.speculation.figures({})["acceptance"])
+        rounds.append(len(drafted.speculation.history))
     per_round = [s * (new - 1) / n for s, n in zip(fast, rounds, strict=True)]
     plain_seconds = statistics.median(steps)
     figures = {"acceptance": statistics.mean(rates), "plain_seconds": plain_seconds}
@@ -728,7 +739,8 @@ def speculations(args, models: dict, limits: dict):
             text(sampled, 3 * (k + 1), sampling)
             _, greedy_ids = text(greedily, 24, greedy_sampling)
             agrees = check_steps(model, greedy_ids, args.prompt_tokens, f"{name}, {k} drafts")
-            seconds, rounds, figures = sample_rounds(args, text, plain, sampled, watch)
+            with nothing_built(step, check, drafting):
+                seconds, rounds, figures = sample_rounds(args, text, plain, sampled, watch)
             round_bytes = bytes_per_step(model) + k * bytes_per_step(draft)
             floor = round_bytes / limits["bytes_per_second"] * statistics.median(rounds) / (new - 1)
             yield row_of(f"{name}, {k} drafts", seconds, floor, agrees=agrees, tokens=1, k=k, **figures)
@@ -751,7 +763,7 @@ def rung(args, limits: dict, name: str, model, step, reference=None) -> dict:
     text, sampling = partial(time_text, model, prompt, Steps(decode_step=step)), Sampling(args.temperature)
     ids = greedy(model, prompt, 24, step)
     text(4, sampling)  # compiles the sampling
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_built(step):
         seconds = [text(count, sampling, seed=sample)[0] for sample in range(args.samples)]
     if reference:
         logits = reference(torch.cat([prompt, ids[:, :-1]], dim=1))[:, args.prompt_tokens - 1 :]

@@ -427,7 +427,8 @@ def test_nothing_is_compiled_for_the_rows_of_a_file_or_the_plain_run_beside_draf
 
 
 def test_a_run_in_which_something_was_compiled_says_so_and_gives_no_speed(run, monkeypatch):
-    monkeypatch.setattr(generate, "compilations", iter(range(10)).__next__)
+    counts = iter(range(10))
+    monkeypatch.setattr(generate, "compilations", lambda session: next(counts))
     result = run("--prompt", "5")
     assert "1 graphs or kernels were built inside this answer" in result.stderr and "tokens/s" not in result.stderr
     assert result.runs[0]["compilations"] == 1 and result.runs[0]["decode_tokens_per_second"] is None

@@ -13,7 +13,7 @@ import torch
 import check_equivalence
 from check_equivalence import FAMILIES, check_model, random_weights
 from checkpoint import build_model, quantize_model, write_checkpoint
-from decode import Sampling, Steps, compiled_step, decode_step, generate
+from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
 from fast_model import ACTIVATIONS, AddNorm, rope_table
 from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear
 from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
@@ -61,6 +61,24 @@ def test_compiled_text_is_the_eager_text(sampling):
     prompt = torch.randint(config.vocab_size, (2, 9), device="cuda")
     expected = list(generate(model, prompt, 50, sampling, seed=3))
     assert list(generate(model, prompt, 50, sampling, seed=3, steps=Steps(decode_step=step))) == expected
+
+
+def test_recorded_steps_follow_their_model():
+    config = FAMILIES["llama-3.1"]
+    models = [build_model(config, random_weights(config, seed), "cuda", torch.float32) for seed in (0, 1)]
+    step, prompt = compiled_step(decode_step, "cuda"), torch.randint(config.vocab_size, (1, 9), device="cuda")
+
+    def agrees(model, count):
+        expected = list(generate(model, prompt, count, Sampling(temperature=0)))
+        return list(generate(model, prompt, count, Sampling(temperature=0), steps=Steps(decode_step=step))) == expected
+
+    assert all(agrees(model, 20) for model in (*models, *models)) and step.count == 2
+    assert agrees(models[0], 400) and step.count == 3  # more slots, so other caches
+    with torch.no_grad():
+        models[1].layers[0].mlp.down.weight.mul_(2)
+    assert agrees(models[1], 20) and step.count == 3  # the same memory
+    models[1].to(torch.bfloat16)
+    assert agrees(models[1], 20) and step.count == 4
 
 
 def test_running_ahead_stops_at_each_rows_end():
@@ -311,6 +329,33 @@ def test_the_kth_largest_is_that_of_a_sort(dtype):
             assert torch.equal(gpu_kernels.kth_largest(x, k), expected), (shape, k)
     x[:] = float("nan")
     assert gpu_kernels.kth_largest(x, 1).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_is_found_wherever_it_is(dtype):
+    import gpu_kernels
+
+    for shape in ((1, 1), (3, 2, 501), (40, 128256)):
+        x = torch.randn(shape, device="cuda").to(dtype) - 5
+        x[..., -1] = -1000
+        at = torch.randint(shape[-1], (*shape[:-1], 1), device="cuda")
+        for value in (-0.5, 0.0, 7.0):
+            assert torch.equal(gpu_kernels.choose(x.scatter(-1, at, value)), at), (shape, value)
+        for value in (float("inf"), float("nan"), -float("nan")):
+            assert (gpu_kernels.choose(x.scatter(-1, at, value)) == -1).all(), (shape, value)
+        assert (gpu_kernels.choose(torch.full_like(x, float("-inf"))) == -1).all()
+        assert (gpu_kernels.choose(torch.zeros_like(x)) == 0).all()  # of equal ones the first
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7, 5), Sampling(1.3, 0), Sampling(0.9, 200)])
+def test_a_gpus_samples_have_their_distribution(sampling):
+    logits = 2 * torch.randn(1, 300, device="cuda").bfloat16().repeat(20000, 1)
+    noise = torch.empty(logits.shape, device="cuda").exponential_()
+    counts = sample(logits, noise, sampling)[:, 0].bincount(minlength=300)
+    expected = 20000 * to_probabilities(logits[:1].cpu(), sampling)[0]
+    assert (counts.cpu()[expected == 0] == 0).all()
+    off = (counts.cpu() - expected)[expected > 5] / expected[expected > 5].sqrt()
+    assert off.abs().max() < 5 and (off.square().mean() - 1).abs() < 0.7  # as counts of that mean are off
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
