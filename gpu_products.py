@@ -1079,7 +1079,7 @@ def _tiles_of_experts_kernel(ends_ptr, tiles_ptr, E: tl.constexpr, COLS: tl.cons
 
 @gluon.jit
 def _sorted_tokens_kernel(
-    w_desc, x_desc, tiles_ptr, s_ptr, z_ptr, y_ptr, N, K,
+    w_desc, x_desc, tiles_ptr, s_ptr, z_ptr, y_ptr, N,
     GROUPS: gl.constexpr, SHARE: gl.constexpr, KIND: gl.constexpr, CODE: gl.constexpr, CHUNK: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -1093,11 +1093,11 @@ def _sorted_tokens_kernel(
     COLS: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK: gl.constexpr = x_desc.block_type.shape[1]
     BYTES: gl.constexpr = ROWS * BLOCK // 2 + COLS * BLOCK * 2
+    STEPS: gl.constexpr = (GROUPS * SHARE * 32 + BLOCK - 1) // BLOCK  # a constant, so that ptxas sees that it is not 0
     WARPS: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
     words: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1, 0]]
-        + ([[0, 2, 0]] if CHUNK == 128 else [])
+        ([[0, 1, 0]] if CHUNK > 32 else [])
         + [[8, 0, 0]]
         + ([[64, 0, 0]] if WARPS == 4 and ROWS > 64 else [])
         + ([[128, 0, 0]] if ROWS > 128 else []),
@@ -1131,8 +1131,7 @@ def _sorted_tokens_kernel(
         steps_of_row = (step_of_row, gl.load(z_ptr + 2 * at + 1, mask=inside, other=0.0) * step_of_row)
     scale, zero = _load_scales(s_ptr, z_ptr, at, inside, block // SHARE, GROUPS, KIND)
     y = gl.zeros([ROWS, COLS], gl.float32, mma)
-    steps = gl.cdiv(K, BLOCK)  # beyond K all are zeros
-    for step in range(steps):
+    for step in range(STEPS):
         slot = step % STAGES
         hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
         for i in gl.static_range(BLOCK // CHUNK):
@@ -1147,7 +1146,7 @@ def _sorted_tokens_kernel(
             scale, zero = next_scale, next_zero
             if i == 0:
                 later = step - 1 + STAGES  # takes the place of the step before this one
-                more = (step > 0) & (later < steps)
+                more = (step > 0) & (later < STEPS)
                 slot = later % STAGES
                 gl.thread_barrier()
                 hopper.mbarrier.expect(full.index(slot), BYTES, more)
@@ -1194,7 +1193,7 @@ def multiply_sorted(
         for t, size, width, swizzle in ((weight.view(torch.int32), rows, block // 8, 64), (ordered, cols, block, 128))
     )
     _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, rows),)](
-        *descriptors, tiles, scales, zeros, y, N, K, GROUPS=groups, SHARE=K // groups // 32, KIND=kind,
+        *descriptors, tiles, scales, zeros, y, N, GROUPS=groups, SHARE=K // groups // 32, KIND=kind,
         CODE=unpack_code(kind, x.dtype), CHUNK=64, STAGES=200_000 // stage, num_warps=8, **options,
     )  # fmt: skip
     return y
