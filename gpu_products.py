@@ -20,6 +20,8 @@ them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say fr
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
   itself, and one kernel sums their results.
+- Many tokens of experts are sorted by expert and meet the weights as up to 64 do. A program unpacks the next columns
+  while the tensor core multiplies these, and has 256 rows, so that few programs read the same tokens.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
 
 `quantized_linear.py` and `fast_model.py` have the plain twin of each.
@@ -1148,7 +1150,7 @@ def _sorted_tokens_kernel(
                 later = step - 1 + STAGES  # takes the place of the step before this one
                 more = (step > 0) & (later < STEPS)
                 slot = later % STAGES
-                gl.thread_barrier()
+                gl.thread_barrier()  # both warpgroups have done with it
                 hopper.mbarrier.expect(full.index(slot), BYTES, more)
                 hopper.tma.async_copy_global_to_shared(
                     w_desc, [w_row, later * BLOCK // 8], full.index(slot), w.index(slot), more
@@ -1180,9 +1182,10 @@ def multiply_sorted(
     Experts' tokens end at `ends` [E], which the host does not know. Their matrices stand one under the other in a
     packed weight [E N, K/2] as for `linear`.
     """
-    x, K, E, kind = x.contiguous(), x.shape[1], len(ends), kind_of(scales)
-    n, N, groups, options = len(x if token is None else token), len(weight) // E, scales.shape[1], launch_options(x.device)
-    rows, cols, block = 256, 64 if n <= 64 * E else 128, 128
+    x, K, E, options = x.contiguous(), x.shape[1], len(ends), launch_options(x.device)
+    n, N = len(x if token is None else token), len(weight) // E
+    kind, groups = kind_of(scales), scales.shape[1]
+    rows, cols, block = 256, 64 if n <= 64 * E else 128, 128  # generate.warm_prefill knows the 64
     stage = rows * block // 2 + cols * block * 2
     tiles = torch.empty(n // cols + E, 3, dtype=torch.int32, device=x.device)
     ordered, y = x.new_empty(n, K), x.new_empty(n, N)
@@ -1194,7 +1197,8 @@ def multiply_sorted(
     )
     _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, rows),)](
         *descriptors, tiles, scales, zeros, y, N, GROUPS=groups, SHARE=K // groups // 32, KIND=kind,
-        CODE=unpack_code(kind, x.dtype), CHUNK=64, STAGES=200_000 // stage, num_warps=8, **options,
+        CODE=unpack_code(kind, x.dtype), CHUNK=64, STAGES=min(200_000 // stage, triton.cdiv(K, block)), num_warps=8,
+        **options,
     )  # fmt: skip
     return y
 
