@@ -1097,6 +1097,7 @@ def _sorted_tokens_kernel(
     BYTES: gl.constexpr = ROWS * BLOCK // 2 + COLS * BLOCK * 2
     STEPS: gl.constexpr = (GROUPS * SHARE * 32 + BLOCK - 1) // BLOCK  # a constant, so that ptxas sees that it is not 0
     WARPS: gl.constexpr = gl.num_warps()
+    gl.static_assert(BLOCK >= 2 * CHUNK, "a chunk's registers would be written again while they are multiplied")
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
     words: gl.constexpr = gl.DistributedLinearLayout(
         ([[0, 1, 0]] if CHUNK > 32 else [])
@@ -1186,18 +1187,21 @@ def multiply_sorted(
     n, N = len(x if token is None else token), len(weight) // E
     kind, groups = kind_of(scales), scales.shape[1]
     rows, cols, block = 256, 64 if n <= 64 * E else 128, 128  # generate.warm_prefill knows the 64
+    chunk = 64 if kind == "fp4" else 32  # so that registers suffice
     stage = rows * block // 2 + cols * block * 2
     tiles = torch.empty(n // cols + E, 3, dtype=torch.int32, device=x.device)
     ordered, y = x.new_empty(n, K), x.new_empty(n, N)
     _tiles_of_experts_kernel[(len(tiles),)](ends, tiles, E=E, COLS=cols, num_warps=1, **options)
     _in_word_order_kernel[(n, triton.cdiv(K, 1024))](x, token, ordered, K, BLOCK=1024, **options)
     descriptors = (
-        TensorDescriptor.from_tensor(t, [size, width], gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), 2))
-        for t, size, width, swizzle in ((weight.view(torch.int32), rows, block // 8, 64), (ordered, cols, block, 128))
+        TensorDescriptor.from_tensor(
+            t, [size, width], gl.NVMMASharedLayout(min(128, width * t.element_size()), 8 * t.element_size(), 2)
+        )
+        for t, size, width in ((weight.view(torch.int32), rows, block // 8), (ordered, cols, block))
     )
     _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, rows),)](
         *descriptors, tiles, scales, zeros, y, N, GROUPS=groups, SHARE=K // groups // 32, KIND=kind,
-        CODE=unpack_code(kind, x.dtype), CHUNK=64, STAGES=min(200_000 // stage, triton.cdiv(K, block)), num_warps=8,
+        CODE=unpack_code(kind, x.dtype), CHUNK=chunk, STAGES=min(200_000 // stage, triton.cdiv(K, block)), num_warps=8,
         **options,
     )  # fmt: skip
     return y
