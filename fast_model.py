@@ -628,6 +628,15 @@ class SparseMLP(nn.Module):
             y = y + weights[:, place, None] * self.with_bias(out, self.experts_down, expert)
         return y
 
+    def multiply(self, x, token, ends, matrix):
+        """x[token], of tokens [n] sorted by expert which end at `ends`, or x [n, K] itself, times each row's expert's
+        part of a matrix of all: [n, N/experts]."""
+        packed = matrix.gpu_weights() if on_gpu_kernels(x) else None
+        if packed and gpu_products.takes_sorted(x, packed[0]):
+            return gpu_products.multiply_sorted(x, token, ends, *packed)
+        weight = matrix.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
+        return torch.ops.gpt_twin.multiply_by_experts(x if token is None else x[token], weight, ends)
+
     def of_many(self, x, weights, chosen):
         expert = chosen.flatten()
         order = expert.argsort(stable=True)  # [N used]
@@ -636,13 +645,9 @@ class SparseMLP(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # which does not know the grouped product
             x, weights = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weights))
-        gate_up, down = (
-            m.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
-            for m in (self.experts_gate_up, self.experts_down)
-        )
-        multiply, expert = torch.ops.gpt_twin.multiply_by_experts, expert[order]
-        hidden = self.gated(self.with_bias(multiply(x[token], gate_up, ends), self.experts_gate_up, expert))
-        out = self.with_bias(multiply(hidden, down, ends), self.experts_down, expert)  # [N used, D]
+        gate_up, down, expert = self.experts_gate_up, self.experts_down, expert[order]
+        hidden = self.gated(self.with_bias(self.multiply(x, token, ends, gate_up), gate_up, expert))
+        out = self.with_bias(self.multiply(hidden, None, ends, down), down, expert)  # [N used, D]
         return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
 
 

@@ -395,8 +395,13 @@ def compilations(session: Session) -> int:
 @torch.no_grad()
 def warm_prefill(prefill, model, compiled: bool) -> None:
     """Prefill as many tokens as each variant of a kernel is for, at the cache's beginning and after other tokens."""
-    device, batch, window = model.wte.weight.device, model.max_batch_size, model.config.sliding_window
-    for length in (1, 2, 12, 40, 70, *([window + 1] if window and compiled else [])):
+    device, batch, config = model.wte.weight.device, model.max_batch_size, model.config
+    lengths = [1, 2, 12, 40, 70]
+    if config.n_expert:  # more than 64 tokens an expert, see gpu_products.multiply_sorted
+        lengths.append(64 * config.n_expert // config.n_expert_used + 1)
+    if config.sliding_window and compiled:
+        lengths.append(config.sliding_window + 1)
+    for length in lengths:
         if length < model.max_seq_length:
             ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
             prefill(model, ids, None, ids[:, 0])

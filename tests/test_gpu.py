@@ -237,6 +237,31 @@ def test_the_kernel_for_a_few_tokens_gives_what_the_plain_path_gives(kind, shape
         assert y[1].isnan().all() and y[0].isfinite().all(), tokens
 
 
+@pytest.mark.parametrize("kind", ["mxfp4", "floats", 32, 64])
+@pytest.mark.parametrize("shape", [(576, 2880), (70, 320), (70, 128), (300, 1088)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sorted_tokens_meet_their_experts_weights(kind, shape, dtype):
+    import gpu_products
+
+    (N, K), E = shape, 8
+    parts, expected = weights_of(kind, (E * N, K), dtype)
+    x = torch.randn(640, K, device="cuda", dtype=dtype) / K**0.5
+    if not gpu_products.takes_sorted(x, parts[0]):
+        pytest.skip("needs Hopper")
+    for counts in ([0, 1, 300, 7, 0, 64, 129, 511], [0, 1, 64, 0, 5, 65, 128, 0], [0, 0, 0, 0, 0, 0, 0, 3], [1] * 8):
+        n, ends = sum(counts), torch.tensor(counts, device="cuda").cumsum(0)
+        token = torch.randint(len(x), (n,), device="cuda")
+        of_experts = zip(token.split(counts), expected.view(E, N, K), strict=True)
+        exact = torch.cat([x[its].double() @ matrix.T for its, matrix in of_experts])
+        assert close(gpu_products.multiply_sorted(x, token, ends, *parts), exact, dtype), counts
+        rows = x[token]
+        y = gpu_products.multiply_sorted(rows, None, ends, *parts)
+        assert all(close(row, right, dtype, times=2) for row, right in zip(y, exact, strict=True)), counts
+        rows[n // 2, 3] = float("nan")
+        bad = gpu_products.multiply_sorted(rows, None, ends, *parts).isnan()
+        assert bad[n // 2].all() and bad.sum() == N, counts
+
+
 def test_mxfp4_with_large_scales_is_dequantized_exactly():
     import gpu_products
 
