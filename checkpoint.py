@@ -291,7 +291,6 @@ def build_model(
     With `ranks`, the FastGPT of a `rank` from its shard of the state dict. With `keep_16_bits`, matrices that are in
     bfloat16 or float16 stay so where a kernel multiplies them with float32: the same numbers in half the bytes.
     """
-    tensors = dequantize_weights(state_dict).items() if reference else fuse(state_dict, config)
     keep_16_bits = keep_16_bits and not reference and str(device) == "cpu" and dtype == torch.float32
     kept = HALVES if keep_16_bits and cpu_kernels.available() else ()
 
@@ -299,7 +298,10 @@ def build_model(
         as_it_is = not tensor.is_floating_point() or (tensor.dim() == 2 and tensor.dtype in kept)
         return tensor.to(device, None if as_it_is else dtype).contiguous()
 
-    placed = {name: place(tensor) for name, tensor in tensors}
+    if reference:
+        placed = {name: place(tensor) for name, tensor in dequantize_weights(state_dict).items()}
+    else:
+        placed = dict(fuse(state_dict, config, place))
     with torch.device("meta"):
         model = GPT(config) if reference else FastGPT(config, rank, ranks)
         swap_linears(model, placed)

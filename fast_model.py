@@ -628,26 +628,24 @@ class SparseMLP(nn.Module):
             y = y + weights[:, place, None] * self.with_bias(out, self.experts_down, expert)
         return y
 
-    def multiply(self, x, token, ends, matrix):
-        """x[token], of tokens [n] sorted by expert which end at `ends`, or x [n, K] itself, times each row's expert's
-        part of a matrix of all: [n, N/experts]."""
-        packed = matrix.gpu_weights() if on_gpu_kernels(x) else None
-        if packed and gpu_products.takes_sorted(x, packed[0]):
-            return gpu_products.multiply_sorted(x, token, ends, *packed)
-        weight = matrix.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1))
-        return torch.ops.gpt_twin.multiply_by_experts(x if token is None else x[token], weight, ends)
-
     def of_many(self, x, weights, chosen):
         expert = chosen.flatten()
         order = expert.argsort(stable=True)  # [N used]
-        token = order // self.used
         ends = (expert[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0).cumsum(0)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # which does not know the grouped product
             x, weights = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weights))
-        gate_up, down, expert = self.experts_gate_up, self.experts_down, expert[order]
-        hidden = self.gated(self.with_bias(self.multiply(x, token, ends, gate_up), gate_up, expert))
-        out = self.with_bias(self.multiply(hidden, None, ends, down), down, expert)  # [N used, D]
+        matrices = self.experts_gate_up, self.experts_down
+        packed = [m.gpu_weights() for m in matrices] if on_gpu_kernels(x) else [None]
+        if all(packed) and all(gpu_products.takes_sorted(x, weight) for weight, *_ in packed):
+            gate_up, down = ([*parts, None][:3] + [matrix.bias] for parts, matrix in zip(packed, matrices, strict=True))
+            kind = (self.activation, self.gated.clamp)
+            y = gpu_products.many_experts(x, order, ends, weights.flatten(), *kind, gate_up, down)
+            return y.unflatten(0, (-1, self.used)).sum(1)
+        gate_up, down = (m.plain_weight(x.dtype).to(x.dtype).unflatten(0, (self.n_expert, -1)) for m in matrices)
+        multiply, expert, token = torch.ops.gpt_twin.multiply_by_experts, expert[order], order // self.used
+        hidden = self.gated(self.with_bias(multiply(x[token], gate_up, ends), self.experts_gate_up, expert))
+        out = self.with_bias(multiply(hidden, down, ends), self.experts_down, expert)  # [N used, D]
         return torch.zeros_like(x).index_add(0, token, out * weights.flatten()[order, None])
 
 
@@ -906,16 +904,16 @@ def _by_module(names) -> dict:
     return modules
 
 
-def fuse(state_dict: dict, config: GPTConfig):
-    """(name, tensor) for FastGPT of a reference state dict, read and fused as they are asked for, so that only those
-    are held that are kept. Raises ValueError if a name is missing or left over."""
+def fuse(state_dict: dict, config: GPTConfig, place=lambda tensor: tensor):
+    """(name, tensor) for FastGPT of a reference state dict, read, placed where they are to be, and fused as they are
+    asked for, so that only those are held that are kept. Raises ValueError if a name is missing or left over."""
     modules = _by_module(state_dict)
     for sources, target in _module_pairs(config):
         parts = [modules.pop(name) for name in sources if name in modules]
         if parts and (len(parts) < len(sources) or any(part.keys() != parts[0].keys() for part in parts)):
             raise ValueError(f"{target} needs the same tensors from each of {', '.join(sources)}")
         for kind in parts[0] if parts else ():
-            tensors = [state_dict[part[kind]] for part in parts]
+            tensors = [place(state_dict[part[kind]]) for part in parts]
             yield f"{target}.{kind}", torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if modules:
         raise ValueError(f"FastGPT has no place for {', '.join(modules)}")

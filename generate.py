@@ -397,7 +397,7 @@ def warm_prefill(prefill, model, compiled: bool) -> None:
     """Prefill as many tokens as each variant of a kernel is for, at the cache's beginning and after other tokens."""
     device, batch, config = model.wte.weight.device, model.max_batch_size, model.config
     lengths = [1, 2, 12, 40, 70]
-    if config.n_expert:  # more than 64 tokens an expert, see gpu_products.multiply_sorted
+    if config.n_expert:  # more than 64 tokens an expert, see gpu_products.many_experts
         lengths.append(64 * config.n_expert // config.n_expert_used + 1)
     if config.sliding_window and compiled:
         lengths.append(config.sliding_window + 1)

@@ -20,8 +20,8 @@ them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say fr
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
   itself, and one kernel sums their results.
-- Many tokens of experts are sorted by expert and meet the weights as up to 64 do. A program unpacks the next columns
-  while the tensor core multiplies these, and has 256 rows, so that few programs read the same tokens.
+- Many tokens of experts are sorted by expert and meet 4-bit weights as up to 64 do. A program unpacks the next columns
+  while the tensor core multiplies these.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
 
 `quantized_linear.py` and `fast_model.py` have the plain twin of each.
@@ -571,12 +571,12 @@ def _two_int8_kernel(x_ptr, q_ptr, s_ptr, K: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _in_word_order_kernel(x_ptr, token_ptr, y_ptr, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Some of a row of x [K], of a `token` where they are there, in the order in which `_unpack` gives the numbers of
-    words."""
+def _in_word_order_kernel(x_ptr, order_ptr, y_ptr, K, USED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Some of a token's x [K] in the order in which `_unpack` gives the numbers of words. With the `order` of pairs of
+    a token and one of its USED experts, a pair's."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
-    token = row if token_ptr is None else tl.load(token_ptr + row)
+    token = row if order_ptr is None else tl.load(order_ptr + row) // USED
     column = at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 2 + at // 8 % 2 + at % 2 * 4
     tl.store(y_ptr + row * K + at, tl.load(x_ptr + token * K + column, mask=at < K, other=0.0), mask=at < K)
 
@@ -911,7 +911,7 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
         kind, groups = kind_of(scales), scales.shape[1]
         share = K // groups // 32
         ordered, code = torch.empty_like(x), unpack_code(kind, x.dtype)
-        _in_word_order_kernel[(T, triton.cdiv(K, 1024))](x, None, ordered, K, BLOCK=1024, **options)
+        _in_word_order_kernel[(T, triton.cdiv(K, 1024))](x, None, ordered, K, USED=1, BLOCK=1024, **options)
         x, weight = ordered, weight.view(torch.int32)
     elif scales is not None:
         q, x_scales = x.new_empty(T * 2, K, dtype=torch.int8), x.new_empty(T, dtype=torch.float32)
@@ -1064,8 +1064,8 @@ def _(x, logits, used, norm, weight, scales=None, zeros=None, bias=None, peers=N
 
 @triton.jit
 def _tiles_of_experts_kernel(ends_ptr, tiles_ptr, E: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    """A tile of up to COLS tokens of one of E experts, whose tokens end at `ends` [E]: its expert, first token and end,
-    int32 [tiles, 3]. Behind the last tile the expert is -1."""
+    """A tile of up to COLS pairs of a token and one of E experts, sorted, an expert's up to its end in `ends` [E]: the
+    tile's expert, first pair and end, int32 [tiles, 3]. Behind the last tile the expert is -1."""
     tile, expert = tl.program_id(0), tl.arange(0, triton.next_power_of_2(E))
     wait_for_inputs(PDL)
     end = tl.load(ends_ptr + expert, mask=expert < E, other=0).to(tl.int32)
@@ -1081,33 +1081,33 @@ def _tiles_of_experts_kernel(ends_ptr, tiles_ptr, E: tl.constexpr, COLS: tl.cons
 
 @gluon.jit
 def _sorted_tokens_kernel(
-    w_desc, x_desc, tiles_ptr, s_ptr, z_ptr, y_ptr, N,
+    w_desc, x_desc, tiles_ptr, s_ptr, z_ptr, b_ptr, order_ptr, share_ptr, y_ptr, N,
     GROUPS: gl.constexpr, SHARE: gl.constexpr, KIND: gl.constexpr, CODE: gl.constexpr, CHUNK: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Some of N rows of an expert's weights, of all experts' [E N, K/8] in words, times a tile of its tokens, which are
-    columns of a tensor core's product. What is multiplied beyond them belongs to others and is not stored.
+    """Some of N rows of an expert's weights, of all experts' [1 or 2 E, N, K/8] in words, times a tile of its pairs,
+    which are columns of a tensor core's product. What is multiplied beyond them belongs to others and is not stored.
 
-    While the tensor core multiplies CHUNK columns of weights, those that come next are unpacked. What is not said here
-    is as for `_few_tokens_kernel`.
+    Of 2 parts the first is gate, the other up, and the result comes in the order in which `_unpack` gives the numbers
+    of words. Of 1 a pair's row has its share, and comes back to its place in the `order`. While the tensor core
+    multiplies CHUNK columns of weights, those that come next are unpacked. What is not said here is as for
+    `_few_tokens_kernel`.
     """
-    ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
     COLS: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK: gl.constexpr = x_desc.block_type.shape[1]
-    BYTES: gl.constexpr = ROWS * BLOCK // 2 + COLS * BLOCK * 2
+    BYTES: gl.constexpr = PARTS * ROWS * BLOCK // 2 + COLS * BLOCK * 2
     STEPS: gl.constexpr = (GROUPS * SHARE * 32 + BLOCK - 1) // BLOCK  # a constant, so that ptxas sees that it is not 0
-    WARPS: gl.constexpr = gl.num_warps()
     gl.static_assert(BLOCK >= 2 * CHUNK, "a chunk's registers would be written again while they are multiplied")
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
+    gl.static_assert(PARTS * ROWS == 128 and gl.num_warps() == 4)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     words: gl.constexpr = gl.DistributedLinearLayout(
-        ([[0, 1, 0]] if CHUNK > 32 else [])
-        + [[8, 0, 0]]
-        + ([[64, 0, 0]] if WARPS == 4 and ROWS > 64 else [])
-        + ([[128, 0, 0]] if ROWS > 128 else []),
+        ([[0, 1, 0]] if CHUNK > 32 else []) + [[8, 0, 0], [64, 0, 0]],
         [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]] + ([[64, 0, 0]] if WARPS == 8 else []),
+        [[16, 0, 0], [32, 0, 0]],
         [],
-        [ROWS, CHUNK // 32, 4],
+        [128, CHUNK // 32, 4],
     )
     by_block: gl.constexpr = gl.SliceLayout(2, words)
     wait_for_inputs(PDL)
@@ -1116,31 +1116,32 @@ def _sorted_tokens_kernel(
     if expert < 0:
         return
     first, end = gl.load(tiles_ptr + 3 * tile + 1), gl.load(tiles_ptr + 3 * tile + 2)
-    w_row = expert * N + row
-    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, ROWS, BLOCK // 8], w_desc.layout)
+    part = expert * PARTS
+    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS, BLOCK // 8], w_desc.layout)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLS, BLOCK], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         hopper.mbarrier.init(full.index(i), count=1)
         hopper.mbarrier.expect(full.index(i), BYTES)
-        hopper.tma.async_copy_global_to_shared(w_desc, [w_row, i * BLOCK // 8], full.index(i), w.index(i))
+        hopper.tma.async_copy_global_to_shared(w_desc, [part, row, i * BLOCK // 8], full.index(i), w.index(i))
         hopper.tma.async_copy_global_to_shared(x_desc, [first, i * BLOCK], full.index(i), x.index(i))
-    at = gl.arange(0, ROWS, gl.SliceLayout(1, by_block))[:, None]
-    inside, at = row + at < N, w_row + at
+    at = gl.arange(0, 128, gl.SliceLayout(1, by_block))[:, None]
+    inside, at = row + at % ROWS < N, (part + at // ROWS) * N + row + at % ROWS
     block = gl.arange(0, CHUNK // 32, gl.SliceLayout(0, by_block))[None, :]
     steps_of_row = (0.0, 0.0)
     if KIND == "bytes":
         step_of_row = gl.load(z_ptr + 2 * at, mask=inside, other=0.0)
         steps_of_row = (step_of_row, gl.load(z_ptr + 2 * at + 1, mask=inside, other=0.0) * step_of_row)
     scale, zero = _load_scales(s_ptr, z_ptr, at, inside, block // SHARE, GROUPS, KIND)
-    y = gl.zeros([ROWS, COLS], gl.float32, mma)
+    y = gl.zeros([128, COLS], gl.float32, mma)
     for step in range(STEPS):
         slot = step % STAGES
         hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
         for i in gl.static_range(BLOCK // CHUNK):
             block += CHUNK // 32
             next_scale, next_zero = _load_scales(s_ptr, z_ptr, at, inside, block // SHARE, GROUPS, KIND)
-            rows = w.index(slot).reshape([ROWS, BLOCK // 32, 4]).slice(i * CHUNK // 32, CHUNK // 32, dim=1).load(words)
+            rows = w.index(slot).reshape([128, BLOCK // 8]).reshape([128, BLOCK // 32, 4])
+            rows = rows.slice(i * CHUNK // 32, CHUNK // 32, dim=1).load(words)
             rows = _unpack(rows, scale, zero, steps_of_row, KIND, CODE, x_desc.dtype)
             rows = gl.convert_layout(rows, gl.DotOperandLayout(0, mma, 2))
             columns = x.index(slot).slice(i * CHUNK, CHUNK, dim=1).permute((1, 0))
@@ -1151,62 +1152,90 @@ def _sorted_tokens_kernel(
                 later = step - 1 + STAGES  # takes the place of the step before this one
                 more = (step > 0) & (later < STEPS)
                 slot = later % STAGES
-                gl.thread_barrier()  # both warpgroups have done with it
+                gl.thread_barrier()  # all warps have done with it
                 hopper.mbarrier.expect(full.index(slot), BYTES, more)
                 hopper.tma.async_copy_global_to_shared(
-                    w_desc, [w_row, later * BLOCK // 8], full.index(slot), w.index(slot), more
+                    w_desc, [part, row, later * BLOCK // 8], full.index(slot), w.index(slot), more
                 )
                 hopper.tma.async_copy_global_to_shared(
                     x_desc, [first, later * BLOCK], full.index(slot), x.index(slot), more
                 )
                 slot = step % STAGES
     y = hopper.warpgroup_mma_wait(0, deps=[y])
-    # Through shared memory, so that a thread stores 8 neighbours of a token's.
-    by_token: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1] if ROWS == 256 else [16, 2], [1, WARPS], [0, 1])
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), by_token)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, by_token))[:, None]
-    token = first + gl.arange(0, COLS, gl.SliceLayout(0, by_token))[None, :]
-    gl.store(y_ptr + token.to(gl.int64) * N + rows, y, mask=(token < end) & (rows < N))
+    if b_ptr is not None:
+        at = gl.arange(0, 128, gl.SliceLayout(1, mma))
+        bias = gl.load(b_ptr + (part + at // ROWS) * N + row + at % ROWS, mask=row + at % ROWS < N, other=0.0)
+        y += bias.to(gl.float32)[:, None]
+    if PARTS == 2:
+        gate, up = y.reshape([2, ROWS, COLS]).permute((1, 2, 0)).split()
+        y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+        y = y.reshape([ROWS // 32, 2, 2, 2, 2, 2, COLS]).permute((0, 4, 5, 1, 2, 3, 6)).reshape([ROWS, COLS])
+    # Through shared memory, so that a thread stores 8 neighbours of a pair's.
+    by_pair: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), by_pair)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, by_pair))[:, None]
+    pair = first + gl.arange(0, COLS, gl.SliceLayout(0, by_pair))[None, :]
+    live = pair < end
+    pair = pair.to(gl.int64)
+    if PARTS == 1:
+        pair = gl.load(order_ptr + pair, mask=live, other=0)
+        share = gl.load(share_ptr + pair, mask=live, other=0.0).to(gl.float32)
+        y = (y.to(gl.float32) * share).to(y_ptr.dtype.element_ty)
+    gl.store(y_ptr + pair * N + rows, y, mask=live & (rows < N))
 
 
 def takes_sorted(x, weight: torch.Tensor) -> bool:
-    """Whether `multiply_sorted` takes such x and weights."""
+    """Whether `many_experts` takes such x and weights."""
     return weight.dtype == torch.uint8 and takes_few_tokens(x, weight)
 
 
-@torch.library.custom_op("gpt_twin::multiply_sorted", mutates_args=(), device_types="cuda")
-def multiply_sorted(
-    x: torch.Tensor, token: torch.Tensor | None, ends: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
-    zeros: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """y [n, N] of x[token], of tokens [n] sorted by expert, or of x [n, K] itself, each row times its expert's matrix.
-    Experts' tokens end at `ends` [E], which the host does not know. Their matrices stand one under the other in a
-    packed weight [E N, K/2] as for `linear`.
+def launch_sorted(x, weights, tiles, y, cols: int, act=(None, None), order=None, shares=None) -> None:
+    """Fill y for x [n, K] in the order of words, sorted by expert.
+
+    The experts' matrices stand one under the other in the first of the `weights` of `linear`. With an activation and a
+    clamp y is [n, N] as `_sorted_tokens_kernel` says of 2 parts, else of 1.
     """
-    x, K, E, options = x.contiguous(), x.shape[1], len(ends), launch_options(x.device)
-    n, N = len(x if token is None else token), len(weight) // E
-    kind, groups = kind_of(scales), scales.shape[1]
-    rows, cols, block = 256, 64 if n <= 64 * E else 128, 128  # generate.warm_prefill knows the 64
-    chunk = 64 if kind == "fp4" else 32  # so that registers suffice
-    stage = rows * block // 2 + cols * block * 2
-    tiles = torch.empty(n // cols + E, 3, dtype=torch.int32, device=x.device)
-    ordered, y = x.new_empty(n, K), x.new_empty(n, N)
-    _tiles_of_experts_kernel[(len(tiles),)](ends, tiles, E=E, COLS=cols, num_warps=1, **options)
-    _in_word_order_kernel[(n, triton.cdiv(K, 1024))](x, token, ordered, K, BLOCK=1024, **options)
+    (weight, scales, zeros, bias), N, groups = weights, y.shape[1], weights[1].shape[1]
+    K, kind, parts, block = x.shape[1], kind_of(scales), 1 if act[0] is None else 2, 128
+    stage = 128 * block // 2 + cols * block * 2
     descriptors = (
-        TensorDescriptor.from_tensor(
-            t, [size, width], gl.NVMMASharedLayout(min(128, width * t.element_size()), 8 * t.element_size(), 2)
+        TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(shape)))
+        for t, shape, swizzle in (
+            (weight.view(torch.int32).view(-1, N, K // 8), [parts, 128 // parts, block // 8], block // 2),
+            (x, [cols, block], 128),
         )
-        for t, size, width in ((weight.view(torch.int32), rows, block // 8), (ordered, cols, block))
     )
-    _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, rows),)](
-        *descriptors, tiles, scales, zeros, y, N, GROUPS=groups, SHARE=K // groups // 32, KIND=kind,
-        CODE=unpack_code(kind, x.dtype), CHUNK=chunk, STAGES=min(200_000 // stage, triton.cdiv(K, block)), num_warps=8,
-        **options,
+    _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, 128 // parts),)](
+        *descriptors, tiles, scales, zeros, bias, order, shares, y, N, GROUPS=groups, SHARE=K // groups // 32,
+        KIND=kind, CODE=unpack_code(kind, x.dtype), CHUNK=64 if kind == "fp4" else 32,  # so that registers suffice
+        STAGES=min(110_000 // stage, triton.cdiv(K, block)), ACT=act[0], CLAMP=act[1], num_warps=4,
+        **launch_options(x.device),
     )  # fmt: skip
+
+
+@torch.library.custom_op("gpt_twin::many_experts", mutates_args=(), device_types="cuda")
+def many_experts(
+    x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, shares: torch.Tensor, activation: str,
+    clamp: float | None, gate_up: list[torch.Tensor | None], down: list[torch.Tensor | None],
+) -> torch.Tensor:  # fmt: skip
+    """What each pair of a token of x [T, D] and one of its experts adds, [n, D], in the order of the pairs.
+
+    `order` [n] sorts the pairs by expert, and an expert's end at `ends` [E], which the host does not know. A pair's
+    result is multiplied by its share, of `shares` [n]. `gate_up` and `down` are weights, scales, zeros and bias as for
+    `gated_experts`, of 4 bits.
+    """
+    x, E, n, options = x.contiguous(), len(ends), len(order), launch_options(x.device)
+    D, F = x.shape[1], len(gate_up[0]) // E // 2
+    cols = 64 if n <= 64 * E else 128  # generate.warm_prefill knows the 64
+    tiles = torch.empty(n // cols + E, 3, dtype=torch.int32, device=x.device)
+    ordered, hidden, y = x.new_empty(n, D), x.new_empty(n, F), x.new_empty(n, D)
+    _tiles_of_experts_kernel[(len(tiles),)](ends, tiles, E=E, COLS=cols, num_warps=1, **options)
+    _in_word_order_kernel[(n, triton.cdiv(D, 1024))](x, order, ordered, D, USED=n // len(x), BLOCK=1024, **options)
+    launch_sorted(ordered, gate_up, tiles, hidden, cols, (activation, clamp))
+    launch_sorted(hidden, down, tiles, y, cols, order=order, shares=shares.contiguous())
     return y
 
 
-@multiply_sorted.register_fake
-def _(x, token, ends, weight, scales, zeros=None):
-    return x.new_empty((x if token is None else token).shape[0], weight.shape[0] // ends.shape[0])
+@many_experts.register_fake
+def _(x, order, ends, shares, activation, clamp, gate_up, down):
+    return x.new_empty(order.shape[0], x.shape[1])

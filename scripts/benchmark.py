@@ -26,6 +26,7 @@ Decisions to know:
   `batch` of the eager step on the same cache, in `prefill` of the eager prefill, in `forward` at every position those
   of `model.py`. Where one is not, the plain run's logits of the two tokens must lie within 5% of its largest, as two
   bf16 roundings of one number do after 32 layers (2.4% was seen in 128 tokens of an 8B model); else it is an error.
+  After many tokens of a mixture it is 20%, because rounding can choose other experts (12% was seen in gpt-oss-20b).
 - So a row's check is of what compiling changed. The kernels are held against plain PyTorch by tests/test_gpu.py.
 - A sample in which something would be compiled is an error. Of `prefill` at most the first two lengths compile.
 - `decode` takes the samples of all rows in turn, so that a machine that is slower for a minute is so for all of them;
@@ -315,23 +316,24 @@ def greedy(model, prompt, count: int, step=decode_step) -> torch.Tensor:
     return torch.tensor(list(ids), device=prompt.device).T
 
 
-def check_tokens(ids, expected, name: str) -> str:
-    """How greedy `ids` [...] agree with the plain run's logits [..., V]. Raises ValueError if they do not."""
+def check_tokens(ids, expected, name: str, within: float = 0.05) -> str:
+    """How greedy `ids` [...] agree with the plain run's logits [..., V]. Raises ValueError if they do not, or if they
+    lie further behind than `within` of the largest."""
     if not expected.isfinite().all():
         raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
     expected = expected.float()
     best = expected.amax(-1)
     behind = (best - expected.gather(-1, ids[..., None])[..., 0]).max().item()
-    if behind > 0.05 * expected.abs().max().item():
+    if behind > within * expected.abs().max().item():
         raise ValueError(f"{name}: a greedy token is not the plain run's, which has it {behind:.3g} behind its best")
     return "same" if behind == 0 else f"within {behind:.1e}"
 
 
-def check_logits(logits, expected, name: str) -> str:
+def check_logits(logits, expected, name: str, within: float = 0.05) -> str:
     """The same for the tokens that `logits` [..., V] make likeliest; they have to be finite too."""
     if not logits.isfinite().all():
         raise ValueError(f"{name}: a logit is not a finite number, so its speed means nothing")
-    return check_tokens(logits.argmax(-1), expected, name)
+    return check_tokens(logits.argmax(-1), expected, name, within)
 
 
 @torch.no_grad()
@@ -496,7 +498,9 @@ def prefills(args, models: dict, limits: dict):
                     logits = run(model, prompt, None, last)
                 with torch.compiler.set_stance("fail_on_recompile"):
                     seconds = [timed(device, first_token, run, model, prompt, last) for _ in range(args.samples)]
-                agrees = check_logits(logits, expected.get(count, logits), title)
+                agrees = check_logits(
+                    logits, expected.get(count, logits), title, 0.2 if model.config.n_expert else 0.05
+                )
                 more = {"agrees": agrees} if count in expected else {}  # the eager one is what others are compared with
                 expected.setdefault(count, logits)
                 head = 2 * model.config.dim * model.config.vocab_size  # of the last token alone
