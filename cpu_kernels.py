@@ -36,7 +36,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 SOURCE = r"""
 #include <algorithm>
@@ -726,16 +725,28 @@ def register_kernels() -> bool:
     return False
 
 
-# A graph that is being made calls these two and keeps what they say.
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether these kernels run here: on x86 processors with AVX2, under Linux, beside a C++ compiler."""
     return register_kernels()
 
 
-@torch.compiler.assume_constant_result
 def has_bf16_instructions() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+# A graph that is being made calls these two and keeps what they say. torch.compiler.assume_constant_result sets just
+# this, and loads the compiler, which takes a second.
+available._dynamo_marked_constant = has_bf16_instructions._dynamo_marked_constant = True
+
+
+def is_certain(condition) -> bool:
+    """Whether it holds, of a dynamic T whatever that is, and without a guard. Outside a graph nothing is imported,
+    which would take half a second."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def runs_on(x) -> bool:
@@ -750,7 +761,7 @@ def takes(x, weight) -> bool:
     kinds = [torch.int8, torch.uint8]
     if x.dtype == torch.float32:  # 16 bits are read as they are, and no other product does so
         kinds += [torch.bfloat16, torch.float16]
-    if statically_known_true(x.shape[0] <= FEW):  # of a dynamic T this is False, and no guard
+    if is_certain(x.shape[0] <= FEW):  # of a dynamic T this is False, and no guard
         kinds += [torch.float32, torch.bfloat16]
     elif not has_bf16_instructions():
         kinds.append(torch.bfloat16)
@@ -778,7 +789,7 @@ def add_norm(x, update, weight, eps: float):
 def attention_takes(q, k_cache) -> bool:
     """Whether `attention` takes queries q [B, T, H, C] beside a cache [B, KV, S, C]."""
     rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
-    few = statically_known_true(q.shape[1] <= FEW) and rows <= 128 and q.shape[3] <= 512
+    few = is_certain(q.shape[1] <= FEW) and rows <= 128 and q.shape[3] <= 512
     return few and k_cache.dtype in (q.dtype, torch.int8) and runs_on(q)
 
 

@@ -31,10 +31,9 @@ from itertools import product
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from model import GPTConfig
-from tp import all_gather, all_reduce, from_rank_0, shard_config, shared_memory, vocab_rows
+from tp import all_gather, all_reduce, from_rank_0, is_certain, shard_config, shared_memory, vocab_rows
 
 try:
     import gpu_kernels
@@ -117,7 +116,7 @@ def is_single_token(x) -> bool:
 
 def takes_few_tokens(x, weight) -> bool:
     """Whether `gpu_products.linear` takes x, on such a GPU: one token, or up to 64 where it is quicker than PyTorch."""
-    few = statically_known_true(x.numel() <= 64 * x.shape[-1])  # of a dynamic T this is False, and no guard
+    few = is_certain(x.numel() <= 64 * x.shape[-1])  # of a dynamic T this is False, and no guard
     return is_single_token(x) or (few and gpu_products.takes_few_tokens(x, weight))
 
 
@@ -132,7 +131,7 @@ def matvec(x, weight):
 
 def compiles_for_few_tokens(x) -> bool:
     """Whether a graph for a CPU is being made in which x [..., D] is of 16 tokens or less, and always as many."""
-    few = statically_known_true(x.numel() <= 16 * x.shape[-1])  # of a dynamic T this is False, and no guard
+    few = is_certain(x.numel() <= 16 * x.shape[-1])  # of a dynamic T this is False, and no guard
     return x.device.type == "cpu" and torch.compiler.is_compiling() and few
 
 
@@ -349,10 +348,10 @@ class AddNorm(nn.Module):
 
     def add(self, residual, update, post, told):
         if self.ranks == 1 or update is None:
-            few = statically_known_true(residual.numel() <= 64 * residual.shape[-1])
+            few = is_certain(residual.numel() <= 64 * residual.shape[-1])
         else:
             few = self.peers is not None
-            few = few and statically_known_true(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
+            few = few and is_certain(residual.numel() <= gpu_kernels.MOST_ROWS * residual.shape[-1])
         if few and on_gpu_kernels(residual):
             told = told and update is not None and tells(residual, self.told_peers)
             peers = None if update is None else self.told_peers if told else self.peers
@@ -595,7 +594,7 @@ class SparseMLP(nn.Module):
         logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
         by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
-        few = not torch.is_grad_enabled() and statically_known_true(rows.shape[0] * self.used <= most)
+        few = not torch.is_grad_enabled() and is_certain(rows.shape[0] * self.used <= most)
         if few and by_kernels:
             y = self.of_few_by_kernels(rows, logits, to if tells(x, to[0]) else ALONE)
         else:

@@ -34,6 +34,7 @@ from decode import (
     Sampling,
     Steps,
     Text,
+    by_gpu_kernels,
     cache_slots,
     check_length,
     compiled_prefill,
@@ -375,13 +376,17 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
     session.draft_bytes = bytes_per_step(draft) if draft else 0
 
 
+def compiler_count(group: str, name: str) -> int:
+    """One of the compiler's counts, of which there is none while it is not loaded, which takes a second."""
+    return torch._dynamo.utils.counters[group][name] if "torch._dynamo" in sys.modules else 0
+
+
 def compiler_cache_hits() -> int:
-    counters = torch._dynamo.utils.counters
-    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    return compiler_count("inductor", "fxgraph_cache_hit") + compiler_count("aot_autograd", "autograd_cache_hit")
 
 
 def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return compiler_count("stats", "unique_graphs")
 
 
 def compilations(session: Session) -> int:
@@ -664,8 +669,9 @@ def main(args) -> None:
     if not args.prompt_file:
         args.prompt = "Hello, my name is" if args.prompt is None else args.prompt
         prompts = {"the prompt": args.prompt}
+    compiles = args.compile_prefill or (args.compile and not by_gpu_kernels(torch.device(args.device)))
     # 8 by default, of all models and lengths that one function is given
-    with torch._dynamo.config.patch(recompile_limit=32):
+    with torch._dynamo.config.patch(recompile_limit=32) if compiles else nullcontext():
         answer(args, prompts)
 
 

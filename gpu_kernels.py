@@ -36,6 +36,24 @@ def variants_built(module) -> int:
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
+def operator(shapes):
+    """Makes a function the operator torch.ops.gpt_twin.NAME of GPUs, which a graph takes as a whole. `shapes` gives
+    empty results for its arguments.
+
+    `torch.library.custom_op` does so too, but takes 50 us a call, and the first one loads the compiler.
+    """
+
+    def make(function):
+        name = function.__name__
+        if not hasattr(torch.ops.gpt_twin, name):  # a lifted copy may be loaded beside this file
+            torch.library.define(f"gpt_twin::{name}", torch.library.infer_schema(function, mutates_args=()))
+            torch.library.impl(f"gpt_twin::{name}", "cuda", function)
+            torch.library.register_fake(f"gpt_twin::{name}", shapes)
+        return getattr(torch.ops.gpt_twin, name).default
+
+    return make
+
+
 # --- How kernels start ------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +180,11 @@ def gather_words(ranks: int) -> int:
     return MOST_GATHERED // GATHERED + 2 * ranks * MOST_GATHERED
 
 
-@torch.library.custom_op("gpt_twin::gather", mutates_args=(), device_types="cuda")
+def _gather_shapes(x, peers, rank):
+    return x.new_empty(len(peers), *x.shape)
+
+
+@operator(_gather_shapes)
 def gather(x: torch.Tensor, peers: torch.Tensor, rank: int) -> torch.Tensor:
     """Every rank's x [...], as [ranks, ...]; of integers those that float32 holds, up to 2^24.
 
@@ -176,11 +198,6 @@ def gather(x: torch.Tensor, peers: torch.Tensor, rank: int) -> torch.Tensor:
         RANK=rank, RANKS=len(peers), MOST=MOST_GATHERED, BLOCK=GATHERED, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
-
-
-@gather.register_fake
-def _(x, peers, rank):
-    return x.new_empty(len(peers), *x.shape)
 
 
 # --- The residual sum and the norm after it ---------------------------------------------------------------------------
@@ -268,7 +285,11 @@ def told_words(ranks: int, dim: int) -> int:
     return dim * (1 + ranks) + dim % 2
 
 
-@torch.library.custom_op("gpt_twin::add_norm", mutates_args=(), device_types="cuda")
+def _add_norm_shapes(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0, told=False):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@operator(_add_norm_shapes)
 def add_norm(
     x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     post: torch.Tensor | None, eps: float, plus_one: bool = False, scale: float = 1.0,
@@ -293,11 +314,6 @@ def add_norm(
         num_warps=8 if D <= 4096 else 16, **launch_options(x.device),
     )  # fmt: skip
     return total, y
-
-
-@add_norm.register_fake
-def _(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0, told=False):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 # --- Attention of a few new tokens to a cache -------------------------------------------------------------------------
@@ -492,7 +508,12 @@ def _attention_kernel(
         tl.store(y_ptr + y_at[:, None] * C + c[None, :], y, mask=in_q)
 
 
-@torch.library.custom_op("gpt_twin::attention", mutates_args=(), device_types="cuda")
+def _attention_shapes(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale, arrived,
+      sinks=None, q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+@operator(_attention_shapes)
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
@@ -541,12 +562,6 @@ def attention(
     return y
 
 
-@attention.register_fake
-def _(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale, arrived,
-      sinks=None, q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
-    return q.new_empty(q.shape)
-
-
 # --- The k-th largest of many numbers ---------------------------------------------------------------------------------
 
 
@@ -589,7 +604,11 @@ def _kth_kernel(
     tl.store(y_ptr + row, bits.to(tl.float32, bitcast=True))
 
 
-@torch.library.custom_op("gpt_twin::kth_largest", mutates_args=(), device_types="cuda")
+def _kth_largest_shapes(x, k):
+    return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@operator(_kth_largest_shapes)
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest number of each row of x [..., V], [..., 1] in float32: digit by digit, by counting (a radix
     select), two digits of bf16 or four of others. k is from 1 to V.
@@ -606,11 +625,6 @@ def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     options = {"ROUNDS": rounds, "BLOCK": block, "num_warps": 8} | launch_options(x.device)
     _kth_kernel[(rows * parts,)](x, state, y, V, k, parts, **options)
     return y
-
-
-@kth_largest.register_fake
-def _(x, k):
-    return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 # --- The largest of many numbers --------------------------------------------------------------------------------------
@@ -644,7 +658,11 @@ def _largest_kernel(
         tl.store(y_ptr + row, tl.where(finite, 2**31 - 1 - (best & (2**31 - 1)), -1))
 
 
-@torch.library.custom_op("gpt_twin::choose", mutates_args=(), device_types="cuda")
+def _choose_shapes(logits, noise=None, least=None, scale=1.0):
+    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.int64)
+
+
+@operator(_choose_shapes)
 def choose(
     logits: torch.Tensor, noise: torch.Tensor | None = None, least: torch.Tensor | None = None, scale: float = 1.0
 ) -> torch.Tensor:
@@ -666,15 +684,10 @@ def choose(
     return y
 
 
-@choose.register_fake
-def _(logits, noise=None, least=None, scale=1.0):
-    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.int64)
-
-
 def tell_compiler() -> None:
     """Make the operator that stands late in a graph known to PyTorch's compiler. It finds out by itself, but before
     2.13 it first writes out all that comes before an operator it does not know: after 32 layers that takes minutes."""
     from torch._inductor.lowering import lowerings, make_fallback
 
-    if torch.ops.gpt_twin.gather.default not in lowerings:
-        make_fallback(torch.ops.gpt_twin.gather.default, warn=False)
+    if gather not in lowerings:
+        make_fallback(gather, warn=False)

@@ -40,7 +40,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gpu_kernels import count_of_rows, jit_for_any_T, launch_options, open_inboxes, tell_rows, wait_for_inputs
+from gpu_kernels import (
+    count_of_rows,
+    jit_for_any_T,
+    launch_options,
+    open_inboxes,
+    operator,
+    tell_rows,
+    wait_for_inputs,
+)
 
 # --- Matrix-vector products -------------------------------------------------------------------------------------------
 
@@ -799,7 +807,11 @@ def columns(weight: torch.Tensor) -> int:
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
-@torch.library.custom_op("gpt_twin::dequantize", mutates_args=(), device_types="cuda")
+def _dequantize_shapes(weight, scales, zeros, dtype):
+    return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
+
+
+@operator(_dequantize_shapes)
 def dequantize(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -814,11 +826,6 @@ def dequantize(
         scales, zeros = from_bytes(scales, zeros)
         _int4_dequantize_kernel[grid](words, scales, zeros, out, out.numel(), G=group, BLOCK=4096)
     return out
-
-
-@dequantize.register_fake
-def _(weight, scales, zeros, dtype):
-    return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
 
 
 def takes_bytes(weight: torch.Tensor) -> bool:
@@ -935,7 +942,13 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     )  # fmt: skip
 
 
-@torch.library.custom_op("gpt_twin::linear", mutates_args=(), device_types="cuda")
+def _linear_shapes(
+    x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0
+):
+    return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+@operator(_linear_shapes)
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
@@ -972,12 +985,13 @@ def linear(
     return y
 
 
-@linear.register_fake
-def _(x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0):
-    return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+def _norm_linear_shapes(
+    x, residual, norm, eps, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None
+):
+    return residual.new_empty(residual.shape), x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
 
 
-@torch.library.custom_op("gpt_twin::norm_linear", mutates_args=(), device_types="cuda")
+@operator(_norm_linear_shapes)
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -995,15 +1009,14 @@ def norm_linear(
     return total, y
 
 
-@norm_linear.register_fake
-def _(x, residual, norm, eps, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None):
-    return residual.new_empty(residual.shape), x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
-
-
 # --- Experts of a few tokens ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gpt_twin::gated_experts", mutates_args=(), device_types="cuda")
+def _gated_experts_shapes(x, logits, used, activation, clamp, weight, scales=None, zeros=None, bias=None):
+    return x.new_empty(len(x) * used, weight.shape[0] // logits.shape[1] // 2)
+
+
+@operator(_gated_experts_shapes)
 def gated_experts(
     x: torch.Tensor, logits: torch.Tensor, used: int, activation: str, clamp: float | None, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -1019,12 +1032,11 @@ def gated_experts(
     return y
 
 
-@gated_experts.register_fake
-def _(x, logits, used, activation, clamp, weight, scales=None, zeros=None, bias=None):
-    return x.new_empty(len(x) * used, weight.shape[0] // logits.shape[1] // 2)
+def _sum_experts_shapes(x, logits, used, norm, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
+    return x.new_empty(len(logits), weight.shape[0] // logits.shape[1])
 
 
-@torch.library.custom_op("gpt_twin::sum_experts", mutates_args=(), device_types="cuda")
+@operator(_sum_experts_shapes)
 def sum_experts(
     x: torch.Tensor, logits: torch.Tensor, used: int, norm: bool, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -1052,11 +1064,6 @@ def sum_experts(
         arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N)
         _bytes_experts_sum_kernel[(triton.cdiv(N, rows) * T,)](*arguments, num_warps=4, **options)
     return y
-
-
-@sum_experts.register_fake
-def _(x, logits, used, norm, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
-    return x.new_empty(len(logits), weight.shape[0] // logits.shape[1])
 
 
 # --- Experts of many tokens -------------------------------------------------------------------------------------------
@@ -1213,7 +1220,11 @@ def launch_sorted(x, weights, tiles, y, cols: int, act=(None, None), order=None,
     )  # fmt: skip
 
 
-@torch.library.custom_op("gpt_twin::many_experts", mutates_args=(), device_types="cuda")
+def _many_experts_shapes(x, order, ends, shares, activation, clamp, gate_up, down):
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+@operator(_many_experts_shapes)
 def many_experts(
     x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, shares: torch.Tensor, activation: str,
     clamp: float | None, gate_up: list[torch.Tensor | None], down: list[torch.Tensor | None],
@@ -1234,8 +1245,3 @@ def many_experts(
     launch_sorted(ordered, gate_up, tiles, hidden, cols, (activation, clamp))
     launch_sorted(hidden, down, tiles, y, cols, order=order, shares=shares.contiguous())
     return y
-
-
-@many_experts.register_fake
-def _(x, order, ends, shares, activation, clamp, gate_up, down):
-    return x.new_empty(order.shape[0], x.shape[1])

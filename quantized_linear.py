@@ -27,7 +27,6 @@ Shapes: N output rows, K input columns, G columns in a group.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 try:
     import gpu_kernels
@@ -59,6 +58,15 @@ if not hasattr(torch.ops.gpt_twin, "int4_linear_cpu"):  # a lifted copy may be l
     torch.library.register_fake(
         "gpt_twin::int4_linear_cpu", lambda x, weight, scales, group_size: x.new_empty(x.shape[0], scales.shape[1])
     )
+
+
+def compiles_for_few_tokens(x) -> bool:
+    """Whether a graph is being made in which x [..., D] is of 16 tokens or less, and always as many."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes a start half a second
+
+    return statically_known_true(x.numel() <= 16 * x.shape[-1])
 
 
 class Int8Linear(nn.Module):
@@ -112,7 +120,7 @@ class Int8Linear(nn.Module):
             return gpu_products.linear(rows, *self.gpu_weights(), bias=self.bias).view(*x.shape[:-1], -1)
         if self.cpu_weights(rows):
             y = cpu_kernels.linear(rows, *self.cpu_weights(rows)).view(*x.shape[:-1], -1)
-        elif statically_known_true(x.numel() <= 16 * x.shape[-1]) and torch.compiler.is_compiling():
+        elif compiles_for_few_tokens(x):
             # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
             y = torch.stack([(self.weight * row).sum(-1) for row in rows.float()]) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)

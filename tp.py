@@ -26,7 +26,6 @@ from threading import Timer
 
 import torch
 import torch.distributed as dist
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 try:
     import gpu_kernels
@@ -111,9 +110,19 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
 ops = torch.ops._c10d_functional
 
 
+def is_certain(condition) -> bool:
+    """Whether it holds, of a dynamic T whatever that is, and without a guard. Outside a graph nothing is imported,
+    which would take half a second."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def by_kernel(x, peers) -> bool:
     """Whether x goes through the memory that ranks share, of which `peers` are the addresses, if there is some."""
-    few = peers is not None and statically_known_true(x.numel() <= gpu_kernels.MOST_GATHERED)
+    few = peers is not None and is_certain(x.numel() <= gpu_kernels.MOST_GATHERED)
     return few and not torch.is_grad_enabled()
 
 
