@@ -84,7 +84,8 @@ def likeliest(values):
     """The index [..., 1] of the largest number of each row of values [..., V], -1 where that is not finite. A NaN is
     the largest of all.
 
-    In 128 parts, because the compiler gives a row to one program of a GPU: of 262,208 logits it took 143 us.
+    In 128 parts, because the compiler gives a row to one program of a GPU: without `gpu_kernels.py` 262,208 logits took
+    143 us.
     """
     if by_gpu_kernels(values.device):
         return gpu_kernels.choose(values)
@@ -96,17 +97,22 @@ def likeliest(values):
     return torch.where(values.gather(-1, token).isfinite(), token, -1)
 
 
-def sample(logits, noise, sampling: Sampling):
-    """One id per row, [B, 1], of logits [B, V]; -1 where they are not finite.
+def draw(weights, noise):
+    """An index [..., 1] by chance, in proportion to the weights [..., V]; -1 if they are not finite.
 
-    `noise` [B, V] is Exp(1): argmax(p / noise) has distribution p.
+    `noise` [..., V] is Exp(1): argmax(p / noise) has distribution p.
     """
+    return likeliest(weights / noise.clamp(min=1e-20))  # some devices draw 0
+
+
+def sample(logits, noise, sampling: Sampling):
+    """One id per row, [B, 1], of logits [B, V], with the Exp(1) `noise` [B, V]; -1 where they are not finite."""
     if sampling.greedy:
         return likeliest(logits)
     if sampling.top_p == 1 and by_gpu_kernels(logits.device):
         least = kth_largest(logits, sampling.top_k) if 0 < sampling.top_k < logits.shape[-1] else None
         return gpu_kernels.choose(logits, noise, least, 1 / sampling.temperature)
-    return likeliest(to_probabilities(logits, sampling) / noise)
+    return draw(to_probabilities(logits, sampling), noise)
 
 
 def why_not_finite(*models) -> str:
@@ -140,21 +146,28 @@ class Recorded:
     """A step as CUDA graphs, one for each model and kind of input, recorded when it is first asked for.
 
     The model is the first argument. Tensors among the others are copied to where a graph reads them, and the next call
-    overwrites the results. Graphs of a model are dropped when its memory is another one, see `FastGPT.make_tables`.
+    overwrites the results. There are no gradients. Of one model 32 graphs are kept.
+
+    A graph knows addresses. So whatever moves a model's weights, caches or tables has to put another object into its
+    attribute `memory`, at which all its graphs are dropped. FastGPT does so in `setup_caches`, `load_state_dict` and
+    `.to()`, but not where one of its modules is replaced.
     """
 
     def __init__(self, function):
         self.function, self.count = function, 0  # graphs that were recorded
         self.of_models = WeakKeyDictionary()  # model: (its memory, {kind of input: (graph, own inputs, results)})
 
+    @torch.no_grad()
     def __call__(self, model, *inputs, **settings):
-        memory, graphs = self.of_models.get(model, (None, {}))
+        memory, graphs = self.of_models.get(model, (self, {}))
         if memory is not model.memory:
             graphs = {}
             self.of_models[model] = model.memory, graphs
         kind = (*((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs), *settings.values())
         with torch.cuda.device(inputs[0].device):
             if kind not in graphs:
+                if len(graphs) == 32:
+                    del graphs[next(iter(graphs))]
                 graphs[kind] = self._record(model, inputs, settings)
             graph, own_inputs, results = graphs[kind]
             for own, given in zip(own_inputs, inputs, strict=True):
@@ -166,8 +179,8 @@ class Recorded:
     def _record(self, model, inputs, settings):
         own = [copied(x) if isinstance(x, torch.Tensor) else x for x in inputs]
         self.function(model, *own, **settings)  # builds its kernels
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread that asks for events
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # of this device; the default is of the first one
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread asks for events
             results = self.function(model, *own, **settings)
         self.count += 1
         return graph, own, results
@@ -205,7 +218,7 @@ def compiled_prefill(prefill=prefill):
 
 
 def copied(x):
-    """A contiguous copy: a CUDA graph's next replay overwrites its outputs, and a graph is made for certain strides."""
+    """A contiguous copy: a CUDA graph's next replay overwrites its outputs, and compiled steps expect such strides."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

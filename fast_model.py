@@ -10,7 +10,7 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
 - q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
   Both act on rows only, whatever comes after the module's name: weights, biases, per-row or per-group scales.
-- The matrices of a layer's experts stand one under the other in one tall matrix. A compiled step over a few tokens
+- The matrices of a layer's experts stand one under the other in one tall matrix. A step over a few tokens
   reads the chosen experts' rows alone; many tokens are sorted by expert, and each expert is multiplied by its own.
 - Attention and feed-forward say which product comes first in them, their projection, so that `AddNorm` can leave the
   norm to that product's kernel. So `AddNorm` calls it, and their `forward`, with its hooks, comes after it.
@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPTConfig
+from model import Embedding, GPTConfig
 from tp import all_gather, all_reduce, from_rank_0, is_certain, shard_config, shared_memory, vocab_rows
 
 try:
@@ -694,8 +694,8 @@ class FastGPT(nn.Module):
         self.config, self.rank, self.ranks = config, rank, ranks
         local, rows = shard_config(config, ranks), vocab_rows(config, ranks)
         self.n_kv_head = local.n_kv_head
-        self.wte = nn.Embedding(rows, config.dim)
-        self.wpe = nn.Embedding(config.block_size, config.dim) if config.rope_base is None else None
+        self.wte = Embedding(rows, config.dim)
+        self.wpe = Embedding(config.block_size, config.dim) if config.rope_base is None else None
         self.layers = nn.ModuleList(Block(local, layer, rank, ranks) for layer in range(config.n_layer))
         self.norm_f = AddNorm(config, rank, ranks)
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, rows, bias=config.head_bias)
@@ -705,7 +705,7 @@ class FastGPT(nn.Module):
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks] of all of them
         self.max_batch_size = self.max_seq_length = 0
         self.int8_cache = False
-        self.memory = None  # another object whenever caches and tables have moved, for who holds their addresses
+        self.memory = object()  # another one whenever weights, caches or tables have moved, see `decode.Recorded`
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, int8: bool | None = None):
         """Allocate S = max_seq_length slots for each of max_batch_size rows, empty, in the norms' dtype.
@@ -761,6 +761,10 @@ class FastGPT(nn.Module):
     def from_rank_0(self, x):
         """Rank 0's x, of integers up to 2^24, on every rank."""
         return from_rank_0(x, self.ranks, self.peers, self.rank)
+
+    def load_state_dict(self, *args, **more):
+        self.memory = object()
+        return super().load_state_dict(*args, **more)
 
     def _apply(self, fn, recurse=True):
         """`.to(dtype)` comes through here; the table of angles stays float32."""

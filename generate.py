@@ -402,7 +402,7 @@ def warm_prefill(prefill, model, compiled: bool) -> None:
     """Prefill as many tokens as each variant of a kernel is for, at the cache's beginning and after other tokens."""
     device, batch, config = model.wte.weight.device, model.max_batch_size, model.config
     lengths = [1, 2, 12, 40, 70]
-    if config.n_expert:  # more than 64 tokens an expert, see gpu_products.many_experts
+    if config.n_expert and by_gpu_kernels(device):  # more than 64 tokens an expert, see gpu_products.many_experts
         lengths.append(64 * config.n_expert // config.n_expert_used + 1)
     if config.sliding_window and compiled:
         lengths.append(config.sliding_window + 1)
@@ -423,7 +423,10 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
     compiles = args.compile_prefill or (args.compile and (session.args.max_new_tokens > 1 or speculation is not None))
     if args.compile and not compiles:
         say("--compile compiles nothing, because one new token comes from the prefill; see --compile_prefill")
-    if compiles:
+    recording = bool(session.recorded) and not args.compile_prefill
+    if compiles and recording:
+        say("recording steps as CUDA graphs; kernels that are new to this machine are compiled first")
+    elif compiles:
         say("compiling the model into kernels for this machine; the next run finds them in the compiler's cache")
     start, hits, graphs = time.perf_counter(), compiler_cache_hits(), compiled_graphs()
     if args.interactive and has_cache(model) and (args.device != "cpu" or args.compile_prefill):
@@ -436,7 +439,7 @@ def warm_up(args, session: Session, rows: list[list[int]]) -> None:
     seconds = time.perf_counter() - start
     kind = "from cache" if compiler_cache_hits() > hits else "cold" if compiled_graphs() > graphs else "recorded"
     if compiles:
-        say(f"compiled in {seconds:.1f} s ({kind})")
+        say(f"recorded in {seconds:.1f} s" if recording else f"compiled in {seconds:.1f} s ({kind})")
         session.figures |= {"compile_seconds": seconds, "compile_kind": kind}
     if speculation:
         costs = session.figures["round_seconds"]
@@ -704,7 +707,7 @@ def parse_arguments():
     add("--seed", type=seed_number, default=1234, help="of the first answer; each row and sample takes the next")
     add("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these strings")
     add("--ignore_eos", action="store_true", help="continue after an end-of-sequence token")
-    add("--compile", action="store_true", help="compile the decode step")
+    add("--compile", action="store_true", help="compile the decode step; on NVIDIA GPUs, record it as a CUDA graph")
     add("--compile_prefill", action="store_true", help="compile the prefill too")
     add("--reference", action="store_true", help="run the readable model of model.py, without a cache")
     add("--kv_cache", choices=("int8",), help="keys and values in 8 bits; default: the precision's")

@@ -37,17 +37,21 @@ def variants_built(module) -> int:
 
 
 def operator(shapes):
-    """Makes a function the operator torch.ops.gpt_twin.NAME of GPUs, which a graph takes as a whole. `shapes` gives
-    empty results for its arguments.
+    """Makes a function the operator torch.ops.gpt_twin.NAME of GPUs, which a graph takes as a whole. It runs on the GPU
+    of its first argument. `shapes` gives empty results for its arguments.
 
     `torch.library.custom_op` does so too, but takes 50 us a call, and the first one loads the compiler.
     """
 
     def make(function):
+        def run(x, *arguments):
+            with torch.cuda.device_of(x):  # Triton's kernels start on the current device
+                return function(x, *arguments)
+
         name = function.__name__
         if not hasattr(torch.ops.gpt_twin, name):  # a lifted copy may be loaded beside this file
             torch.library.define(f"gpt_twin::{name}", torch.library.infer_schema(function, mutates_args=()))
-            torch.library.impl(f"gpt_twin::{name}", "cuda", function)
+            torch.library.impl(f"gpt_twin::{name}", "cuda", run)
             torch.library.register_fake(f"gpt_twin::{name}", shapes)
         return getattr(torch.ops.gpt_twin, name).default
 

@@ -316,6 +316,12 @@ class Block(nn.Module):
         return after + self.residual_scale * self.post_mlp(self.mlp(self.ln_2(read)))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # there random numbers load the compiler, which takes a second (torch 2.13)
+            super().reset_parameters()
+
+
 class GPT(nn.Module):
     """The readable model: token ids [B, T] to logits [B, T, V], and the mean cross-entropy if targets are given."""
 
@@ -324,13 +330,13 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.dim),
+                "wte": Embedding(config.vocab_size, config.dim),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": make_norm(config),
             }
         )
         if config.rope_base is None:
-            self.transformer["wpe"] = nn.Embedding(config.block_size, config.dim)
+            self.transformer["wpe"] = Embedding(config.block_size, config.dim)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
 

@@ -130,8 +130,7 @@ def run_command(main, arguments, splits: bool = False) -> None:
     sys.stderr.flush()
     if finished:  # else others may never come to this, and the end of the process takes the group along
         Timer(10, os._exit, [code]).start()
-        torch.compiler.reset()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388)
-        gc.collect()
+        gc.collect()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388), until all are freed
         dist.destroy_process_group()
     os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
 
@@ -267,11 +266,9 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError if this machine has no such device. A GPU becomes the current one, on which kernels start."""
+    """Raises ValueError if this machine has no such device."""
     try:
         torch.empty(1, device=device).item()  # of "meta" there is nothing to read
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"there is no device {device!r} on this machine; the default is {default_device()}") from error
 

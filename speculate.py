@@ -25,6 +25,7 @@ from decode import (
     Text,
     check_length,
     copied,
+    draw,
     first_token,
     likeliest,
     prefill,
@@ -49,7 +50,7 @@ def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: i
     if sampling.greedy:
         return likeliest(logits), None, following
     probabilities = to_probabilities(logits, sampling)
-    return likeliest(probabilities / noise), probabilities, following
+    return draw(probabilities, noise), probabilities, following
 
 
 def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
@@ -75,7 +76,7 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
     p, q = (t.gather(1, count[..., None].expand(-1, -1, t.shape[-1]))[:, 0] for t in (p, q))  # [B, V]
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # rounding can leave nothing where p and q are equal
-    return count, likeliest(rest / noise)
+    return count, draw(rest, noise)
 
 
 def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):

@@ -350,6 +350,14 @@ def test_compiling_is_announced_and_in_no_figure(run):
         assert seconds < result.data["compile_seconds"] / 2
 
 
+def test_the_compiler_is_not_loaded_where_nothing_is_compiled(tiny_checkpoint):
+    code = "import sys, generate; generate.main(generate.parse_arguments()); assert 'torch._dynamo' not in sys.modules"
+    arguments = ["--checkpoint_path", str(tiny_checkpoint / "model.pth"), "--device", "cpu", "--prompt", "5"]
+    folder = Path(generate.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_new_token_leaves_nothing_to_compile(run):
     result = run(*GREEDY, "--prompt", "5", "--max_new_tokens", 1, "--compile")
     assert result.samples == run(*GREEDY, "--prompt", "5", "--max_new_tokens", 1).samples
