@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model
-from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
+from decode import Recorded, Sampling, Steps, compiled_step, copied, decode_step, generate, sample, to_probabilities
 from generate import Answer
 from tokenizer import Stream
 
@@ -175,6 +177,43 @@ def test_compiled_steps_give_the_eager_ids_and_never_recompile(sampling):
         other = random_prompt(2, 20, seed=1)
         again = ids_of(model, other, 20, sampling, seed=6, steps=Steps(decode_step=step))
     assert again == ids_of(model, other, 20, sampling, seed=6)
+
+
+class RecordedOnCpu(Recorded):
+    """What stands for a CUDA graph takes the step again, on the tensors that the model had when it was recorded."""
+
+    def _record(self, model, inputs, settings):
+        own = [copied(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        then = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        results = self.function(then, *own, **settings)
+
+        def replay():
+            for result, new in zip(results, self.function(then, *own, **settings), strict=True):
+                result.copy_(new)
+
+        self.count += 1
+        return SimpleNamespace(replay=replay), own, results
+
+
+def test_a_recorded_step_is_recorded_again_where_memory_has_moved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    models, step, prompt = [new_model("fast"), new_model("fast")], RecordedOnCpu(decode_step), random_prompt(1, 9)
+    models[1].lm_head.weight.neg_()
+
+    def agrees(model, new=12, sampling=GREEDY):
+        expected = ids_of(model, prompt, new, sampling)
+        return ids_of(model, prompt, new, sampling, steps=Steps(decode_step=step)) == expected
+
+    assert all(agrees(model) for model in models * 2) and step.count == 2
+    models[0].setup_caches(2, CONFIG.block_size)
+    assert agrees(models[0]) and agrees(models[1]) and step.count == 3
+    models[0].load_state_dict({name: -t for name, t in models[0].state_dict().items()}, assign=True)
+    assert agrees(models[0]) and step.count == 4
+    models[0].to(torch.bfloat16)
+    assert agrees(models[0]) and step.count == 5
+    assert agrees(models[0], sampling=RANDOM) and agrees(models[0]) and step.count == 6
+    assert all(agrees(models[0], 2, Sampling(1 + i / 100)) for i in range(40)) and step.count == 46
+    assert len(step.of_models[models[0]][1]) == 32
 
 
 def test_each_row_ends_with_its_own_eos(model):
