@@ -156,6 +156,7 @@ class Recorded:
     def __init__(self, function):
         self.function, self.count = function, 0  # graphs that were recorded
         self.of_models = WeakKeyDictionary()  # model: (its memory, {kind of input: (graph, own inputs, results)})
+        self.streams = {}  # one of each device to record on, because cuBLAS keeps 32 MB for a stream
 
     @torch.no_grad()
     def __call__(self, model, *inputs, **settings):
@@ -179,7 +180,8 @@ class Recorded:
     def _record(self, model, inputs, settings):
         own = [copied(x) if isinstance(x, torch.Tensor) else x for x in inputs]
         self.function(model, *own, **settings)  # builds its kernels
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # of this device; the default is of the first one
+        graph, device = torch.cuda.CUDAGraph(), own[0].device
+        stream = self.streams[device] = self.streams.get(device) or torch.cuda.Stream(device)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread asks for events
             results = self.function(model, *own, **settings)
         self.count += 1
@@ -187,8 +189,8 @@ class Recorded:
 
 
 def compiled_step(function, device: str):
-    """A step that takes the host little time: elsewhere than on a GPU one compiled graph. There it is `Recorded`, as it
-    is or, without `gpu_kernels.py`, with the compiler's kernels.
+    """A step that takes the host little time. On NVIDIA GPUs it is `Recorded`, without `gpu_kernels.py` with the
+    compiler's kernels. Elsewhere it is one compiled graph.
 
     On a CPU the compiler would compute a norm again for each row of the weights after it (SmolLM2 in bfloat16: 56
     tokens/s instead of 71, benchmarks/log.md). Its 1,400 assertions a step take 0.3 ms of 6 there.
