@@ -36,7 +36,7 @@ def variants_built(module) -> int:
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
-def operator(shapes):
+def custom_operator(shapes):
     """Makes a function the operator torch.ops.gpt_twin.NAME of GPUs, which a graph takes as a whole. It runs on the GPU
     of its first argument. `shapes` gives empty results for its arguments.
 
@@ -184,11 +184,7 @@ def gather_words(ranks: int) -> int:
     return MOST_GATHERED // GATHERED + 2 * ranks * MOST_GATHERED
 
 
-def _gather_shapes(x, peers, rank):
-    return x.new_empty(len(peers), *x.shape)
-
-
-@operator(_gather_shapes)
+@custom_operator(lambda x, peers, rank: x.new_empty(len(peers), *x.shape))
 def gather(x: torch.Tensor, peers: torch.Tensor, rank: int) -> torch.Tensor:
     """Every rank's x [...], as [ranks, ...]; of integers those that float32 holds, up to 2^24.
 
@@ -289,11 +285,7 @@ def told_words(ranks: int, dim: int) -> int:
     return dim * (1 + ranks) + dim % 2
 
 
-def _add_norm_shapes(x, update, weight, bias, post, eps, plus_one=False, scale=1.0, peers=None, rank=0, told=False):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@operator(_add_norm_shapes)
+@custom_operator(lambda x, *others: (x.new_empty(x.shape), x.new_empty(x.shape)))
 def add_norm(
     x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     post: torch.Tensor | None, eps: float, plus_one: bool = False, scale: float = 1.0,
@@ -512,12 +504,7 @@ def _attention_kernel(
         tl.store(y_ptr + y_at[:, None] * C + c[None, :], y, mask=in_q)
 
 
-def _attention_shapes(q, k, v, rope, input_pos, k_cache, v_cache, k_scales, v_scales, window, scale, arrived,
-      sinks=None, q_norm=None, k_norm=None, eps=0.0, plus_one=False):  # fmt: skip
-    return q.new_empty(q.shape)
-
-
-@operator(_attention_shapes)
+@custom_operator(lambda q, *others: q.new_empty(q.shape))
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, input_pos: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
@@ -608,11 +595,7 @@ def _kth_kernel(
     tl.store(y_ptr + row, bits.to(tl.float32, bitcast=True))
 
 
-def _kth_largest_shapes(x, k):
-    return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-
-
-@operator(_kth_largest_shapes)
+@custom_operator(lambda x, k: x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest number of each row of x [..., V], [..., 1] in float32: digit by digit, by counting (a radix
     select), two digits of bf16 or four of others. k is from 1 to V.
@@ -662,11 +645,7 @@ def _largest_kernel(
         tl.store(y_ptr + row, tl.where(finite, 2**31 - 1 - (best & (2**31 - 1)), -1))
 
 
-def _choose_shapes(logits, noise=None, least=None, scale=1.0):
-    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.int64)
-
-
-@operator(_choose_shapes)
+@custom_operator(lambda logits, *others: logits.new_empty(*logits.shape[:-1], 1, dtype=torch.int64))
 def choose(
     logits: torch.Tensor, noise: torch.Tensor | None = None, least: torch.Tensor | None = None, scale: float = 1.0
 ) -> torch.Tensor:

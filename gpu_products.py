@@ -42,10 +42,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gpu_kernels import (
     count_of_rows,
+    custom_operator,
     jit_for_any_T,
     launch_options,
     open_inboxes,
-    operator,
     tell_rows,
     wait_for_inputs,
 )
@@ -807,11 +807,7 @@ def columns(weight: torch.Tensor) -> int:
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
-def _dequantize_shapes(weight, scales, zeros, dtype):
-    return weight.new_empty(weight.shape[0], columns(weight), dtype=dtype)
-
-
-@operator(_dequantize_shapes)
+@custom_operator(lambda weight, scales, zeros, dtype: weight.new_empty(weight.shape[0], columns(weight), dtype=dtype))
 def dequantize(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -942,13 +938,11 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     )  # fmt: skip
 
 
-def _linear_shapes(
-    x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None, peers=None, rank=0
-):
-    return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
-
-
-@operator(_linear_shapes)
+@custom_operator(
+    lambda x, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, *others: x.new_empty(
+        x.shape[0], weight.shape[0] // (2 if gated else 1)
+    )
+)
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, activation: str | None = None, gated: bool = False, clamp: float | None = None,
@@ -985,13 +979,12 @@ def linear(
     return y
 
 
-def _norm_linear_shapes(
-    x, residual, norm, eps, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, clamp=None
-):
-    return residual.new_empty(residual.shape), x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
-
-
-@operator(_norm_linear_shapes)
+@custom_operator(
+    lambda x, residual, norm, eps, weight, scales=None, zeros=None, bias=None, activation=None, gated=False, *others: (
+        residual.new_empty(residual.shape),
+        x.new_empty(1, weight.shape[0] // (2 if gated else 1)),
+    )
+)
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -1012,11 +1005,11 @@ def norm_linear(
 # --- Experts of a few tokens ------------------------------------------------------------------------------------------
 
 
-def _gated_experts_shapes(x, logits, used, activation, clamp, weight, scales=None, zeros=None, bias=None):
-    return x.new_empty(len(x) * used, weight.shape[0] // logits.shape[1] // 2)
-
-
-@operator(_gated_experts_shapes)
+@custom_operator(
+    lambda x, logits, used, activation, clamp, weight, *others: x.new_empty(
+        len(x) * used, weight.shape[0] // logits.shape[1] // 2
+    )
+)
 def gated_experts(
     x: torch.Tensor, logits: torch.Tensor, used: int, activation: str, clamp: float | None, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -1032,11 +1025,9 @@ def gated_experts(
     return y
 
 
-def _sum_experts_shapes(x, logits, used, norm, weight, scales=None, zeros=None, bias=None, peers=None, rank=0):
-    return x.new_empty(len(logits), weight.shape[0] // logits.shape[1])
-
-
-@operator(_sum_experts_shapes)
+@custom_operator(
+    lambda x, logits, used, norm, weight, *others: x.new_empty(len(logits), weight.shape[0] // logits.shape[1])
+)
 def sum_experts(
     x: torch.Tensor, logits: torch.Tensor, used: int, norm: bool, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -1220,11 +1211,7 @@ def launch_sorted(x, weights, tiles, y, cols: int, act=(None, None), order=None,
     )  # fmt: skip
 
 
-def _many_experts_shapes(x, order, ends, shares, activation, clamp, gate_up, down):
-    return x.new_empty(order.shape[0], x.shape[1])
-
-
-@operator(_many_experts_shapes)
+@custom_operator(lambda x, order, *others: x.new_empty(order.shape[0], x.shape[1]))
 def many_experts(
     x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, shares: torch.Tensor, activation: str,
     clamp: float | None, gate_up: list[torch.Tensor | None], down: list[torch.Tensor | None],
