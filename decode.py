@@ -211,6 +211,8 @@ def compiled_prefill(prefill=prefill):
     compiled = torch.compile(prefill, fullgraph=True)
 
     def run(model, prompt, input_pos, last):
+        # A part of a longer tensor has that one's strides, for which a graph would be made anew.
+        prompt, input_pos, last = (x if x is None else copied(x) for x in (prompt, input_pos, last))
         for ids in (prompt, input_pos):  # not dynamic=True: it would make numbers such as norm_eps dynamic too
             if ids is not None and ids.shape[1] > 1:
                 torch._dynamo.mark_dynamic(ids, 1)

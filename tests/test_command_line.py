@@ -373,7 +373,9 @@ def test_a_compiled_prefill_takes_prompts_of_any_length_and_what_is_cached(run):
     lines = "Hello, you\nHello, my friend\nHello, me\n"
     expected = run(*session, stdin=lines)
     assert [figures["cached_tokens"] for figures in expected.runs] == [0, 7, 8]
-    assert run(*session, "--compile_prefill", stdin=lines).samples == expected.samples
+    result = run(*session, "--compile_prefill", stdin=lines)
+    assert result.samples == expected.samples
+    assert [figures["compilations"] for figures in result.runs] == [0, 0, 0], result.stderr
 
 
 # --- Nothing is compiled once a run has begun -------------------------------------------------------------------------
