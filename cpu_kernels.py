@@ -741,7 +741,7 @@ available._dynamo_marked_constant = has_bf16_instructions._dynamo_marked_constan
 
 def is_certain(condition) -> bool:
     """Whether it holds, of a dynamic T whatever that is, and without a guard. Outside a graph nothing is imported,
-    which would take half a second."""
+    which would take half a second. (`tp.py` has the same, since either file is copied without the other.)"""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

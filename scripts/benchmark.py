@@ -26,8 +26,8 @@ Decisions to know:
   `batch` of the eager step on the same cache, in `prefill` of the eager prefill, in `forward` at every position those
   of `model.py`. Where one is not, the plain run's logits of the two tokens must lie within 5% of its largest, as two
   bf16 roundings of one number do after 32 layers (2.4% was seen in 128 tokens of an 8B model); else it is an error.
-  After a prompt of a mixture the distance is only said: rounding chooses other experts, and of two exact enough runs of
-  24 layers of random weights in bf16 42% of the positions had the same greedy token (on a CPU).
+  After a prompt of a mixture the distance is only said, because rounding chooses other experts. Two bf16 runs of 24
+  layers of random weights, which added up in another order, had the same greedy token at 42% of the positions.
 - So a row's check is of what compiling changed. The kernels are held against plain PyTorch by tests/test_gpu.py.
 - A sample in which something would be compiled is an error. Of `prefill` at most the first two lengths compile.
 - `decode` takes the samples of all rows in turn, so that a machine that is slower for a minute is so for all of them;
