@@ -316,21 +316,40 @@ def add_norm(
 
 
 @triton.jit
-def _rotate(x, other, cos, sin, first_half):
-    """RoPE of x, whose other half's partners are `other`; rounded once."""
-    return (x.to(tl.float32) * cos + tl.where(first_half, -other.to(tl.float32), other.to(tl.float32)) * sin).to(
-        x.dtype
-    )
+def _partners(c, C: tl.constexpr):
+    """With which numbers of a head the numbers c are rotated."""
+    return tl.where(c < C // 2, c + C // 2, c - C // 2)
 
 
 @triton.jit
-def _norm_heads(x, other, w_ptr, c, other_half, in_c, eps, C: tl.constexpr, AXIS: tl.constexpr, PLUS_ONE: tl.constexpr):
-    """The RMS norm of x over the axis of its numbers c, and of their partners; rounded."""
-    x32 = x.to(tl.float32)
-    inverse = tl.expand_dims(tl.rsqrt(tl.sum(x32 * x32, AXIS) / C + eps), AXIS)
-    weight = tl.expand_dims(_load_norm(w_ptr, c, in_c, PLUS_ONE), 1 - AXIS)
-    other_weight = tl.expand_dims(_load_norm(w_ptr, other_half, in_c, PLUS_ONE), 1 - AXIS)
-    return (x32 * inverse * weight).to(x.dtype), (other.to(tl.float32) * inverse * other_weight).to(x.dtype)
+def _fetch_heads(x_ptr, turn_ptr, c, inside, C: tl.constexpr, AXIS: tl.constexpr, ROPE: tl.constexpr):
+    """Numbers c of heads, along AXIS, and with ROPE their partners and the angles' cosines and sines."""
+    at, partner = tl.expand_dims(c, 1 - AXIS), tl.expand_dims(_partners(c, C), 1 - AXIS)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    other, cos, sin = x, x, x
+    if ROPE:
+        other = tl.load(x_ptr + partner, mask=inside, other=0.0)
+        cos = tl.load(turn_ptr + at % (C // 2), mask=inside, other=0.0)
+        sin = tl.load(turn_ptr + at % (C // 2) + C // 2, mask=inside, other=0.0)
+    return x, other, cos, sin
+
+
+@triton.jit
+def _norm_and_turn(
+    fetched, w_ptr, c, eps, C: tl.constexpr, AXIS: tl.constexpr, ROPE: tl.constexpr, PLUS_ONE: tl.constexpr
+):
+    """What `_fetch_heads` gave after the RMS norm of heads and the rotation, if there are such; each rounds."""
+    x, other, cos, sin = fetched
+    at, partner = tl.expand_dims(c, 1 - AXIS), tl.expand_dims(_partners(c, C), 1 - AXIS)
+    if w_ptr is not None:
+        x32 = x.to(tl.float32)
+        inverse = tl.expand_dims(tl.rsqrt(tl.sum(x32 * x32, AXIS) / C + eps), AXIS)
+        x = (x32 * inverse * _load_norm(w_ptr, at, at < C, PLUS_ONE)).to(x.dtype)
+        other = (other.to(tl.float32) * inverse * _load_norm(w_ptr, partner, at < C, PLUS_ONE)).to(x.dtype)
+    if ROPE:
+        other = tl.where(at < C // 2, -other.to(tl.float32), other.to(tl.float32))
+        x = (x.to(tl.float32) * cos + other * sin).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -346,7 +365,11 @@ def _to_int8(x):
 @triton.jit
 def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl.constexpr):
     """Online softmax over one more tile of slots: k [CP, N], v [N, CP], scales [N] if SCALED, seen [M, N]."""
-    score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+    ONE: tl.constexpr = k.shape[1] == 1  # a tensor core would take 16
+    if ONE:
+        score = tl.sum(q.to(tl.float32) * tl.trans(k).to(tl.float32), 1)[:, None] * scale
+    else:
+        score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
     if SCALED:
         score *= k_scale.to(tl.float32)[None, :]
     score = tl.where(seen, score, float("-inf"))
@@ -356,10 +379,12 @@ def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl
     total = total * fade + tl.sum(weight, 1)
     if SCALED:
         weight *= v_scale.to(tl.float32)[None, :]
-    # In float16 weights times small scales would lose their bits.
-    dtype: tl.constexpr = tl.bfloat16 if SCALED and q.dtype == tl.float16 else q.dtype
-    sums = sums * fade[:, None] + tl.dot(weight.to(dtype), v.to(dtype), input_precision="ieee")
-    return higher, total, sums
+    if ONE:
+        more = weight * v.to(tl.float32)
+    else:  # in float16 weights times small scales would lose their bits
+        dtype: tl.constexpr = tl.bfloat16 if SCALED and q.dtype == tl.float16 else q.dtype
+        more = tl.dot(weight.to(dtype), v.to(dtype), input_precision="ieee")
+    return higher, total, sums * fade[:, None] + more
 
 
 @triton.jit
@@ -387,50 +412,67 @@ def _attention_kernel(
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PLUS_ONE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one kv head against one part of its older slots: M rows are tokens times query heads. Whoever of
-    the parts ends last joins them.
+    """The queries of one kv head against one part of its older slots: M rows are tokens times query heads. The first
+    part has the new tokens too, and stores their keys and values. Whoever ends last joins the parts.
 
-    The last part's program takes the new tokens too, and stores their keys and values. Positions and angles come from
-    kernels of the compiler's, older keys and values from earlier steps: they are there before this kernel starts.
+    Positions and angles come from kernels that end before this one starts, older keys and values from earlier steps.
+    While others fetch weights, the memory is slow to answer. So all that is new is asked for at once after the wait.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b, kv = head // KV, head % KV
     R: tl.constexpr = H // KV
     m, c = tl.arange(0, M), tl.arange(0, CP)
-    other_half = tl.where(c < C // 2, c + C // 2, c - C // 2)
     token = m // R
     live, in_c = token < T, c < C
+    in_q = live[:, None] & in_c[None, :]
     k_cache_ptr += head.to(tl.int64) * S * C
     v_cache_ptr += head.to(tl.int64) * S * C
     k_scale_ptr += head.to(tl.int64) * S
     v_scale_ptr += head.to(tl.int64) * S
     caches, scale_caches = (k_cache_ptr, v_cache_ptr), (k_scale_ptr, v_scale_ptr)
-    pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
     older = tl.minimum(tl.load(pos_ptr + b * T), S)
+    pos = tl.load(pos_ptr + b * T + token, mask=live, other=-1)
     oldest = tl.maximum(0, older + 1 - window)
-    per_split = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
-    begin = oldest + split * per_split
-    end = tl.minimum(begin + per_split, older)
+    per_part = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
+    parts = tl.maximum(1, tl.cdiv(older - oldest, tl.maximum(per_part, 1)))
+    if split >= parts:
+        return
+    begin = oldest + split * per_part
+    end = tl.minimum(begin + per_part, older)
     slot = begin + tl.arange(0, BLOCK)
     k, v = _load_slots(caches, slot, end, c, in_c, C)
     k_scale, v_scale = None, None
     if SCALED:
         k_scale, v_scale = _load_scales(scale_caches, slot, end)
-    in_q = live[:, None] & in_c[None, :]
-    if ROPE:
-        angle = rope_ptr + (b * T + token)[:, None] * C + c[None, :] % (C // 2)
-        cos, sin = tl.load(angle, mask=in_q, other=0.0), tl.load(angle + C // 2, mask=in_q, other=0.0)
     wait_for_inputs(PDL)
     q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
-    q = tl.load(q_ptr + c[None, :], mask=in_q, other=0.0)
-    q_other = tl.load(q_ptr + other_half[None, :], mask=in_q, other=0.0)
-    if q_norm_ptr is not None:
-        q, q_other = _norm_heads(q, q_other, q_norm_ptr, c, other_half, in_c, eps, C, 1, PLUS_ONE)
-    if ROPE:
-        q = _rotate(q, q_other, cos, sin, (c < C // 2)[None, :])
+    q_turn_ptr = rope_ptr + (b * T + token)[:, None] * C if ROPE else None
+    q_fetched = _fetch_heads(q_ptr, q_turn_ptr, c, in_q, C, 1, ROPE)
+    t = tl.arange(0, NEW)
+    in_new = (t < T)[None, :] & in_c[:, None] & (split == 0)  # [CP, NEW]
+    k_at = k_ptr + (b * T + t)[None, :] * k_stride + kv * C
+    v_at = v_ptr + (b * T + t)[None, :] * v_stride + kv * C
+    k_turn_ptr = rope_ptr + (b * T + t)[None, :] * C if ROPE else None
+    k_fetched = _fetch_heads(k_at, k_turn_ptr, c, in_new, C, 0, ROPE)
+    v_new = tl.load(v_at + c[:, None], mask=in_new, other=0.0)
+    at = tl.load(pos_ptr + b * T + t, mask=t < T, other=0)
+    q = _norm_and_turn(q_fetched, q_norm_ptr, c, eps, C, 1, ROPE, PLUS_ONE)
     top = tl.full([M], -1e30, tl.float32)  # not -inf, whose difference to itself is NaN
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, CP], tl.float32)
+    if split == 0:
+        k_new = _norm_and_turn(k_fetched, k_norm_ptr, c, eps, C, 0, ROPE, PLUS_ONE)
+        k_store, v_store, k_s, v_s = k_new, v_new, None, None
+        if SCALED:
+            k_store, k_s = _to_int8(k_new)
+            v_store, v_s = _to_int8(v_new)
+            tl.store(k_scale_ptr + at, k_s, mask=(t < T) & (at < S))
+            tl.store(v_scale_ptr + at, v_s, mask=(t < T) & (at < S))
+        slots, in_cache = at[None, :] * C + c[:, None], in_new & (at < S)[None, :]
+        tl.store(k_cache_ptr + slots, k_store, mask=in_cache)
+        tl.store(v_cache_ptr + slots, v_store, mask=in_cache)
+        seen = (t < T)[None, :] & (at[None, :] <= pos[:, None]) & (at[None, :] > pos[:, None] - window)
+        top, total, sums = _attend(q, k_store, tl.trans(v_store), k_s, v_s, seen, top, total, sums, scale, SCALED)
     if begin < end:
         seen = (slot < end)[None, :] & (slot[None, :] > pos[:, None] - window)
         top, total, sums = _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED)
@@ -441,58 +483,29 @@ def _attention_kernel(
             k_scale, v_scale = _load_scales(scale_caches, slot, end)
         seen = (slot < end)[None, :] & (slot[None, :] > pos[:, None] - window)
         top, total, sums = _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED)
-    if split == SPLITS - 1:
-        t = tl.arange(0, NEW)
-        at = tl.load(pos_ptr + b * T + t, mask=t < T, other=0)
-        in_new = (t < T)[None, :] & in_c[:, None]  # [CP, NEW]
-        k_at = k_ptr + (b * T + t)[None, :] * k_stride + kv * C
-        v_at = v_ptr + (b * T + t)[None, :] * v_stride + kv * C
-        k_new = tl.load(k_at + c[:, None], mask=in_new, other=0.0)
-        v_new = tl.load(v_at + c[:, None], mask=in_new, other=0.0)
-        k_other = tl.load(k_at + other_half[:, None], mask=in_new, other=0.0)
-        if k_norm_ptr is not None:
-            k_new, k_other = _norm_heads(k_new, k_other, k_norm_ptr, c, other_half, in_c, eps, C, 0, PLUS_ONE)
-        if ROPE:
-            turn = rope_ptr + (b * T + t)[None, :] * C + c[:, None] % (C // 2)
-            cos_new = tl.load(turn, mask=in_new, other=0.0)
-            sin_new = tl.load(turn + C // 2, mask=in_new, other=0.0)
-            k_new = _rotate(k_new, k_other, cos_new, sin_new, c[:, None] < C // 2)
-        seen_new = (t < T)[None, :] & (at[None, :] <= pos[:, None]) & (at[None, :] > pos[:, None] - window)
-        slots = at[None, :] * C + c[:, None]
-        in_cache = in_new & (at < S)[None, :]
-        if SCALED:
-            k_int8, k_s = _to_int8(k_new)
-            v_int8, v_s = _to_int8(v_new)
-            tl.store(k_scale_ptr + at, k_s, mask=(t < T) & (at < S))
-            tl.store(v_scale_ptr + at, v_s, mask=(t < T) & (at < S))
-            tl.store(k_cache_ptr + slots, k_int8, mask=in_cache)
-            tl.store(v_cache_ptr + slots, v_int8, mask=in_cache)
-            top, total, sums = _attend(q, k_int8, tl.trans(v_int8), k_s, v_s, seen_new, top, total, sums, scale, SCALED)
-        else:
-            tl.store(k_cache_ptr + slots, k_new, mask=in_cache)
-            tl.store(v_cache_ptr + slots, v_new, mask=in_cache)
-            top, total, sums = _attend(q, k_new, tl.trans(v_new), None, None, seen_new, top, total, sums, scale, SCALED)
-    out = (head * SPLITS + split) * M + m
-    tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums)
-    tl.store(tops_ptr + 2 * out, top)
-    tl.store(tops_ptr + 2 * out + 1, total)
-    tl.debug_barrier()  # all warps have stored; the count then tells the other programs
-    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived_ptr + head, 0)  # for the next step's
-        # Parts of older slots, from the first on; the last one had the new tokens.
-        parts = tl.minimum(tl.cdiv(older - oldest, tl.maximum(per_split, 1)), SPLITS - 1)
-        for other in range(0, parts + 1):
-            part = tl.where(other == parts, SPLITS - 1, other)
-            if part != split:
-                at_part = (head * SPLITS + part) * M + m
-                top_there = tl.load(tops_ptr + 2 * at_part, cache_modifier=".cg")
-                total_there = tl.load(tops_ptr + 2 * at_part + 1, cache_modifier=".cg")
-                higher = tl.maximum(top, top_there)
-                fade, fade_there = tl.exp2(top - higher), tl.exp2(top_there - higher)
-                there = tl.load(sums_ptr + at_part[:, None] * CP + c[None, :], cache_modifier=".cg")
-                sums = sums * fade[:, None] + there * fade_there[:, None]
-                total = total * fade + total_there * fade_there
-                top = higher
+    ended = 0  # of the other parts
+    if parts > 1:
+        out = (head * SPLITS + split) * M + m
+        tl.store(sums_ptr + out[:, None] * CP + c[None, :], sums, mask=in_q)
+        tl.store(tops_ptr + 2 * out, top, mask=live)
+        tl.store(tops_ptr + 2 * out + 1, total, mask=live)
+        tl.debug_barrier()  # all warps have stored; the count then tells the other programs
+        ended = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
+    if ended == parts - 1:
+        if parts > 1:
+            tl.store(arrived_ptr + head, 0)  # for the next step's
+            for part in range(parts):
+                if part != split:
+                    at_part = (head * SPLITS + part) * M + m
+                    top_there = tl.load(tops_ptr + 2 * at_part, mask=live, other=0.0, cache_modifier=".cg")
+                    total_there = tl.load(tops_ptr + 2 * at_part + 1, mask=live, other=0.0, cache_modifier=".cg")
+                    at_part = at_part[:, None] * CP + c[None, :]
+                    there = tl.load(sums_ptr + at_part, mask=in_q, other=0.0, cache_modifier=".cg")
+                    higher = tl.maximum(top, top_there)
+                    fade, fade_there = tl.exp2(top - higher), tl.exp2(top_there - higher)
+                    sums = sums * fade[:, None] + there * fade_there[:, None]
+                    total = total * fade + total_there * fade_there
+                    top = higher
         h = kv * R + m % R
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
@@ -539,7 +552,9 @@ def attention(
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
     tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
     y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
-    options = {"num_warps": 4} | launch_options(q.device)
+    # Of an int8 cache 8 warps, or a single token without a tensor core, would take too many registers.
+    options = {"num_warps": 8 if k_scales is None else 4} | launch_options(q.device)
+    new = 64 if T > 16 else 1 if T == 1 and k_scales is None else 16
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
     block = twice * max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles in 100 kB, an RTX 4090's
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
@@ -547,8 +562,8 @@ def attention(
         q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops, arrived, sinks, y,
         T, S, window, q.stride(0), k.stride(0), v.stride(0),
         scale=scale * 1.4426950408889634,  # for powers of 2 instead of e
-        eps=eps, NEW=16 if T <= 16 else 64, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None,
-        PLUS_ONE=plus_one, **shape, **options,
+        eps=eps, NEW=new, BLOCK=block, ROPE=rope is not None, SCALED=k_scales is not None, PLUS_ONE=plus_one,
+        **shape, **options,
     )  # fmt: skip
     return y
 

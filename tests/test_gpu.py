@@ -383,7 +383,7 @@ def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
 
 @pytest.mark.parametrize("qk_norm, plus_one, sinks", [(False, False, True), (True, False, False), (True, True, True)])
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (6, 3, 20), (4, 1, 256)])
-@pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (2, 5)])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (2, 5), (1, 30)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8_cache", [False, True])
 def test_the_attention_kernel_gives_what_the_plain_path_gives(
@@ -405,7 +405,8 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
         attn.v_cache.normal_()
     x = torch.randn(batch, tokens, config.dim, device="cuda", dtype=dtype)
     before = {name: cache.clone() for name, cache in attn.named_buffers()}
-    for first, window in ((0, None), (70, None), (70, 24), (slots - tokens, None), (slots - tokens, 24)):
+    places = (0, None), (70, None), (70, 24), (slots - tokens, None), (slots - tokens, 24)
+    for (first, window), rotates in [*zip(places, [True] * 5, strict=True), (places[2], False)]:
         start = torch.tensor([max(0, first - 40 * row) for row in range(batch)], device="cuda")
         input_pos = start[:, None] + torch.arange(tokens, device="cuda")
         mask = torch.arange(slots, device="cuda") <= input_pos[:, None, :, None]
@@ -417,13 +418,14 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
             for name, cache in before.items():
                 getattr(attn, name).copy_(cache)
             with torch.set_grad_enabled(gradients):
-                y = attn(attn.project(x), model.rope[input_pos].unsqueeze(2), mask, input_pos)
+                rope = model.rope[input_pos].unsqueeze(2) if rotates else None
+                y = attn(attn.project(x), rope, mask, input_pos)
             results.append((y, {name: cache.clone() for name, cache in attn.named_buffers()}))
         (y, stored), (expected, expected_stored) = results
         # A quantized number may be rounded the other way, 1 of 127 in one of 60: up to 1.1e-2 was seen. A wrong scale
         # would be off by its own size.
         tolerance = 3e-2 if int8_cache else 1e-5 if dtype == torch.float32 else 1e-2
-        assert (y - expected).norm() <= tolerance * expected.norm(), (first, window)
+        assert (y - expected).norm() <= tolerance * expected.norm(), (first, window, rotates)
         for name, cache in expected_stored.items():
             changed = (stored[name].double() - cache.double()).abs()
             allowed = 1 if cache.dtype == torch.int8 else 1e-2 * cache.double().abs().max()
