@@ -336,8 +336,8 @@ def test_the_surgery_works_on_shards():
 @pytest.mark.parametrize(
     ("change", "ranks", "message"),
     (
-        ({}, 4, "4 ranks do not divide 6 heads, 6 kv heads and 96 hidden units; these numbers of ranks do: 2, 3, 6"),
-        ({"n_kv_head": 3}, 2, "2 ranks do not divide 6 heads, 3 kv heads"),
+        ({}, 3, "3 ranks do not divide 8 heads, 8 kv heads and 256 hidden units; these numbers of ranks do: 2, 4, 8"),
+        ({"n_head": 6, "n_kv_head": 3}, 2, "2 ranks do not divide 6 heads, 3 kv heads"),
         ({"hidden_dim": 95}, 2, "these numbers of ranks do: none"),
         ({"qk_norm": "all"}, 2, "qk_norm 'all' .* run it on one rank"),
     ),
@@ -418,8 +418,10 @@ def test_generate_under_torchrun_prints_the_plain_text_once(run, tiny_checkpoint
     assert data["ranks"] == 2 and data["bytes_per_step"] < 0.7 * plain.data["bytes_per_step"]
 
 
-def test_check_equivalence_under_torchrun(tiny_checkpoint):
-    options = ["--checkpoint_path", tiny_checkpoint / "model.pth", "--device", "cpu", "--no_compile"]
+@pytest.mark.parametrize("name", ("few kv heads", "one kv head"))  # the one is on both ranks
+def test_check_equivalence_under_torchrun(name, tmp_path):
+    write_checkpoint(tmp_path / "model.pth", CONFIGS[name], random_weights(CONFIGS[name]))
+    options = ["--checkpoint_path", tmp_path / "model.pth", "--device", "cpu", "--no_compile"]
     done = finish(torchrun(2, ROOT / "check_equivalence.py", *options))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("All rows are within their tolerance.") == 1
@@ -456,9 +458,9 @@ def test_a_mistake_of_the_user_is_told_once(tiny_checkpoint, options, message):
 
 
 def test_a_check_of_nothing_is_an_error():
-    done = finish(torchrun(4, ROOT / "check_equivalence.py", "--device", "cpu"))
+    done = finish(torchrun(5, ROOT / "check_equivalence.py", "--device", "cpu"))
     assert done.returncode != 0
-    assert "error: 4 ranks divide none of the small models" in done.stderr
+    assert "error: 5 ranks divide none of the small models" in done.stderr
 
 
 @pytest.mark.parametrize("differs", ("seed", "checkpoint"))
