@@ -28,28 +28,37 @@ def test_every_way_agrees(family):
     assert [row for row in rows if not row.passed] == []
 
 
-def on_two_gpus(*arguments) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def needs(gpus: int, *values):
+    missing = pytest.mark.skipif(torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs")
+    return pytest.param(gpus, *values, marks=missing)
+
+
+def on_gpus(gpus: int, *arguments) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("family", ["llama-3.1", "mixtral", "gpt-2", "glm-4", "pythia"])
-def test_every_way_agrees_on_two_gpus(family, tmp_path):
+OF_TWO, OF_FOUR = ("llama-3.1", "mixtral", "gpt-2", "glm-4", "pythia"), ("llama-2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "family"), [*(needs(2, family) for family in OF_TWO), *(needs(4, family) for family in OF_FOUR)]
+)
+def test_every_way_agrees_on_several_gpus(gpus, family, tmp_path):
     write_checkpoint(tmp_path / "model.pth", FAMILIES[family], random_weights(FAMILIES[family]))
-    on_two_gpus(check_equivalence.__file__, "--checkpoint_path", tmp_path / "model.pth")
+    on_gpus(gpus, check_equivalence.__file__, "--checkpoint_path", tmp_path / "model.pth")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_kernels_sum_and_gather_over_two_gpus():
-    on_two_gpus(Path(__file__).with_name("ranks.py"), "kernels", "-")
+@pytest.mark.parametrize("gpus", [needs(2), needs(4)])
+def test_kernels_sum_and_gather_over_several_gpus(gpus):
+    on_gpus(gpus, Path(__file__).with_name("ranks.py"), "kernels", "-")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_rank_that_fails_ends_a_kernel_that_waits_for_it_on_two_gpus():
+@pytest.mark.parametrize("gpus", [needs(2)])
+def test_a_rank_that_fails_ends_a_kernel_that_waits_for_it(gpus):
     with pytest.raises(AssertionError, match="error: rank 1: this rank has had enough"):
-        on_two_gpus(Path(__file__).with_name("ranks.py"), "fail in a kernel", "-")
+        on_gpus(gpus, Path(__file__).with_name("ranks.py"), "fail in a kernel", "-")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])
