@@ -145,7 +145,7 @@ FAMILIES = {
     "qwen3": small(n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
     "glm-4": small(head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
     "smollm3": small(tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)),
-    "mixtral": small(n_head=8, n_kv_head=4, hidden_dim=128, n_expert=5, n_expert_used=2),
+    "mixtral": small(n_head=8, n_kv_head=2, hidden_dim=128, n_expert=5, n_expert_used=2),
     "qwen3-moe": small(hidden_dim=32, n_kv_head=3, qk_norm=True, n_expert=12, n_expert_used=3, norm_topk_prob=False),
     "arcee": small(activation="relu2", gated=False),
     "starcoder2": small(norm="layer", activation="gelu_tanh", gated=False, **BIASES, sliding_window=24),
@@ -369,7 +369,7 @@ def with_int8_cache(reference, fast, ids, first: int):
         return torch.arange(ids.shape[1], device=ids.device)[:, None] * frequencies, growth
 
     def of_all_ranks(cache):
-        """[B, T, K, ...] of this rank's [B, its K, T, ...]. If ranks are more than K, neighbours have the same one."""
+        """[B, T, K, ...] of this rank's [B, its K, T, ...]. With more ranks than K, neighbours hold the same head."""
         gathered = tp.all_gather(cache.float().movedim(1, -1), fast.ranks).movedim(-1, 2)
         return gathered[:, :, :: gathered.shape[2] // config.n_kv_head]
 

@@ -317,7 +317,7 @@ def add_norm(
 
 @triton.jit
 def _partners(c, C: tl.constexpr):
-    """With which numbers of a head the numbers c are rotated."""
+    """The number that each number c of a head is rotated with."""
     return tl.where(c < C // 2, c + C // 2, c - C // 2)
 
 
@@ -335,18 +335,29 @@ def _fetch_heads(x_ptr, turn_ptr, c, inside, C: tl.constexpr, AXIS: tl.constexpr
 
 
 @triton.jit
+def _load_head_norm(w_ptr, c, C: tl.constexpr, AXIS: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """The weights of numbers c, along AXIS, and of their partners, if there are such."""
+    weights = (1.0, 1.0)
+    if w_ptr is not None:
+        inside, partner = tl.expand_dims(c < C, 1 - AXIS), tl.expand_dims(_partners(c, C), 1 - AXIS)
+        weight = _load_norm(w_ptr, tl.expand_dims(c, 1 - AXIS), inside, PLUS_ONE)
+        weights = (weight, _load_norm(w_ptr, partner, inside, PLUS_ONE))
+    return weights
+
+
+@triton.jit
 def _norm_and_turn(
-    fetched, w_ptr, c, eps, C: tl.constexpr, AXIS: tl.constexpr, ROPE: tl.constexpr, PLUS_ONE: tl.constexpr
-):
+    fetched, weights, c, eps, C: tl.constexpr, AXIS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr
+):  # fmt: skip
     """What `_fetch_heads` gave after the RMS norm of heads and the rotation, if there are such; each rounds."""
     x, other, cos, sin = fetched
-    at, partner = tl.expand_dims(c, 1 - AXIS), tl.expand_dims(_partners(c, C), 1 - AXIS)
-    if w_ptr is not None:
+    if NORM:
         x32 = x.to(tl.float32)
         inverse = tl.expand_dims(tl.rsqrt(tl.sum(x32 * x32, AXIS) / C + eps), AXIS)
-        x = (x32 * inverse * _load_norm(w_ptr, at, at < C, PLUS_ONE)).to(x.dtype)
-        other = (other.to(tl.float32) * inverse * _load_norm(w_ptr, partner, at < C, PLUS_ONE)).to(x.dtype)
+        x = (x32 * inverse * weights[0]).to(x.dtype)
+        other = (other.to(tl.float32) * inverse * weights[1]).to(x.dtype)
     if ROPE:
+        at = tl.expand_dims(c, 1 - AXIS)
         other = tl.where(at < C // 2, -other.to(tl.float32), other.to(tl.float32))
         x = (x.to(tl.float32) * cos + other * sin).to(x.dtype)
     return x
@@ -365,7 +376,7 @@ def _to_int8(x):
 @triton.jit
 def _attend(q, k, v, k_scale, v_scale, seen, top, total, sums, scale, SCALED: tl.constexpr):
     """Online softmax over one more tile of slots: k [CP, N], v [N, CP], scales [N] if SCALED, seen [M, N]."""
-    ONE: tl.constexpr = k.shape[1] == 1  # a tensor core would take 16
+    ONE: tl.constexpr = k.shape[1] == 1  # a tensor core takes 16 at least
     if ONE:
         score = tl.sum(q.to(tl.float32) * tl.trans(k).to(tl.float32), 1)[:, None] * scale
     else:
@@ -415,8 +426,8 @@ def _attention_kernel(
     """The queries of one kv head against one part of its older slots: M rows are tokens times query heads. The first
     part has the new tokens too, and stores their keys and values. Whoever ends last joins the parts.
 
-    Positions and angles come from kernels that end before this one starts, older keys and values from earlier steps.
-    While others fetch weights, the memory is slow to answer. So all that is new is asked for at once after the wait.
+    Positions come from kernels that end before this one starts, older keys and values from earlier steps. While the
+    next kernel's programs fetch weights, memory is slow to answer. So all that is new is asked for at once.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b, kv = head // KV, head % KV
@@ -435,7 +446,7 @@ def _attention_kernel(
     oldest = tl.maximum(0, older + 1 - window)
     per_part = tl.cdiv(tl.cdiv(older - oldest, SPLITS), BLOCK) * BLOCK
     parts = tl.maximum(1, tl.cdiv(older - oldest, tl.maximum(per_part, 1)))
-    if split >= parts:
+    if split >= parts:  # all programs read the same position, so they agree on the number of parts
         return
     begin = oldest + split * per_part
     end = tl.minimum(begin + per_part, older)
@@ -444,8 +455,13 @@ def _attention_kernel(
     k_scale, v_scale = None, None
     if SCALED:
         k_scale, v_scale = _load_scales(scale_caches, slot, end)
+    q_weights = _load_head_norm(q_norm_ptr, c, C, 1, PLUS_ONE)
+    k_weights = _load_head_norm(k_norm_ptr, c, C, 0, PLUS_ONE)
+    h = kv * R + m % R
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
     wait_for_inputs(PDL)
-    q_ptr += (b * T + token)[:, None] * q_stride + (kv * R + m % R)[:, None] * C
+    q_ptr += (b * T + token)[:, None] * q_stride + h[:, None] * C
     q_turn_ptr = rope_ptr + (b * T + token)[:, None] * C if ROPE else None
     q_fetched = _fetch_heads(q_ptr, q_turn_ptr, c, in_q, C, 1, ROPE)
     t = tl.arange(0, NEW)
@@ -456,12 +472,12 @@ def _attention_kernel(
     k_fetched = _fetch_heads(k_at, k_turn_ptr, c, in_new, C, 0, ROPE)
     v_new = tl.load(v_at + c[:, None], mask=in_new, other=0.0)
     at = tl.load(pos_ptr + b * T + t, mask=t < T, other=0)
-    q = _norm_and_turn(q_fetched, q_norm_ptr, c, eps, C, 1, ROPE, PLUS_ONE)
+    q = _norm_and_turn(q_fetched, q_weights, c, eps, C, 1, q_norm_ptr is not None, ROPE)
     top = tl.full([M], -1e30, tl.float32)  # not -inf, whose difference to itself is NaN
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, CP], tl.float32)
     if split == 0:
-        k_new = _norm_and_turn(k_fetched, k_norm_ptr, c, eps, C, 0, ROPE, PLUS_ONE)
+        k_new = _norm_and_turn(k_fetched, k_weights, c, eps, C, 0, k_norm_ptr is not None, ROPE)
         k_store, v_store, k_s, v_s = k_new, v_new, None, None
         if SCALED:
             k_store, k_s = _to_int8(k_new)
@@ -506,9 +522,7 @@ def _attention_kernel(
                     sums = sums * fade[:, None] + there * fade_there[:, None]
                     total = total * fade + total_there * fade_there
                     top = higher
-        h = kv * R + m % R
         if sinks_ptr is not None:
-            sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
             higher = tl.maximum(top, sink)
             fade = tl.exp2(top - higher)
             sums, total = sums * fade[:, None], total * fade + tl.exp2(sink - higher)
@@ -552,7 +566,7 @@ def attention(
     sums = torch.empty(B * KV * splits * M * CP, dtype=torch.float32, device=q.device)
     tops = torch.empty(B * KV * splits * M * 2, dtype=torch.float32, device=q.device)
     y = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
-    # Of an int8 cache 8 warps, or a single token without a tensor core, would take too many registers.
+    # An int8 cache keeps 4 warps and the tensor core: otherwise a program takes too many registers.
     options = {"num_warps": 8 if k_scales is None else 4} | launch_options(q.device)
     new = 64 if T > 16 else 1 if T == 1 and k_scales is None else 16
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}

@@ -398,6 +398,7 @@ def test_the_norm_kernel_gives_what_the_plain_path_gives(dtype):
 def test_the_attention_kernel_gives_what_the_plain_path_gives(
     heads, kv_heads, size, batch, tokens, dtype, int8_cache, qk_norm, plus_one, sinks
 ):
+    tokens = min(tokens, 64 * kv_heads // heads)
     slots = 6000  # so that a program has several tiles
     config = replace(FAMILIES["llama-2"], n_head=heads, n_kv_head=kv_heads, head_dim=size, norm_plus_one=plus_one)
     config = replace(config, qk_norm=qk_norm, sinks=sinks, block_size=slots)
@@ -414,8 +415,8 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
         attn.v_cache.normal_()
     x = torch.randn(batch, tokens, config.dim, device="cuda", dtype=dtype)
     before = {name: cache.clone() for name, cache in attn.named_buffers()}
-    places = (0, None), (70, None), (70, 24), (slots - tokens, None), (slots - tokens, 24)
-    for (first, window), rotates in [*zip(places, [True] * 5, strict=True), (places[2], False)]:
+    places = [(0, None), (70, None), (70, 24), *((slots - tokens, window) for window in (None, 24, 200))]
+    for (first, window), rotates in [*((place, True) for place in places), (places[2], False)]:
         start = torch.tensor([max(0, first - 40 * row) for row in range(batch)], device="cuda")
         input_pos = start[:, None] + torch.arange(tokens, device="cuda")
         mask = torch.arange(slots, device="cuda") <= input_pos[:, None, :, None]
@@ -427,6 +428,7 @@ def test_the_attention_kernel_gives_what_the_plain_path_gives(
             for name, cache in before.items():
                 getattr(attn, name).copy_(cache)
             with torch.set_grad_enabled(gradients):
+                assert attn.by_gpu_kernel(x, input_pos) != gradients
                 rope = model.rope[input_pos].unsqueeze(2) if rotates else None
                 y = attn(attn.project(x), rope, mask, input_pos)
             results.append((y, {name: cache.clone() for name, cache in attn.named_buffers()}))
