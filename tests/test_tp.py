@@ -418,7 +418,7 @@ def test_generate_under_torchrun_prints_the_plain_text_once(run, tiny_checkpoint
     assert data["ranks"] == 2 and data["bytes_per_step"] < 0.7 * plain.data["bytes_per_step"]
 
 
-@pytest.mark.parametrize("name", ("few kv heads", "one kv head"))  # the one is on both ranks
+@pytest.mark.parametrize("name", ("few kv heads", "one kv head"))  # which both ranks hold
 def test_check_equivalence_under_torchrun(name, tmp_path):
     write_checkpoint(tmp_path / "model.pth", CONFIGS[name], random_weights(CONFIGS[name]))
     options = ["--checkpoint_path", tmp_path / "model.pth", "--device", "cpu", "--no_compile"]
