@@ -55,7 +55,7 @@ from fast_model import to_reference
 from model import GPT, GPTConfig, rope_frequencies, rotate
 from quantized_linear import Int4Linear, dequantize_weights
 from runtime import check_agreement, check_device, default_device, objects_of_ranks, print0, rank_and_count, run_command
-from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
+from speculate import DraftModel, Fixed, PromptLookup, Speculation, compiled_drafts, draft_tokens, verify
 
 LONG = 1040  # tokens of the long prompt
 MOST_ERRORS = 1.6  # of a layer in 16-bit, in those of the reference
@@ -561,10 +561,10 @@ def speculative_rows(case: Case, fast) -> Iterator[Row]:
     draft = build_model(config, weights | {"lm_head.weight": head}, case.device, torch.float32)
     for compiled in (False, True) if case.compiled else (False,):
         torch.compiler.reset()
-        step, check, drafting = decode_step, verify, draft_step
+        step, check, drafting = decode_step, verify, draft_tokens
         if compiled:
             step, check = (compiled_step(f, case.ids.device.type) for f in (step, check))
-            drafting = compiled_step(drafting, case.ids.device.type) if case.drafting else drafting
+            drafting = compiled_drafts(case.ids.device.type) if case.drafting else drafting
         for drafts in (DraftModel(draft, drafting), RashLookup()):
             yield speculative(case, fast, drafts, check, step, compiled)
 

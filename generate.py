@@ -66,7 +66,17 @@ from runtime import (
     write_json,
     written_in_place,
 )
-from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, draft_step, round_costs, verify
+from speculate import (
+    Auto,
+    DraftModel,
+    Fixed,
+    PromptLookup,
+    Speculation,
+    compiled_drafts,
+    draft_tokens,
+    round_costs,
+    verify,
+)
 from tokenizer import check_vocabulary, find_tokenizer
 
 try:
@@ -353,7 +363,9 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
     model = session.model
 
     def compiled(function):
-        step = compiled_step(function, args.device) if args.compile else function
+        if not args.compile:
+            return function
+        step = compiled_drafts(args.device) if function is draft_tokens else compiled_step(function, args.device)
         session.recorded += [step] if isinstance(step, Recorded) else []
         return step
 
@@ -365,8 +377,7 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
     speculation = None
     if speculates(args):
         if draft:
-            step = session.stopwatch.watch("draft", compiled(draft_step))
-            drafts = DraftModel(draft, step, new_prefill())
+            drafts = DraftModel(draft, session.stopwatch.watch("draft", compiled(draft_tokens)), new_prefill())
         else:
             drafts = PromptLookup(longest=args.ngram)
         check = session.stopwatch.watch("verify", compiled(verify))

@@ -21,14 +21,17 @@ from functools import partial
 import torch
 
 from decode import (
+    Recorded,
     Sampling,
     Text,
     check_length,
+    compiled_step,
     copied,
     draw,
     first_token,
     likeliest,
     prefill,
+    sample,
     to_probabilities,
     why_not_finite,
 )
@@ -40,17 +43,36 @@ from runtime import synchronize
 def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: int):
     """What a draft proposes after the tokens `token` [B, n], which stand at `input_pos` [B, n].
 
-    Returns a token [B, 1], the probabilities [B, V] it came from, of the model's `vocab_size` tokens, None if greedy,
-    and its position [B, 1].
+    Returns a token [B, 1], the logits [B, V] it came from, of the model's `vocab_size` tokens, None if greedy, and its
+    position [B, 1].
     """
     known = draft.config.vocab_size  # embeddings that are padded differently have the same tokens
     logits = draft(token.clamp(0, known - 1), input_pos)[:, -1, :vocab_size]
     logits = torch.nn.functional.pad(logits, (0, max(0, vocab_size - known)), value=float("-inf"))
     following = (input_pos[:, -1:] + 1).clamp(max=draft.max_seq_length - 1)
-    if sampling.greedy:
-        return likeliest(logits), None, following
-    probabilities = to_probabilities(logits, sampling)
-    return draw(probabilities, noise), probabilities, following
+    return sample(logits, noise, sampling), None if sampling.greedy else logits, following
+
+
+def draft_tokens(draft, token, input_pos, noise, k: int, sampling: Sampling, vocab_size: int, step=draft_step):
+    """k drafts [B, k], one `step` after another, from the tokens `token` [B, n] at `input_pos` [B, n] on.
+
+    Returns them and the logits [B, k, V] they came from, None if greedy. `noise` [k, B, V] is Exp(1), None if greedy.
+    """
+    drafts, logits = [], []
+    for i in range(k):
+        of_step = None if noise is None else noise[i]
+        token, its_logits, input_pos = step(draft, token, input_pos, of_step, sampling, vocab_size)
+        drafts.append(token)
+        logits.append(its_logits)
+    return torch.cat(drafts, dim=1), None if sampling.greedy else torch.stack(logits, dim=1)
+
+
+def compiled_drafts(device: str):
+    """`draft_tokens` whose steps take the host little time; where one is a CUDA graph, all of a round are one graph."""
+    step = compiled_step(draft_step, device)
+    if isinstance(step, Recorded):
+        return Recorded(partial(draft_tokens, step=step.function))
+    return partial(draft_tokens, step=step)
 
 
 def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
@@ -82,6 +104,8 @@ def accept(logits, drafts, proposed, uniform, noise, sampling: Sampling):
 def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Sampling):
     """One pass over `tokens` [B, k + 1], the last of the text and k drafts, from the position `input_pos` [B, 1] on.
 
+    `proposed` [B, k, V] are the logits from which the drafts came, None if they were certain.
+
     Returns the next round's first token [B, 1], its position, the token before it, and for the host [B, k + 2]: the new
     ids, of which the first n + 1 are of use, and n, the number of accepted drafts.
     """
@@ -90,7 +114,8 @@ def verify(model, tokens, input_pos, proposed, uniform, noise, sampling: Samplin
     input_pos = input_pos.clamp(max=model.max_seq_length - 1 - k)  # a row that has ended is computed with the others
     logits = model(tokens, input_pos + torch.arange(k + 1, device=tokens.device))
     drafts = tokens[:, 1:]
-    accepted = torch.cat(accept(logits, drafts, proposed, uniform, noise, sampling), dim=1)
+    q = None if proposed is None else to_probabilities(proposed, sampling)
+    accepted = torch.cat(accept(logits, drafts, q, uniform, noise, sampling), dim=1)
     count, following = model.from_rank_0(accepted).split(1, dim=1)
     ids = torch.cat([drafts, following], dim=1).scatter(1, count, following)
     return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
@@ -108,8 +133,8 @@ class Fixed:
     def start(self) -> None:
         pass
 
-    def choose(self) -> int:
-        return self.k
+    def choose(self, most: int) -> tuple[int, int]:
+        return self.k, 1
 
     def record(self, k: int, accepted: list[int]) -> None:
         pass
@@ -133,14 +158,15 @@ class Auto:
         self.accepted, self.checked = 1.6, 2.0  # drafts; both fade with each round
         self.rest, self.pauses, self.probes = 0, 0, 0
 
-    def choose(self) -> int:
-        """The next round's k."""
+    def choose(self, most: int) -> tuple[int, int]:
+        """The next round's k, and how many such rounds are certain by now: up to `most`, if they are plain steps."""
         if all(k + 1 <= cost / self.costs[0] for k, cost in self.costs.items() if k):
-            return 0  # not even if every draft were accepted
+            return 0, most  # not even if every draft were accepted
         if self.rest:
-            self.rest -= 1
+            steps = min(self.rest, most)
+            self.rest -= steps
             self.probes = 2
-            return 0
+            return 0, steps
         rate = self.accepted / self.checked
         speed = {k: sum(rate**i for i in range(k + 1)) / cost for k, cost in self.costs.items()}
         best = max(speed, key=speed.get)
@@ -154,7 +180,7 @@ class Auto:
             self.rest = round(50 * round_in_steps * 2 ** min(self.pauses, 3)) - 1
             self.pauses += 1
             self.accepted, self.checked = 2 * rate, 2.0  # so that the next try counts
-        return best
+        return best, 1
 
     def record(self, k: int, accepted: list[int]) -> None:
         """A round of k drafts has ended in which each row that still ran accepted so many."""
@@ -167,12 +193,12 @@ class Auto:
 
 
 class DraftModel:
-    """Drafts of a smaller model, a FastGPT with the same tokens. `step` and `prefill` may be compiled versions."""
+    """Drafts of a smaller model, a FastGPT with the same tokens. Both functions may be compiled versions."""
 
-    certain = False  # the drafts come with probabilities
+    certain = False  # the drafts come with logits
 
-    def __init__(self, model, step=draft_step, prefill=prefill):
-        self.model, self.step, self.prefill = model, step, prefill
+    def __init__(self, model, draft_tokens=draft_tokens, prefill=prefill):
+        self.model, self.draft_tokens, self.prefill = model, draft_tokens, prefill
         self.seen = 0  # leading tokens that are in its cache
         self.missed = None  # [B, n], the last tokens that it has not seen
 
@@ -202,25 +228,19 @@ class DraftModel:
         self.prefill(self.model, ids, input_pos, torch.zeros_like(ids[:, 0]))
 
     def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
-        """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their probabilities [B, k, V], None if greedy."""
+        """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their logits [B, k, V], None if greedy."""
         input_pos = input_pos.clamp(max=self.model.max_seq_length - 1)  # of a row that has ended
-        step = partial(self.step, self.model, sampling=sampling, vocab_size=vocab_size)
         missed = self.missed.shape[1]
         if missed > 1:
             self._fill(self.missed[:, :-1], input_pos - missed)
         if missed:  # two tokens in one step cost little more than one
             token, input_pos = torch.cat([self.missed[:, -1:], token], 1), torch.cat([input_pos - 1, input_pos], 1)
-        drafts, probabilities = [], []
-        for i in range(k):
-            token, q, input_pos = step(token, input_pos, noise[i])
-            token, input_pos = copied(token), copied(input_pos)
-            drafts.append(token)
-            probabilities.append(q if q is None else q.clone())
+        noise = None if sampling.greedy else noise[:k]
         self.seen = 1 + progress.shortest
-        return torch.cat(drafts, dim=1), None if sampling.greedy else torch.stack(probabilities, dim=1)
+        return self.draft_tokens(self.model, token, input_pos, noise, k, sampling, vocab_size)
 
     def advance(self, k, accepted, before, new_ids) -> None:
-        """A round has ended: `before` [B, 1] is the text's last token but one, `new_ids` are new in each row."""
+        """A round has ended: `before` [B, n] end with the text's last token but one, `new_ids` are new in each row."""
         if k == 0:
             self.missed = torch.cat([self.missed, before], dim=1)
         else:  # the last draft of all was never fed
@@ -234,7 +254,7 @@ class PromptLookup:
     arXiv:2304.04487.
     """
 
-    certain = True  # the drafts come without probabilities
+    certain = True  # the drafts come without logits
     models = ()
 
     def __init__(self, *, longest: int = 3):
@@ -290,6 +310,12 @@ class Progress:
     @property
     def shortest(self) -> int:
         return min(at for at, run in zip(self.position, self.running, strict=True) if run)
+
+    @property
+    def most_new(self) -> int:
+        """How many more tokens a row that runs may get."""
+        rows = zip(self.text.new, self.done, self.running, strict=True)
+        return max(new - done for new, done, run in rows if run)
 
     @property
     def longest(self) -> int:
@@ -349,38 +375,48 @@ class Speculation:
                 return
             queued = queued or self._round(token, input_pos, progress, room, steps.decode_step)
             k, token, input_pos, before, read = queued
-            read = read.tolist()  # the host waits for the device here and nowhere else
-            accepted = [ids[-1] if k else 0 for ids in read]
-            new_ids = [ids[: n + 1] for ids, n in zip(read, accepted, strict=True)]
+            new_ids = read.tolist()  # the host waits for the device here and nowhere else
+            accepted, passes = [0] * len(new_ids), len(new_ids[0])
+            if k:
+                accepted, passes = [ids[-1] for ids in new_ids], 1
+                new_ids = [ids[: n + 1] for ids, n in zip(new_ids, accepted, strict=True)]
             accepted = [n for n, run in zip(accepted, progress.running, strict=True) if run]
-            self.history.append((k, accepted))
+            self.history += [(k, accepted)] * passes
             self.count.record(k, accepted)
             self.drafts.advance(k, accepted, before, new_ids)
 
     def _round(self, token, input_pos, progress: Progress, room: int, decode_step):
-        """Queue a round; k, the next one's first token, its position, the token before it, what the host is to read."""
+        """Queue a round, or some plain steps.
+
+        Returns k, the next round's first token, its position, the tokens before it that no draft model has seen, and
+        what the host is to read.
+        """
         model, sampling, text = self.model, self.sampling, progress.text
-        k, drafts = self.count.choose(), None
+        k, steps = self.count.choose(min(8, progress.most_new) if token.is_cuda else 1)  # else each one is waited for
+        drafts = None
         noise, uniform = text.draw(1 if self.drafts.certain else k + 1, k)
         if k and k < room - progress.longest:
             drafts = self.drafts.propose(token, input_pos, progress, k, noise, sampling, text.vocab_size)
         if drafts is None:
-            at = input_pos.clamp(max=model.max_seq_length - 1)
-            following, at = decode_step(model, token, at, noise[-1], sampling)
-            return 0, copied(following), copied(at), token, following
+            tokens, at = [token], input_pos.clamp(max=model.max_seq_length - 1)
+            for step in range(steps):
+                noise = text.draw()[0] if step else noise
+                token, at = map(copied, decode_step(model, token, at, noise[-1], sampling))
+                tokens.append(token)
+            return 0, token, at, torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1)
         ids = torch.cat([token, drafts[0]], dim=1)
         following, at, before, read = self.verify(model, ids, input_pos, drafts[1], uniform, noise[-1], sampling)
         return k, copied(following), copied(at), copied(before), read
 
     def figures(self, calls: dict[str, list[float]]) -> dict:
-        """What came of the drafts of the last text; `calls` are the seconds of each draft step and verification."""
+        """What came of the drafts of the last text; `calls` are the seconds of each round's drafts and verification."""
         rounds = [(k, accepted) for k, accepted in self.history if k]
         accepted = [n for _, of_rows in rounds for n in of_rows]
         checked = sum(min(n + 1, k) for k, of_rows in rounds for n in of_rows)  # up to the first that was rejected
         return {
             "rounds": len(rounds),
             "plain_steps": len(self.history) - len(rounds),
-            "draft_steps": len(calls.get("draft", ())),
+            "draft_steps": 0 if self.drafts.certain else sum(k for k, _ in rounds),
             "acceptance": sum(accepted) / checked if rounds else None,
             "kept_per_round": statistics.mean(accepted) if rounds else None,
             "histogram": [accepted.count(n) for n in range(max(accepted, default=0) + 1)],
@@ -406,7 +442,8 @@ def round_costs(speculation: Speculation, text: Text, decode_step, choices=Auto.
         if k == 0:
             return decode_step(model, token, input_pos, ones, sampling)
         drafts.advance(k, [k * all_accepted], token, [[]] * B)
-        ids, proposed = drafts.propose(token, input_pos, progress, k, [ones] * k, sampling, vocab_size)
+        noise = None if ones is None else ones.expand(k, -1, -1)
+        ids, proposed = drafts.propose(token, input_pos, progress, k, noise, sampling, vocab_size)
         uniform = None if ones is None else copied(ones[:, :k])
         return speculation.verify(model, torch.cat([token, ids], 1), input_pos, proposed, uniform, ones, sampling)
 

@@ -124,7 +124,7 @@ from runtime import (
     write_json,
     written_in_place,
 )
-from speculate import DraftModel, Fixed, Speculation, draft_step, verify
+from speculate import DraftModel, Fixed, Speculation, compiled_drafts, verify
 
 LLAMA = {"n_layer": 32, "n_head": 32, "head_dim": 128, "dim": 4096}
 GPT_OSS = {
@@ -721,7 +721,8 @@ def speculations(args, models: dict, limits: dict):
         prompt = start_of_text(args, model)
         model.setup_caches(1, cache_slots(args.prompt_tokens + new + max(args.drafts), model.config))
         torch.compiler.reset()
-        step, check, drafting = (compiled_step(f, args.device) for f in (decode_step, verify, draft_step))
+        step, check = (compiled_step(f, args.device) for f in (decode_step, verify))
+        drafting = compiled_drafts(args.device)
         watch, plain, text = Stopwatch(args.device), Steps(decode_step=step), partial(time_text, model, prompt)
         later, unscaled = model.layers[draft.config.n_layer :], 1.0
         text(plain, 4, sampling)

@@ -16,7 +16,7 @@ from checkpoint import build_model, quantize_model, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
 from fast_model import ACTIVATIONS, AddNorm, rope_table
 from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear
-from speculate import DraftModel, Fixed, PromptLookup, Speculation, draft_step, verify
+from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, compiled_drafts, draft_tokens, verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -107,7 +107,8 @@ def test_running_ahead_stops_at_each_rows_end():
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])
 @pytest.mark.parametrize("kind", ["draft", "lookup"])
-def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
+@pytest.mark.parametrize(("count", "at_once"), [(Fixed(4), 1), (Auto({0: 1.0, 2: 3.0}), 8)], ids=["rounds", "steps"])
+def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling, count, at_once):
     torch.compiler.reset()
     # Of 512 and less the compiler makes a sorting kernel of its own for top-p, at which it takes three minutes.
     config = replace(FAMILIES["llama-3.1"], vocab_size=600)
@@ -120,9 +121,10 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
     draft = build_model(config, weights, "cuda", torch.float32)
 
     def new_steps(compiled):
-        check, step, plain = (compiled_step(f, "cuda") if compiled else f for f in (verify, draft_step, decode_step))
-        drafts = PromptLookup() if kind == "lookup" else DraftModel(draft, step)
-        return Steps(decode_step=plain, speculation=Speculation(model, sampling, drafts, Fixed(4), check))
+        check, plain = (compiled_step(f, "cuda") if compiled else f for f in (verify, decode_step))
+        drafting = compiled_drafts("cuda") if compiled else draft_tokens
+        drafts = PromptLookup() if kind == "lookup" else DraftModel(draft, drafting)
+        return Steps(decode_step=plain, speculation=Speculation(model, sampling, drafts, count, check))
 
     expected = list(generate(model, prompt, 60, sampling, seed=3, steps=new_steps(False)))
     steps = new_steps(True)
@@ -139,7 +141,7 @@ def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in waits if "called a synchronizing" in str(w.message)]
-    assert 0 < len(waits) <= len(steps.speculation.history), waits[:3]
+    assert 0 < len(waits) <= -(-len(steps.speculation.history) // at_once), waits[:3]
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])

@@ -10,7 +10,7 @@ import torch
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, read_checkpoint, write_checkpoint
 from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
-from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, accept, draft_step, verify
+from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, accept, compiled_drafts, draft_tokens, verify
 from tokenizer import check_vocabulary
 
 GREEDY = Sampling(temperature=0)
@@ -188,7 +188,8 @@ def wrong_verify(model, tokens, input_pos, proposed, uniform, noise, sampling):
     """What a rejected draft is replaced by comes from p itself, not from what is left of it."""
     k = tokens.shape[1] - 1
     logits = model(tokens, input_pos + torch.arange(k + 1))
-    count, _ = accept(logits, tokens[:, 1:], proposed, uniform, noise, sampling)
+    q = None if proposed is None else to_probabilities(proposed, sampling)
+    count, _ = accept(logits, tokens[:, 1:], q, uniform, noise, sampling)
     following = sample(logits.gather(1, count[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], noise, sampling)
     ids = torch.cat([tokens[:, 1:], following], dim=1).scatter(1, count, following)
     return following, input_pos + count + 1, tokens.gather(1, count), torch.cat([ids, count], dim=1)
@@ -244,6 +245,16 @@ def test_a_seed_gives_the_same_text_again():
 COSTS = {0: 1.0, 2: 1.3, 5: 1.7, 10: 2.5}
 
 
+class InEights(Auto):
+    """As on a GPU, where the host looks after eight plain steps."""
+
+    def choose(self, most):
+        return super().choose(8)
+
+
+either = pytest.mark.parametrize("adapting", [Auto, InEights])
+
+
 def test_an_adapting_k_grows_where_all_is_kept():
     drafts, history = DraftModel(Scripted(counting(1))), []
     assert text(Scripted(counting(1)), [[3]], 60, drafts, Auto(COSTS), history=history) == text(
@@ -252,10 +263,11 @@ def test_an_adapting_k_grows_where_all_is_kept():
     assert [k for k, _ in history][2] == 10
 
 
-def test_an_adapting_k_gives_up_where_nothing_is_kept_and_tries_again():
+@either
+def test_an_adapting_k_gives_up_where_nothing_is_kept_and_tries_again(adapting):
     model = Scripted(counting(1), block_size=2000)
     drafts, history = DraftModel(Scripted(counting(2), block_size=2000)), []
-    assert text(model, [[3]], 1000, drafts, Auto(COSTS), history=history) == text(
+    assert text(model, [[3]], 1000, drafts, adapting(COSTS), history=history) == text(
         Scripted(counting(1), block_size=2000), [[3]], 1000
     )
     choices = [k for k, _ in history]
@@ -263,13 +275,14 @@ def test_an_adapting_k_gives_up_where_nothing_is_kept_and_tries_again():
     assert 0.95 < plain < 1 and 2 in choices[200:]
 
 
-def test_an_adapting_k_comes_back_when_drafts_are_right_again():
+@either
+def test_an_adapting_k_comes_back_when_drafts_are_right_again(adapting):
     def late(token, position):  # wrong, then right
         return counting(0)(token + 1 + (position < 100), position)
 
     model = Scripted(counting(1), block_size=2000)
     drafts, history = DraftModel(Scripted(late, block_size=2000)), []
-    assert text(model, [[3]], 600, drafts, Auto(COSTS), history=history) == text(
+    assert text(model, [[3]], 600, drafts, adapting(COSTS), history=history) == text(
         Scripted(counting(1), block_size=2000), [[3]], 600
     )
     choices = [k for k, _ in history]
@@ -277,9 +290,10 @@ def test_an_adapting_k_comes_back_when_drafts_are_right_again():
     assert not any(n < k for k, accepted in history[-20:] for n in accepted)  # its cache has the plain steps' tokens
 
 
-def test_an_adapting_k_begins_each_text_anew():
+@either
+def test_an_adapting_k_begins_each_text_anew(adapting):
     model, draft = Scripted(counting(1), block_size=2000), Scripted(counting(2), block_size=2000)
-    count, first, second = Auto(COSTS), [], []
+    count, first, second = adapting(COSTS), [], []
     text(model, [[3]], 300, DraftModel(draft), count, history=first)
     text(model, [[3]], 300, DraftModel(draft), count, history=second)
     assert first == second and 0 in {k for k, _ in first}
@@ -293,12 +307,23 @@ def test_a_speculation_of_another_model_or_sampling_is_refused():
             next(generate(other, [[3]], 5, sampling, steps=Steps(speculation=speculation)))
 
 
-def test_an_adapting_k_never_tries_what_cannot_pay():
-    drafts, count, history = DraftModel(Scripted(counting(1))), Auto({0: 2.0, 2: 6.0, 5: 15.0}), []
+@either
+def test_an_adapting_k_never_tries_what_cannot_pay(adapting):
+    drafts, count, history = DraftModel(Scripted(counting(1))), adapting({0: 2.0, 2: 6.0, 5: 15.0}), []
     assert text(Scripted(counting(1)), [[3]], 60, drafts, count, history=history) == text(
         Scripted(counting(1)), [[3]], 60
     )
     assert {k for k, _ in history} == {0}
+
+
+@either
+@pytest.mark.parametrize("drafts", [DraftModel(markov(TABLES[1])), PromptLookup()])
+def test_plain_steps_draw_what_they_draw_without_drafts(drafts, adapting):
+    model, count = markov(TABLES[0]), adapting({0: 1.0, 2: 3.0})  # so no round has drafts
+    options = {"sampling": SAMPLINGS[1], "eos_ids": (5,), "seed": 3}
+    expected = text(model, [[3, 1], [2, 8]], 60, **options)
+    assert text(model, [[3, 1], [2, 8]], 60, drafts, count, **options) == expected
+    assert len(expected) < 60 and None in expected[-1]  # one row ends before the other, and both before 60
 
 
 # --- Real models ------------------------------------------------------------------------------------------------------
@@ -318,14 +343,14 @@ def test_compiled_rounds_give_the_eager_text_and_never_recompile(kind, sampling)
     model = build_model(config, weights, "cpu", torch.float32)
     draft = build_model(config, noisy(weights, 0.03), "cpu", torch.float32)
     model.setup_caches(2, 64)
-    check, drafting, step = (compiled_step(f, "cpu") for f in (verify, draft_step, decode_step))
+    check, step = (compiled_step(f, "cpu") for f in (verify, decode_step))
     prompt = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
-    def drafts(step):
-        return PromptLookup() if kind == "lookup" else DraftModel(draft, step)
+    def drafts(drafting):
+        return PromptLookup() if kind == "lookup" else DraftModel(draft, drafting)
 
-    compiled, history, of_steps = drafts(drafting), [], {"seed": 3, "decode_step": step, "verify": check}
-    expected = text(model, prompt, 100, drafts(draft_step), 4, sampling, seed=3)
+    compiled, history, of_steps = drafts(compiled_drafts("cpu")), [], {"seed": 3, "decode_step": step, "verify": check}
+    expected = text(model, prompt, 100, drafts(draft_tokens), 4, sampling, seed=3)
     text(model, prompt, 100, compiled, 4, sampling, **of_steps)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert text(model, prompt, 100, compiled, 4, sampling, history, **of_steps) == expected
