@@ -143,20 +143,21 @@ class Fixed:
 class Auto:
     """0 drafts (a plain step), 2, 5 or 10: as many as the running acceptance promises most of.
 
-    `costs` are the seconds, in any unit, of a round of each k, as `round_costs` measures them.
+    `costs` are the seconds, in any unit, of a round of each k, as `round_costs` measures them, and `catch_up` those of
+    a draft model that sees what it has missed meanwhile.
     """
 
     CHOICES = (2, 5, 10)
     longest = CHOICES[-1]
 
-    def __init__(self, costs: dict[int, float]):
-        self.costs = costs
+    def __init__(self, costs: dict[int, float], catch_up: float = 0.0):
+        self.costs, self.catch_up = costs, catch_up
         self.start()
 
     def start(self) -> None:
         """A new text begins, of which nothing is known."""
         self.accepted, self.checked = 1.6, 2.0  # drafts; both fade with each round
-        self.rest, self.pauses, self.probes = 0, 0, 0
+        self.rest, self.pauses, self.probes = 0, 0, 2
 
     def choose(self, most: int) -> tuple[int, int]:
         """The next round's k, and how many such rounds are certain by now: up to `most`, if they are plain steps."""
@@ -175,9 +176,9 @@ class Auto:
         elif self.probes:
             self.probes -= 1
             best = self.CHOICES[0]
-        else:  # it does not pay: plain steps for 50 times as long as a round, beside which two tries are little
-            round_in_steps = self.costs[self.CHOICES[0]] / self.costs[0]
-            self.rest = round(50 * round_in_steps * 2 ** min(self.pauses, 3)) - 1
+        else:  # it does not pay: plain steps for 50 times as long as a try, so that two tries are little
+            try_in_steps = (self.costs[self.CHOICES[0]] + self.catch_up) / self.costs[0]
+            self.rest = round(50 * try_in_steps * 2 ** min(self.pauses, 3)) - 1
             self.pauses += 1
             self.accepted, self.checked = 2 * rate, 2.0  # so that the next try counts
         return best, 1
@@ -226,6 +227,17 @@ class DraftModel:
         input_pos = None if first is None else first + torch.arange(ids.shape[1], device=ids.device)
         ids = ids.clamp(0, self.model.config.vocab_size - 1)
         self.prefill(self.model, ids, input_pos, torch.zeros_like(ids[:, 0]))
+
+    def catch_up_seconds(self) -> float:
+        """How long it takes to see 256 tokens that it has missed. What its cache held is lost."""
+        shape = (self.model.max_batch_size, min(256, self.model.max_seq_length))
+        device = next(self.model.parameters()).device
+        for _ in range(2):  # the first time builds kernels
+            start = time.perf_counter()
+            self._fill(torch.zeros(shape, dtype=torch.int64, device=device), None)
+            synchronize(str(device))
+        self.seen = 0
+        return time.perf_counter() - start
 
     def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
         """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their logits [B, k, V], None if greedy."""

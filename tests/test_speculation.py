@@ -275,6 +275,18 @@ def test_an_adapting_k_gives_up_where_nothing_is_kept_and_tries_again(adapting):
     assert 0.95 < plain < 1 and 2 in choices[200:]
 
 
+@pytest.mark.parametrize("catch_up", [0.0, 5.0, 200.0])
+@pytest.mark.parametrize("dear", [1.0, 2.5])
+def test_drafts_that_do_not_pay_cost_little(catch_up, dear):
+    costs = {k: 1 + dear * (cost - 1) for k, cost in COSTS.items()}
+    models, history = [Scripted(counting(step), block_size=2000) for step in (1, 2)], []
+    text(models[0], [[3]], 1000, DraftModel(models[1]), Auto(costs, catch_up), history=history)
+    choices = [k for k, _ in history]
+    tries = sum(k > 0 and before == 0 for before, k in zip(choices, choices[1:], strict=False))
+    assert 0 < sum(choices) and sum(costs[k] for k in choices) + tries * catch_up < 1.06 * 1000
+    assert tries > 0 or catch_up == 200
+
+
 @either
 def test_an_adapting_k_comes_back_when_drafts_are_right_again(adapting):
     def late(token, position):  # wrong, then right
@@ -425,6 +437,8 @@ def test_the_figures_say_what_came_of_the_drafts(run, drafts):
     assert set(result.data["round_seconds"]) == {"0", "4"}
     for words in ("drafts:", "of the checked drafts accepted", "a round took", "times as fast, the same text"):
         assert result.stderr.count(words) == 2
+    auto = run(*LONG, *drafts, "--speculate_k", "auto").data
+    assert (auto["catch_up_seconds"] > 0) == ("--prompt_lookup" not in drafts)
 
 
 def test_compiled_drafts_write_the_plain_text(run, drafts):
