@@ -337,13 +337,20 @@ class AddNorm(nn.Module):
     def joined(self, module, residual, update, post):
         """The same by one kernel, or None: of a single token a GPU's product takes the norm by itself, if it can."""
         matrix, activation = module.projection()
-        if matrix is None or update is None or self.ranks > 1 or not self.is_plain(post):
+        if update is None or self.ranks > 1 or not self.is_plain(post):
             return None
         weights = matrix.gpu_weights() if is_single_token(residual) and on_gpu_kernels(residual) else None
-        if weights is None or not gpu_products.takes_norm(weights[0]):
+        if weights is None:
             return None
-        norm, more = (self.weight, self.eps), {"bias": matrix.bias, **activation}
-        residual, y = gpu_products.norm_linear(update.flatten(0, -2), residual, *norm, *weights, **more)
+        update, norm, more = update.flatten(0, -2), (self.weight, self.eps), {"bias": matrix.bias, **activation}
+        if isinstance(module, SparseMLP):
+            if not gpu_products.takes_router(weights[0]):
+                return None
+            residual, *projected = gpu_products.norm_router(update, residual, *norm, *weights, **more)
+            return residual, projected
+        if not gpu_products.takes_norm(weights[0]):
+            return None
+        residual, y = gpu_products.norm_linear(update, residual, *norm, *weights, **more)
         return residual, y.view(*residual.shape[:-1], -1)
 
     def add(self, residual, update, post, told):
@@ -411,7 +418,7 @@ class Attention(nn.Module):
         return input_pos is not None and on_gpu_kernels(x) and x.shape[1] * self.queries_per_kv <= 64
 
     def projection(self):
-        """The matrix that comes first, if there is one, and what `gpu_products.linear` takes for what follows it."""
+        """The matrix that comes first, and what `gpu_products.linear` takes for what follows it."""
         return self.qkv, {}
 
     def project(self, x):
@@ -583,14 +590,16 @@ class SparseMLP(nn.Module):
         self.register_buffer("peers", None, persistent=False)  # addresses [ranks], see FastGPT.connect_ranks
 
     def projection(self):
-        return None, {}  # the router and the experts take the same norm
+        return self.router, {}
 
     def project(self, x):
-        return x
+        """x, which the experts take too, and the router's logits [N, experts]."""
+        return x, self.router(x.flatten(0, -2))
 
-    def forward(self, x, to=ALONE):
+    def forward(self, projected, to=ALONE):
+        """The update of this rank [..., D], of what `project` gave."""
+        x, logits = projected
         rows = x.flatten(0, -2)  # [N, D]
-        logits = self.router(rows)  # [N, experts]
         logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
         by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert

@@ -1005,6 +1005,61 @@ def norm_linear(
 # --- Experts of a few tokens ------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _norm_router_kernel(
+    x_ptr, residual_ptr, norm_ptr, w_ptr, b_ptr, total_ptr, normed_ptr, y_ptr, eps,
+    K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """An expert's logit a program, which takes the norm of residual + x by itself. The first one stores both."""
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = at < K
+    w = tl.load(w_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    bias = 0.0
+    if b_ptr is not None:
+        bias = tl.load(b_ptr + row).to(tl.float32)
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32) + x
+    total = total.to(total_ptr.dtype.element_ty)
+    x = total.to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * norm).to(normed_ptr.dtype.element_ty)
+    y = tl.sum(normed.to(tl.float32) * w, 0) + bias
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty))
+    if row == 0:
+        tl.store(total_ptr + at, total, mask=inside)
+        tl.store(normed_ptr + at, normed, mask=inside)
+
+
+def takes_router(weight: torch.Tensor) -> bool:
+    """Whether `norm_router` takes such a weight."""
+    return weight.is_floating_point() and weight.shape[1] <= 4096
+
+
+@custom_operator(
+    lambda x, residual, norm, eps, weight, bias=None: (
+        residual.new_empty(residual.shape),
+        residual.new_empty(residual.shape),
+        x.new_empty(1, weight.shape[0]),
+    )
+)
+def norm_router(
+    x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """residual + x [1, K], the RMS norm of that by weights `norm` [K], and the logits [1, E] of E experts from it.
+
+    The router's weight [E, K] is one that `takes_router` allows.
+    """
+    x, residual, (E, K) = x.contiguous(), residual.contiguous(), weight.shape
+    total, normed, y = torch.empty_like(residual), torch.empty_like(residual), x.new_empty(1, E)
+    _norm_router_kernel[(E,)](
+        x, residual, norm, weight, bias, total, normed, y, eps,
+        K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **launch_options(x.device),
+    )  # fmt: skip
+    return total, normed, y
+
+
 @custom_operator(
     lambda x, logits, used, activation, clamp, weight, *others: x.new_empty(
         len(x) * used, weight.shape[0] // logits.shape[1] // 2

@@ -53,11 +53,15 @@ def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: i
     return sample(logits, noise, sampling), None if sampling.greedy else logits, following
 
 
-def draft_tokens(draft, token, input_pos, noise, k: int, sampling: Sampling, vocab_size: int, step=draft_step):
-    """k drafts [B, k], one `step` after another, from the tokens `token` [B, n] at `input_pos` [B, n] on.
+def draft_tokens(draft, missed, token, input_pos, noise, k: int, sampling: Sampling, vocab_size: int, step=draft_step):
+    """k drafts [B, k], one `step` after another, from `token` [B, 1] at `input_pos` [B, 1] on.
 
-    Returns them and the logits [B, k, V] they came from, None if greedy. `noise` [k, B, V] is Exp(1), None if greedy.
+    `missed` [B, 0 or 1] is the token before, if the draft has not seen that. Returns the drafts and the logits
+    [B, k, V] they came from, None if greedy. `noise` [k or more, B, V] is Exp(1), None if greedy.
     """
+    input_pos = input_pos.clamp(max=draft.max_seq_length - 1)  # of a row that has ended
+    if missed.shape[1]:  # two tokens in one step cost little more than one
+        token, input_pos = torch.cat([missed, token], dim=1), torch.cat([input_pos - 1, input_pos], dim=1)
     drafts, logits = [], []
     for i in range(k):
         of_step = None if noise is None else noise[i]
@@ -241,15 +245,13 @@ class DraftModel:
 
     def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
         """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their logits [B, k, V], None if greedy."""
-        input_pos = input_pos.clamp(max=self.model.max_seq_length - 1)  # of a row that has ended
         missed = self.missed.shape[1]
         if missed > 1:
-            self._fill(self.missed[:, :-1], input_pos - missed)
-        if missed:  # two tokens in one step cost little more than one
-            token, input_pos = torch.cat([self.missed[:, -1:], token], 1), torch.cat([input_pos - 1, input_pos], 1)
-        noise = None if sampling.greedy else noise[:k]
+            self._fill(self.missed[:, :-1], input_pos.clamp(max=self.model.max_seq_length - 1) - missed)
+            self.missed = self.missed[:, -1:]
         self.seen = 1 + progress.shortest
-        return self.draft_tokens(self.model, token, input_pos, noise, k, sampling, vocab_size)
+        noise = None if sampling.greedy else noise
+        return self.draft_tokens(self.model, self.missed, token, input_pos, noise, k, sampling, vocab_size)
 
     def advance(self, k, accepted, before, new_ids) -> None:
         """A round has ended: `before` [B, n] end with the text's last token but one, `new_ids` are new in each row."""
@@ -373,7 +375,7 @@ class Speculation:
         rows = [row[:n] + ids for row, n, ids in zip(text.prompt.tolist(), text.lengths, new_ids, strict=True)]
         room = min(model.max_seq_length, self.drafts.start(text, model.max_seq_length, rows))
         progress = Progress(text)
-        self.history = []
+        self.history, ahead = [], {}
         self.count.start()
         while True:
             new_ids = progress.take(new_ids)
@@ -381,11 +383,11 @@ class Speculation:
                 raise FloatingPointError(why_not_finite(model, *self.drafts.models))
             queued = None
             if text.device.type == "cuda" and any(progress.running):  # before somebody reads the ids
-                queued = self._round(token, input_pos, progress, room, steps.decode_step)
+                queued = self._round(token, input_pos, progress, room, steps.decode_step, ahead)
             yield new_ids, list(progress.running)
             if not any(progress.running):
                 return
-            queued = queued or self._round(token, input_pos, progress, room, steps.decode_step)
+            queued = queued or self._round(token, input_pos, progress, room, steps.decode_step, ahead)
             k, token, input_pos, before, read = queued
             new_ids = read.tolist()  # the host waits for the device here and nowhere else
             accepted, passes = [0] * len(new_ids), len(new_ids[0])
@@ -397,8 +399,8 @@ class Speculation:
             self.count.record(k, accepted)
             self.drafts.advance(k, accepted, before, new_ids)
 
-    def _round(self, token, input_pos, progress: Progress, room: int, decode_step):
-        """Queue a round, or some plain steps.
+    def _round(self, token, input_pos, progress: Progress, room: int, decode_step, ahead: dict):
+        """Queue a round, or some plain steps, and draw what the next one of the same k needs, while nobody waits.
 
         Returns k, the next round's first token, its position, the tokens before it that no draft model has seen, and
         what the host is to read.
@@ -406,7 +408,8 @@ class Speculation:
         model, sampling, text = self.model, self.sampling, progress.text
         k, steps = self.count.choose(min(8, progress.most_new) if token.is_cuda else 1)  # else each one is waited for
         drafts = None
-        noise, uniform = text.draw(1 if self.drafts.certain else k + 1, k)
+        draw = partial(text.draw, 1 if self.drafts.certain else k + 1, k)
+        noise, uniform = ahead.pop(k, None) or draw()
         if k and k < room - progress.longest:
             drafts = self.drafts.propose(token, input_pos, progress, k, noise, sampling, text.vocab_size)
         if drafts is None:
@@ -415,10 +418,13 @@ class Speculation:
                 noise = text.draw()[0] if step else noise
                 token, at = map(copied, decode_step(model, token, at, noise[-1], sampling))
                 tokens.append(token)
-            return 0, token, at, torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1)
-        ids = torch.cat([token, drafts[0]], dim=1)
-        following, at, before, read = self.verify(model, ids, input_pos, drafts[1], uniform, noise[-1], sampling)
-        return k, copied(following), copied(at), copied(before), read
+            queued = 0, token, at, torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1)
+        else:
+            ids = torch.cat([token, drafts[0]], dim=1)
+            following, at, before, read = self.verify(model, ids, input_pos, drafts[1], uniform, noise[-1], sampling)
+            queued = k, copied(following), copied(at), copied(before), read
+        ahead[k] = draw()
+        return queued
 
     def figures(self, calls: dict[str, list[float]]) -> dict:
         """What came of the drafts of the last text; `calls` are the seconds of each round's drafts and verification."""

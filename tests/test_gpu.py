@@ -331,6 +331,25 @@ def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
         assert of_nan.isnan().all()
 
 
+@pytest.mark.parametrize("family, experts", [("gpt-oss", 32), ("mixtral", 8), ("qwen3-moe", 128)])
+@pytest.mark.parametrize("dim", [96, 2880, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_router_takes_the_norm_before_it(family, experts, dim, dtype, monkeypatch):
+    config = replace(FAMILIES[family], n_layer=1, dim=dim, hidden_dim=32, n_expert=experts)
+    layer = build_model(config, random_weights(config), "cuda", dtype).layers[0]
+    norm, router = layer.norm_2, layer.mlp.router
+    monkeypatch.setattr(norm, "add", None)  # the kernel before it is not called
+    x, update = (1 + torch.randn(2, 1, 1, dim, device="cuda")).to(dtype)
+    with torch.no_grad():
+        total, (normed, logits) = norm(x, update, module=layer.mlp)
+        _, of_nan = norm(x, update.index_fill(-1, torch.tensor(5, device="cuda"), torch.nan), module=layer.mlp)
+    expected = torch.nn.functional.rms_norm((x + update).double(), (dim,), norm.weight.double(), norm.eps)
+    assert torch.equal(total, x + update) and close(normed, expected, dtype)
+    expected = normed.double() @ router.weight.double().T
+    assert close(logits, expected[0] if router.bias is None else expected[0] + router.bias, dtype, times=4)
+    assert all(t.isnan().all() for t in of_nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kth_largest_is_that_of_a_sort(dtype):
     import gpu_kernels

@@ -438,6 +438,35 @@ def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, joined, ca
     assert rows == [tokens] * (calls * config.n_layer + (2 if calls else 0))
 
 
+@pytest.mark.parametrize("tokens, takes, calls", [(1, True, 1), (1, False, 0), (2, True, 0)])
+def test_a_router_takes_the_norm_of_a_single_token(tokens, takes, calls, monkeypatch):
+    model, ids, called = build(TINY["mixtral"]), random_ids(1, tokens), []
+
+    def add_norm(x, update, weight, bias, post, eps, *more):
+        x = x if update is None else x + update
+        return x, F.rms_norm(x, weight.shape, weight, eps)
+
+    def norm_router(x, residual, norm, eps, weight, bias):
+        called.append(x.shape)
+        total = residual + x.view(residual.shape)
+        x = F.rms_norm(total, norm.shape, norm, eps)
+        return total, x, F.linear(x.flatten(0, -2), weight, bias)
+
+    with torch.no_grad():
+        expected = model(ids)
+        more = {"takes_few_tokens": lambda x, weight: False, "takes_norm": lambda weight: False}
+        more |= {"takes_router": lambda weight: takes, "linear": lambda x, weight, **more: F.linear(x, weight)}
+        kernels = SimpleNamespace(add_norm=add_norm, norm_router=norm_router, **more)
+        monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
+        monkeypatch.setattr(fast_model, "gpu_products", kernels)
+        monkeypatch.setattr(fast_model, "cpu_kernels", None)
+        monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
+        for layer in model.layers:
+            monkeypatch.setattr(layer.mlp.experts_gate_up, "gpu_weights", lambda: None)
+        close(model(ids), expected)
+    assert called == [(1, model.config.dim)] * (model.config.n_layer * calls)
+
+
 @torch.no_grad()
 def test_decoding_is_one_graph_of_matrix_vector_products_as_positions_move():
     torch.compiler.reset()
