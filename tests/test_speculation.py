@@ -302,6 +302,12 @@ def test_an_adapting_k_comes_back_when_drafts_are_right_again(adapting):
     assert not any(n < k for k, accepted in history[-20:] for n in accepted)  # its cache has the plain steps' tokens
 
 
+def test_a_lookup_that_finds_nothing_is_no_try():
+    model, history = Scripted(counting(1)), []
+    text(model, [[0]], 30, PromptLookup(), Auto({0: 1.0, 2: 2.5, 5: 4.5}), history=history)
+    assert [k for k, _ in history[:16]] == [0] * 15 + [2]  # the first repetition
+
+
 @either
 def test_an_adapting_k_begins_each_text_anew(adapting):
     model, draft = Scripted(counting(1), block_size=2000), Scripted(counting(2), block_size=2000)
