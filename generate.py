@@ -464,13 +464,15 @@ def measured(args, session: Session, rows: list[list[int]]) -> Speculation:
     text = Text(session.model, rows, session.args.max_new_tokens, session.sampling, (), session.args.seed)
     choices = Auto.CHOICES if auto else (speculation.count.longest,)
     costs = round_costs(speculation, text, session.steps.decode_step, choices)
-    catch_up = 0.0
     for draft in speculation.drafts.models if args.interactive or auto else ():
         warm_prefill(speculation.drafts.prefill, draft, args.compile_prefill)
-        catch_up = speculation.drafts.catch_up_seconds()
+    catch_up = speculation.drafts.catch_up_seconds() if auto else 0.0
     costs, catch_up = objects_of_ranks((costs, catch_up))[0]  # what `auto` decides, all ranks decide
-    session.figures |= {"round_seconds": costs, "catch_up_seconds": catch_up}
-    return replace(speculation, count=Auto(costs, catch_up)) if auto else speculation
+    session.figures["round_seconds"] = costs
+    if not auto:
+        return speculation
+    session.figures["catch_up_seconds"] = catch_up
+    return replace(speculation, count=Auto(costs, catch_up))
 
 
 # --- Answering --------------------------------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ class Fixed:
 class Auto:
     """0 drafts (a plain step), 2, 5 or 10: as many as the running acceptance promises most of.
 
-    `costs` are the seconds, in any unit, of a round of each k, as `round_costs` measures them, and `catch_up` those of
-    a draft model that sees what it has missed meanwhile.
+    `costs` are the seconds, in any unit, of a round of each k, as `round_costs` measures them. `catch_up` are those in
+    which a draft model sees 256 tokens that it has missed; after a longer pause it may need more.
     """
 
     CHOICES = (2, 5, 10)
@@ -161,10 +161,11 @@ class Auto:
     def start(self) -> None:
         """A new text begins, of which nothing is known."""
         self.accepted, self.checked = 1.6, 2.0  # drafts; both fade with each round
-        self.rest, self.pauses, self.probes = 0, 0, 2
+        self.rest, self.pauses, self.probes, self.trying = 0, 0, 2, False
 
     def choose(self, most: int) -> tuple[int, int]:
         """The next round's k, and how many such rounds are certain by now: up to `most`, if they are plain steps."""
+        self.trying = False
         if all(k + 1 <= cost / self.costs[0] for k, cost in self.costs.items() if k):
             return 0, most  # not even if every draft were accepted
         if self.rest:
@@ -178,8 +179,7 @@ class Auto:
         if best:
             self.pauses = 0
         elif self.probes:
-            self.probes -= 1
-            best = self.CHOICES[0]
+            best, self.trying = self.CHOICES[0], True
         else:  # it does not pay: plain steps for 50 times as long as a try, so that two tries are little
             try_in_steps = (self.costs[self.CHOICES[0]] + self.catch_up) / self.costs[0]
             self.rest = round(50 * try_in_steps * 2 ** min(self.pauses, 3)) - 1
@@ -190,6 +190,7 @@ class Auto:
     def record(self, k: int, accepted: list[int]) -> None:
         """A round of k drafts has ended in which each row that still ran accepted so many."""
         if k:
+            self.probes -= self.trying  # a lookup that found nothing was no try
             self.accepted = 0.9 * self.accepted + sum(accepted)
             self.checked = 0.9 * self.checked + sum(min(n + 1, k) for n in accepted)
 
@@ -232,16 +233,18 @@ class DraftModel:
         ids = ids.clamp(0, self.model.config.vocab_size - 1)
         self.prefill(self.model, ids, input_pos, torch.zeros_like(ids[:, 0]))
 
-    def catch_up_seconds(self) -> float:
-        """How long it takes to see 256 tokens that it has missed. What its cache held is lost."""
+    @torch.no_grad()
+    def catch_up_seconds(self, samples: int = 3) -> float:
+        """How long it takes to see 256 tokens that it has missed: the least. What its cache held is lost."""
+        device, times = next(self.model.parameters()).device, []
         shape = (self.model.max_batch_size, min(256, self.model.max_seq_length))
-        device = next(self.model.parameters()).device
-        for _ in range(2):  # the first time builds kernels
+        for _ in range(1 + samples):  # the first one builds kernels
             start = time.perf_counter()
             self._fill(torch.zeros(shape, dtype=torch.int64, device=device), None)
             synchronize(str(device))
+            times.append(time.perf_counter() - start)
         self.seen = 0
-        return time.perf_counter() - start
+        return min(times[1:])
 
     def propose(self, token, input_pos, progress, k, noise, sampling, vocab_size):
         """Drafts [B, k] after `token` [B, 1] at `input_pos`, and their logits [B, k, V], None if greedy."""
@@ -274,6 +277,9 @@ class PromptLookup:
     def __init__(self, *, longest: int = 3):
         self.longest = longest
         self.rows, self.found = [], []  # each row's ids, and where the latest continuation of each n-gram begins
+
+    def catch_up_seconds(self) -> float:
+        return 0.0
 
     def start(self, text: Text, slots: int, rows: list[list[int]]) -> int:
         """Begin with the ids of each row; returns `slots`, since it needs none of its own."""
@@ -406,11 +412,13 @@ class Speculation:
         what the host is to read.
         """
         model, sampling, text = self.model, self.sampling, progress.text
-        k, steps = self.count.choose(min(8, progress.most_new) if token.is_cuda else 1)  # else each one is waited for
-        drafts = None
+        most = min(8, progress.most_new) if token.is_cuda else 1  # plain steps that the host looks at together
+        (k, steps), drafts = self.count.choose(most), None
+        if k >= room - progress.longest:
+            k, steps = 0, most
         draw = partial(text.draw, 1 if self.drafts.certain else k + 1, k)
         noise, uniform = ahead.pop(k, None) or draw()
-        if k and k < room - progress.longest:
+        if k:
             drafts = self.drafts.propose(token, input_pos, progress, k, noise, sampling, text.vocab_size)
         if drafts is None:
             tokens, at = [token], input_pos.clamp(max=model.max_seq_length - 1)
@@ -423,7 +431,9 @@ class Speculation:
             ids = torch.cat([token, drafts[0]], dim=1)
             following, at, before, read = self.verify(model, ids, input_pos, drafts[1], uniform, noise[-1], sampling)
             queued = k, copied(following), copied(at), copied(before), read
-        ahead[k] = draw()
+        ahead.clear()
+        if token.is_cuda:
+            ahead[k] = draw()
         return queued
 
     def figures(self, calls: dict[str, list[float]]) -> dict:
@@ -460,7 +470,7 @@ def round_costs(speculation: Speculation, text: Text, decode_step, choices=Auto.
         if k == 0:
             return decode_step(model, token, input_pos, ones, sampling)
         drafts.advance(k, [k * all_accepted], token, [[]] * B)
-        noise = None if ones is None else ones.expand(k, -1, -1)
+        noise = None if ones is None else ones.expand(k + 1, -1, -1)
         ids, proposed = drafts.propose(token, input_pos, progress, k, noise, sampling, vocab_size)
         uniform = None if ones is None else copied(ones[:, :k])
         return speculation.verify(model, torch.cat([token, ids], 1), input_pos, proposed, uniform, ones, sampling)

@@ -105,9 +105,23 @@ def test_running_ahead_stops_at_each_rows_end():
         assert [ids[row] for ids in stopped] == ids[:until] + [None] * (len(stopped) - until)
 
 
+class InTurn(Fixed):
+    """Rounds, one with fewer drafts, and some plain steps at once, which a draft model has to catch up with."""
+
+    def start(self):
+        self.turn = 0
+
+    def choose(self, most):
+        self.turn += 1
+        return [(4, 1), (4, 1), (2, 1), (0, min(3, most)), (0, 1)][self.turn % 5]
+
+
+COUNTS = {"rounds": (Fixed(4), 1), "steps": (Auto({0: 1.0, 2: 3.0}), 8), "in turn": (InTurn(4), 1)}
+
+
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9)])
 @pytest.mark.parametrize("kind", ["draft", "lookup"])
-@pytest.mark.parametrize(("count", "at_once"), [(Fixed(4), 1), (Auto({0: 1.0, 2: 3.0}), 8)], ids=["rounds", "steps"])
+@pytest.mark.parametrize(("count", "at_once"), COUNTS.values(), ids=COUNTS)
 def test_compiled_rounds_give_the_eager_text_and_wait_once(kind, sampling, count, at_once):
     torch.compiler.reset()
     # Of 512 and less the compiler makes a sorting kernel of its own for top-p, at which it takes three minutes.
