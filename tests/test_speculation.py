@@ -338,6 +338,7 @@ def test_an_answer_asks_for_no_other_graphs_than_its_first_rounds_did():
     model, draft, sampling = markov(TABLES[0]), markov(TABLES[0]), SAMPLINGS[0]
     model.config.block_size = draft.config.block_size = 512
     model.setup_caches(1, 256)
+    list(generate(model, [[3, 5]], 1, sampling))  # the prompt is in its cache then
     speculation = Speculation(model, sampling, DraftModel(draft, recorded), Auto(COSTS))
     round_costs(speculation, Text(model, [[3, 5]], 100, sampling, (), 0), decode_step)
     first, kinds[:] = set(kinds), []
