@@ -9,8 +9,19 @@ import torch
 
 from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, read_checkpoint, write_checkpoint
-from decode import Sampling, Steps, compiled_step, decode_step, generate, sample, to_probabilities
-from speculate import Auto, DraftModel, Fixed, PromptLookup, Speculation, accept, compiled_drafts, draft_tokens, verify
+from decode import Sampling, Steps, Text, compiled_step, decode_step, generate, sample, to_probabilities
+from speculate import (
+    Auto,
+    DraftModel,
+    Fixed,
+    PromptLookup,
+    Speculation,
+    accept,
+    compiled_drafts,
+    draft_tokens,
+    round_costs,
+    verify,
+)
 from tokenizer import check_vocabulary
 
 GREEDY = Sampling(temperature=0)
@@ -315,6 +326,24 @@ def test_an_adapting_k_begins_each_text_anew(adapting):
     text(model, [[3]], 300, DraftModel(draft), count, history=first)
     text(model, [[3]], 300, DraftModel(draft), count, history=second)
     assert first == second and 0 in {k for k, _ in first}
+
+
+def test_an_answer_asks_for_no_other_graphs_than_its_first_rounds_did():
+    kinds = []
+
+    def recorded(model, *inputs):
+        kinds.append(tuple(x.shape if isinstance(x, torch.Tensor) else x for x in inputs))
+        return draft_tokens(model, *inputs)
+
+    model, draft, sampling = markov(TABLES[0]), markov(TABLES[0]), SAMPLINGS[0]
+    model.config.block_size = draft.config.block_size = 512
+    model.setup_caches(1, 256)
+    list(generate(model, [[3, 5]], 1, sampling))  # the prompt is in its cache then
+    speculation = Speculation(model, sampling, DraftModel(draft, recorded), Auto(COSTS))
+    round_costs(speculation, Text(model, [[3, 5]], 100, sampling, (), 0), decode_step)
+    first, kinds[:] = set(kinds), []
+    list(generate(model, [[3, 5]], 100, sampling, seed=1, steps=Steps(speculation=speculation)))
+    assert kinds and set(kinds) <= first
 
 
 def test_a_speculation_of_another_model_or_sampling_is_refused():
