@@ -3,7 +3,9 @@
 A `Speculation` is what `generate()` asks for tokens, as `Steps(speculation=...)`. Decisions to know:
 
 - It goes in rounds: k drafts, of a smaller model or of the text itself, then one pass of the model over all of them.
-- The host reads one tensor a round. A rejected draft's cache slot is overwritten before it comes into view.
+- The host reads one tensor a round, and on a GPU one for up to eight plain steps. All drafts of a round are one CUDA
+  graph there.
+- A rejected draft's cache slot is overwritten before it comes into view.
 - `Auto` takes the k that the running acceptance promises most of, and plain steps where no k pays.
 - Drafts come from one class each. `start` begins a text; then in each round `propose`, if it has drafts, and `advance`.
 
