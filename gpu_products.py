@@ -240,11 +240,21 @@ def _dot_bytes(a, b, total):
 
 @triton.jit
 def _pick_bytes(first, second, places):
-    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`; 0 at places from 8 on, if no
-    byte has its highest bit."""
+    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`. Place p from 8 on gives the
+    highest bit of byte p - 8, eight times."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, places], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _in_register(word):
+    """The same word, or'ed with a zero that the assembler can't know. A constant it keeps in a uniform register, and
+    moves it each time that `_pick_bytes` needs it."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 zero; mov.b32 zero, %laneid; mul.hi.u32 zero, zero, 16; or.b32 $0, zero, $1; }",
+        "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -257,8 +267,11 @@ def _power_of_two(scale):
 def _to_bytes(x):
     """Words [W] of the signed bytes nearest to x [W, 4], and what is left of x."""
     rounded = x + 12582912.0  # 1.5 * 2^23: the last byte of the sum is the integer
-    bits = (rounded.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, :]
-    return tl.sum(bits, 1), x - (rounded - 12582912.0)
+    even, odd = tl.split(tl.reshape(rounded.to(tl.int32, bitcast=True), [x.shape[0], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    word = _pick_bytes(_pick_bytes(first, second, 0x40), _pick_bytes(third, fourth, 0x40), 0x5410)
+    return word, x - (rounded - 12582912.0)
 
 
 @triton.jit
@@ -346,7 +359,8 @@ def _normed_x_tiles(
 def _fp4_in_bytes(plus, minus):
     """12 and twice the numbers of the last four nibbles of `plus`; `minus` has their signs the other way round. A place
     with its highest bit set gives the highest bit of a byte, which is 0 in all."""
-    return _pick_bytes(0x0F0E0D0C, 0x18141210, plus) | _pick_bytes(0x090A0B0C, 0x00040608, minus)
+    first, second = _in_register(0x0F0E0D0C), _in_register(0x090A0B0C)
+    return _pick_bytes(first, 0x18141210, plus) | _pick_bytes(second, 0x00040608, minus)
 
 
 @triton.jit
@@ -380,6 +394,8 @@ def _load_tile(
     WIDE: tl.constexpr = 8 if KIND == "int8" else 4
     at, block = first * WIDE + tl.arange(0, BLOCKS * WIDE)[None, :], first + tl.arange(0, BLOCKS)[None, :]
     w_at, group = w_ptr + rows * WORDS + at, rows * (K // G) + block // (G // 32)
+    if BLOCKS <= 32:  # so that Triton loads one scale a thread, which has the words of one block
+        group = tl.multiple_of(group, [1, 1])
     if MASKED:
         inside_groups = inside & (block < K // 32)
         words = tl.load(w_at, mask=inside & (at < WORDS), other=0)
@@ -884,11 +900,11 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     if weight.dtype == torch.int8:
         rows, warps, several = (8, 8, 3) if K <= 4096 else (8, 4, 4)
     else:
-        rows, warps, several = (16, 8, 2) if logits is None else (8, 4, 3)
+        rows, warps, several = (16, 8, 2) if logits is None else (8, 4, 4 if K <= 3072 else 3)
     apart, pairs = rows // 2 if gated else rows, 1 if logits is None else T
     resident = several * torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(triton.cdiv(N, apart), triton.cdiv(resident, pairs))
-    small = weight.dtype == torch.uint8 and logits is not None and 2048 < K <= 3072  # so that a third program fits
+    small = weight.dtype == torch.uint8 and logits is not None and K <= 4096  # so that a row belongs to one warp
     options |= bytes_options(N, weight, scales, rows, apart, 32 if small else 128)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N, *norm)
     _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, **options)
@@ -1103,12 +1119,13 @@ def sum_experts(
         arguments = (x, weight, scales, bias, y, logits, peers, T, N)
         _experts_sum_kernel[(N * T,)](*arguments, K=K, BLOCK=1024, **options)
     else:
-        rows, blocks = 4, 128
-        if weight.dtype == torch.uint8:  # in small tiles, so that all programs fit at once
-            rows, blocks = 8, 32 if K <= 4096 else 64
+        rows, blocks, warps, registers = 4, 128, 4, None
+        if weight.dtype == torch.uint8:  # so that three programs fit on a multiprocessor, or two of more warps
+            rows, blocks, warps, registers = (8, 32, 4, 168) if K <= 4096 else (16, 64, 8, 128)
         options |= bytes_options(N, weight, scales, rows, rows, blocks)
         arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N)
-        _bytes_experts_sum_kernel[(triton.cdiv(N, rows) * T,)](*arguments, num_warps=4, **options)
+        grid = (triton.cdiv(N, rows) * T,)
+        _bytes_experts_sum_kernel[grid](*arguments, num_warps=warps, maxnreg=registers, **options)
     return y
 
 
