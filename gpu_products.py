@@ -19,7 +19,8 @@ them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say fr
   which fetches all experts' first tiles before it waits.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
-  itself, and one kernel sums their results.
+  itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits come in
+  small tiles, so that one warp has a row and its sum.
 - Many tokens of experts are sorted by expert and meet 4-bit weights as up to 64 do. A program unpacks the next columns
   while the tensor core multiplies these.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
