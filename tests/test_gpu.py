@@ -498,7 +498,8 @@ def test_a_prompt_with_sinks_gives_what_the_plain_path_gives(heads, kv_heads, si
 
 @pytest.mark.parametrize("kind", ["plain", "floats", *MODES])
 @pytest.mark.parametrize(
-    ("family", "experts", "used", "hidden"), [("mixtral", 8, 2, 3584), ("gpt-oss", 12, 5, 96), ("mixtral", 64, 8, 96)]
+    ("family", "experts", "used", "hidden"),
+    [("mixtral", 8, 2, 3584), ("mixtral", 4, 2, 4352), ("gpt-oss", 12, 5, 96), ("mixtral", 64, 8, 96)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_expert_kernels_give_what_the_plain_path_gives(kind, family, experts, used, hidden, dtype, monkeypatch):
