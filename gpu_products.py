@@ -1,7 +1,7 @@
 """Triton kernels for products of few tokens with weights in bf16, int8 or 4 bits on a GPU, and for experts.
 
-One H100 80GB, torch 2.11, Llama-2-7B shape, batch 1, tokens/s compiled without `gpu_kernels.py` and this file and with
-them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say from which runs. Decisions to know:
+One H200, torch 2.11, Llama-2-7B shape in bf16, batch 1, tokens/s compiled without `gpu_kernels.py` and this file and
+with them: 245 and 286, the ladder of benchmarks/README.md. Decisions to know:
 
 - `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product. On Hopper 2
   to 64 go through a tensor core's product, if x has 16 bits. The copy engine (TMA) fetches the weights. It is in Gluon,
@@ -19,8 +19,8 @@ them: bf16 181 and 212, int8 206 and 355; benchmarks/README.md and log.md say fr
   which fetches all experts' first tiles before it waits.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
-  itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits come in
-  small tiles, so that one warp has a row and its sum.
+  itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits, of up
+  to 4,096 columns, come in small tiles, so that one warp has a row and its sum.
 - Many tokens of experts are sorted by expert and meet 4-bit weights as up to 64 do. A program unpacks the next columns
   while the tensor core multiplies these.
 - Kernels start early and wait, and a single token's products tell other ranks their part of a sum: `gpu_kernels.py`.
@@ -250,8 +250,8 @@ def _pick_bytes(first, second, places):
 
 @triton.jit
 def _in_register(word):
-    """The same word, or'ed with a zero that the assembler can't know. A constant it keeps in a uniform register, and
-    moves it each time that `_pick_bytes` needs it."""
+    """The same word, or'ed with a zero that the assembler cannot know. It keeps constants in uniform registers, and
+    would move one each time that `_pick_bytes` needs it."""
     return tl.inline_asm_elementwise(
         "{ .reg .b32 zero; mov.b32 zero, %laneid; mul.hi.u32 zero, zero, 16; or.b32 $0, zero, $1; }",
         "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1,
@@ -897,7 +897,7 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
             K=K, BLOCK=block, num_warps=warps, **options,
         )  # fmt: skip
         return
-    # Rows, warps and programs of a multiprocessor, chosen on an H100 among those in benchmarks/log.md.
+    # Rows, warps and programs of a multiprocessor, chosen on an H100, of experts on an H200: benchmarks/log.md.
     if weight.dtype == torch.int8:
         rows, warps, several = (8, 8, 3) if K <= 4096 else (8, 4, 4)
     else:
@@ -1027,7 +1027,7 @@ def _norm_router_kernel(
     x_ptr, residual_ptr, norm_ptr, w_ptr, b_ptr, total_ptr, normed_ptr, y_ptr, eps,
     K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An expert's logit a program, which takes the norm of residual + x by itself. The first one stores both."""
+    """An expert's logit a program, which takes the norm of residual + x itself. The first one stores sum and norm."""
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside = at < K
     w = tl.load(w_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
@@ -1049,7 +1049,7 @@ def _norm_router_kernel(
 
 
 def takes_router(weight: torch.Tensor) -> bool:
-    """Whether `norm_router` takes such a weight."""
+    """Whether `norm_router` takes such a weight, of which a program holds a row."""
     return weight.is_floating_point() and weight.shape[1] <= 4096
 
 

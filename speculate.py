@@ -55,15 +55,15 @@ def draft_step(draft, token, input_pos, noise, sampling: Sampling, vocab_size: i
     return sample(logits, noise, sampling), None if sampling.greedy else logits, following
 
 
-def draft_tokens(draft, missed, token, input_pos, noise, k: int, sampling: Sampling, vocab_size: int, step=draft_step):
-    """k drafts [B, k], one `step` after another, from `token` [B, 1] at `input_pos` [B, 1] on.
+def draft_tokens(draft, token, input_pos, noise, k: int, sampling: Sampling, vocab_size: int, step=draft_step):
+    """k drafts [B, k], one `step` after another, from `token` [B, 1 or 2] on.
 
-    `missed` [B, 0 or 1] is the token before, if the draft has not seen that. Returns the drafts and the logits
-    [B, k, V] they came from, None if greedy. `noise` [k or more, B, V] is Exp(1), None if greedy.
+    The last token is at `input_pos` [B, 1]. Two tokens in one step cost little more than one. Returns the drafts and
+    the logits [B, k, V] they came from, None if greedy. `noise` [k or more, B, V] is Exp(1), None if greedy.
     """
     input_pos = input_pos.clamp(max=draft.max_seq_length - 1)  # of a row that has ended
-    if missed.shape[1]:  # two tokens in one step cost little more than one
-        token, input_pos = torch.cat([missed, token], dim=1), torch.cat([input_pos - 1, input_pos], dim=1)
+    if token.shape[1] == 2:
+        input_pos = torch.cat([input_pos - 1, input_pos], dim=1)
     drafts, logits = [], []
     for i in range(k):
         of_step = None if noise is None else noise[i]
@@ -253,10 +253,11 @@ class DraftModel:
         missed = self.missed.shape[1]
         if missed > 1:
             self._fill(self.missed[:, :-1], input_pos.clamp(max=self.model.max_seq_length - 1) - missed)
-            self.missed = self.missed[:, -1:]
+        if missed:
+            token = torch.cat([self.missed[:, -1:], token], dim=1)
         self.seen = 1 + progress.shortest
         noise = None if sampling.greedy else noise
-        return self.draft_tokens(self.model, self.missed, token, input_pos, noise, k, sampling, vocab_size)
+        return self.draft_tokens(self.model, token, input_pos, noise, k, sampling, vocab_size)
 
     def advance(self, k, accepted, before, new_ids) -> None:
         """A round has ended: `before` [B, n] end with the text's last token but one, `new_ids` are new in each row."""
@@ -408,7 +409,7 @@ class Speculation:
             self.drafts.advance(k, accepted, before, new_ids)
 
     def _round(self, token, input_pos, progress: Progress, room: int, decode_step, ahead: dict):
-        """Queue a round, or some plain steps, and draw what the next one of the same k needs, while nobody waits.
+        """Queue a round, or some plain steps. On a GPU draw what the next one of the same k needs, while nobody waits.
 
         Returns k, the next round's first token, its position, the tokens before it that no draft model has seen, and
         what the host is to read.
