@@ -241,7 +241,7 @@ def _dot_bytes(a, b, total):
 
 @triton.jit
 def _pick_bytes(first, second, places):
-    """Of the 8 bytes of two words those at four places, the last four nibbles of `places`. Place p from 8 on gives the
+    """Four of the 8 bytes of two words: the last four nibbles of `places` say which. Place p from 8 on gives the
     highest bit of byte p - 8, eight times."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, places], dtype=tl.int32, is_pure=True, pack=1
@@ -897,7 +897,7 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
             K=K, BLOCK=block, num_warps=warps, **options,
         )  # fmt: skip
         return
-    # Rows, warps and programs of a multiprocessor, chosen on an H100, of experts on an H200: benchmarks/log.md.
+    # Rows, warps and programs of a multiprocessor, chosen on an H100, for experts on an H200: benchmarks/log.md.
     if weight.dtype == torch.int8:
         rows, warps, several = (8, 8, 3) if K <= 4096 else (8, 4, 4)
     else:
@@ -1027,7 +1027,7 @@ def _norm_router_kernel(
     x_ptr, residual_ptr, norm_ptr, w_ptr, b_ptr, total_ptr, normed_ptr, y_ptr, eps,
     K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An expert's logit a program, which takes the norm of residual + x itself. The first one stores sum and norm."""
+    """Each program takes the norm of residual + x, and one expert's logit. The first one stores sum and norm."""
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside = at < K
     w = tl.load(w_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
@@ -1049,7 +1049,7 @@ def _norm_router_kernel(
 
 
 def takes_router(weight: torch.Tensor) -> bool:
-    """Whether `norm_router` takes such a weight, of which a program holds a row."""
+    """Whether `norm_router` takes such a weight: each of its programs holds a row."""
     return weight.is_floating_point() and weight.shape[1] <= 4096
 
 
@@ -1121,7 +1121,7 @@ def sum_experts(
         _experts_sum_kernel[(N * T,)](*arguments, K=K, BLOCK=1024, **options)
     else:
         rows, blocks, warps, registers = 4, 128, 4, None
-        if weight.dtype == torch.uint8:  # so that three programs fit on a multiprocessor, or two of more warps
+        if weight.dtype == torch.uint8:  # so that 12 or 16 warps fit on a multiprocessor
             rows, blocks, warps, registers = (8, 32, 4, 168) if K <= 4096 else (16, 64, 8, 128)
         options |= bytes_options(N, weight, scales, rows, rows, blocks)
         arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N)
