@@ -17,6 +17,8 @@ with them: 245 and 286, the ladder of benchmarks/README.md. Decisions to know:
 - Bytes are multiplied by as many programs as fit on the GPU. Each makes its x once, from the residual stream and its
   norm where that is asked for, and fetches its next rows ahead. The sum of experts has a program for every few rows,
   which fetches all experts' first tiles before it waits.
+- On Hopper a single token's rows of 4,096 columns or more come through shared memory by the copy engine instead. It
+  holds more than registers do, so the memory has work while programs wait and make x. Shorter rows lost by it.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
   itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits, of up
@@ -286,9 +288,10 @@ def _in_bytes(x, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
     """A tile of x as step * (254 * byte + second byte + third byte / 254, with THREE alone), in blocks of 32 columns.
     Two words for 8 columns' bytes, two for second ones, their sum [4 BLOCKS], the steps [BLOCKS], and words and sums of
     third ones. A NaN becomes the step of its block."""
-    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # of integers, because NaN is the largest of these
-    top = tl.maximum(tl.max(tl.reshape(top, [BLOCKS, 4]), 1), 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
-    x *= tl.reshape(tl.broadcast_to((127 / top)[:, None], [BLOCKS, 4]), [BLOCKS * 4])[:, None]
+    x = tl.reshape(x, [BLOCKS, 4, 8])
+    top = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2), 1)  # of integers: NaN is the largest of these
+    top = tl.maximum(top, 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
+    x *= (127 / top)[:, None, None]
     if KIND == "fp4" or KIND == "int8":  # four neighbours in a word, else every second column, as in the weights
         a, b = tl.split(tl.permute(tl.reshape(x, [BLOCKS * 4, 2, 4]), (0, 2, 1)))
     else:
@@ -384,6 +387,14 @@ def _byte_to_float(byte):
 
 
 @triton.jit
+def _scale_by_bytes(dot, x_sum, both, zero_step):
+    """dot times a scale and x_sum times a zero point, of which int16 `both` has a byte each."""
+    both = both.to(tl.int32)
+    zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
+    return _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
+
+
+@triton.jit
 def _load_tile(
     matrix, rows, inside, tile,
     K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
@@ -422,6 +433,21 @@ def _load_tiles(
 
 
 @triton.jit
+def _load_rows(matrix, rows, inside, KIND: tl.constexpr):
+    """What is stored once for each of some rows: a scale, or what its scales and zero points count by, and a bias."""
+    w_ptr, s_ptr, z_ptr, b_ptr = matrix
+    step, zero_step, bias = rows, rows, rows
+    if KIND == "int8":
+        step = tl.load(s_ptr + rows, mask=inside, other=0.0)
+    elif KIND == "bytes":
+        step = tl.load(z_ptr + 2 * rows, mask=inside, other=0.0)
+        zero_step = tl.load(z_ptr + 2 * rows + 1, mask=inside, other=0.0)
+    if b_ptr is not None:
+        bias = tl.load(b_ptr + rows, mask=inside, other=0.0)
+    return step, zero_step, bias
+
+
+@triton.jit
 def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, THREE: tl.constexpr):
     """Products [ROWS, BLOCKS] of what `_load_tile` and `_in_bytes` gave, with two bytes of x or THREE."""
     words, scale, zero = tile
@@ -443,9 +469,7 @@ def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
     if KIND == "fp4":
         dot *= _power_of_two(scale) * 0.5
     elif KIND == "bytes":
-        both = scale.to(tl.int32)
-        zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
-        dot = _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
+        dot = _scale_by_bytes(dot, x_sum, scale, zero_step)
     elif KIND == "floats":
         dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
     return dot * step[None, :]
@@ -453,19 +477,14 @@ def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
 
 @triton.jit
 def _rows_dot(
-    x_ptr, x, matrix, tiles, rows, inside,
+    x_ptr, x, matrix, tiles, of_rows, rows, inside,
     K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Rows of weights times x, with the bias, if there is one; [ROWS, 1]. The first TILES of both are there."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS
     THREE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
-    factor, zero_step = 1.0, 1.0
-    if KIND == "int8":
-        factor = tl.load(s_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    elif KIND == "bytes":
-        factor = tl.load(z_ptr + 2 * rows, mask=inside, other=0.0)
-        zero_step = tl.load(z_ptr + 2 * rows + 1, mask=inside, other=0.0)
+    step, zero_step, bias = of_rows
     total = _tile_dot(tiles[0], x[0], zero_step, ROWS, BLOCKS, KIND, THREE)
     for i in tl.static_range(1, TILES):
         total += _tile_dot(tiles[i], x[i], zero_step, ROWS, BLOCKS, KIND, THREE)
@@ -475,9 +494,11 @@ def _rows_dot(
     if TILES <= WHOLE and WHOLE * BLOCKS * 32 < K:
         last = _load_tile(matrix, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
         total += _tile_dot(last, _x_tile(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
-    y = tl.sum(total, 1)[:, None] * factor
+    y = tl.sum(total, 1)[:, None]
+    if KIND == "int8" or KIND == "bytes":
+        y *= step.to(tl.float32)
     if b_ptr is not None:
-        y += tl.load(b_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
     return y
 
 
@@ -508,6 +529,7 @@ def _bytes_matvec_kernel(
     rows = first + i // DIFFERENT * N + i % DIFFERENT
     out = program * DIFFERENT + i % DIFFERENT
     tiles = _load_tiles(matrix, rows + program * DIFFERENT, out < N, K, G, BLOCKS, TILES, KIND)
+    of_rows = _load_rows(matrix, rows + program * DIFFERENT, out < N, KIND)
     inboxes = open_inboxes(peers_ptr, RANKS)
     if residual_ptr is not None:
         norm = _load_norm_tiles(norm_ptr, K, BLOCKS, TILES)
@@ -523,12 +545,14 @@ def _bytes_matvec_kernel(
         following = group + programs
         more = following * DIFFERENT < N if EVEN else following * DIFFERENT + i % DIFFERENT < N
         next_tiles = _load_tiles(matrix, rows + following * DIFFERENT, more, K, G, BLOCKS, TILES, KIND)
+        next_of_rows = _load_rows(matrix, rows + following * DIFFERENT, more, KIND)
         count = count_of_rows(inboxes, out, N, RANK, RANKS)
         for token in range(tokens):
             x_at, y_at = x_ptr + token * K, y_ptr + token * N
             if T != 1 and logits_ptr is None:
                 x = _x_tiles(x_at, K, BLOCKS, TILES, KIND)
-            y = _rows_dot(x_at, x, matrix, tiles, rows + group * DIFFERENT, inside, K, G, ROWS, BLOCKS, TILES, KIND)
+            its_rows = rows + group * DIFFERENT
+            y = _rows_dot(x_at, x, matrix, tiles, of_rows, its_rows, inside, K, G, ROWS, BLOCKS, TILES, KIND)
             if GATED:
                 gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
                 y = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
@@ -540,7 +564,7 @@ def _bytes_matvec_kernel(
                 y = y.to(y_ptr.dtype.element_ty)
                 tl.store(y_at + out, y, mask=inside)
                 tell_rows(y, out, N, count, inboxes, RANK, RANKS)  # several ranks have one token
-        tiles = next_tiles
+        tiles, of_rows = next_tiles, next_of_rows
 
 
 @jit_for_any_T
@@ -556,9 +580,10 @@ def _bytes_experts_sum_kernel(
     matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
     inside = tl.program_id(0) >= 0 if EVEN else out < N  # always, without a comparison for each row
     chosen, weights = _chosen_experts(logits_ptr + token * E, E, USED, NORM)
-    tiles = ()
+    tiles, of_rows = (), ()
     for i in tl.static_range(USED):
         tiles = tiles + (_load_tiles(matrix, chosen[i] * N + out, inside, K, G, BLOCKS, TILES, KIND),)
+        of_rows = of_rows + (_load_rows(matrix, chosen[i] * N + out, inside, KIND),)
     inboxes = open_inboxes(peers_ptr, RANKS)
     wait_for_inputs(PDL)
     count = count_of_rows(inboxes, out, N, RANK, RANKS)
@@ -567,12 +592,185 @@ def _bytes_experts_sum_kernel(
         rows = chosen[i] * N + out
         x_at = x_ptr + (token * USED + i) * K
         x = _x_tiles(x_at, K, BLOCKS, TILES, KIND)
-        y = _rows_dot(x_at, x, matrix, tiles[i], rows, inside, K, G, ROWS, BLOCKS, TILES, KIND)
+        y = _rows_dot(x_at, x, matrix, tiles[i], of_rows[i], rows, inside, K, G, ROWS, BLOCKS, TILES, KIND)
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         total += y * weights[i]
     y = total.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token * N + out, y, mask=out < N)
     tell_rows(y, out, N, count, inboxes, RANK, RANKS)
+
+
+# On Hopper the copy engine brings a single token's long rows. A ring of tiles in shared memory is filled before the
+# wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of some rows.
+
+
+@gluon.jit
+def _fetch_tile(descs, rings, full, tile, first, apart, groups, TILES: gl.constexpr):
+    """Ask for a program's next tile; of its rows, which are groups from the `first` on, `apart`, each has TILES."""
+    PARTS: gl.constexpr = descs[0].block_type.shape[0]
+    ROWS: gl.constexpr = descs[0].block_type.shape[1]
+    slot, column, group = tile % full.shape[0], tile % TILES, first + tile // TILES * apart
+    more, bar = group < groups, full.index(slot)
+    hopper.mbarrier.expect(bar, PARTS * ROWS * (2048 if len(descs) == 1 else 2304), more)
+    for i in gl.static_range(len(descs)):
+        at = [0, group * ROWS, column * descs[i].block_type.shape[2]]
+        hopper.tma.async_copy_global_to_shared(descs[i], at, bar, rings[i].index(slot), more)
+
+
+@gluon.jit
+def _share_x(x, KIND: gl.constexpr):
+    """2,048 columns x [256, 8] as `_in_bytes` makes them, in shared memory: words of bytes, of second bytes, and steps.
+    Of int8 all are for 128 times 4 words. Of 4 bits they are for 64 times 4, and there are two of each word, because
+    every other column has its own; and a block has its sum."""
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    blocks: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
+    if KIND == "int8":
+        both, second = gl.join(a, b).reshape([128, 4]), gl.join(a_second, b_second).reshape([128, 4])
+        step = tl.broadcast_to(step[:, None], [64, 2]).reshape([128])
+        shared = (
+            gl.allocate_shared_memory(gl.int32, [128, 4], words, both),
+            gl.allocate_shared_memory(gl.int32, [128, 4], words, second),
+            gl.allocate_shared_memory(gl.float32, [128], blocks, step),
+        )
+    else:
+        shared = (
+            gl.allocate_shared_memory(gl.int32, [64, 4], words, a.reshape([64, 4])),
+            gl.allocate_shared_memory(gl.int32, [64, 4], words, a_second.reshape([64, 4])),
+            gl.allocate_shared_memory(gl.float32, [64], blocks, step),
+            gl.allocate_shared_memory(gl.int32, [64, 4], words, b.reshape([64, 4])),
+            gl.allocate_shared_memory(gl.int32, [64, 4], words, b_second.reshape([64, 4])),
+            gl.allocate_shared_memory(gl.int32, [64], blocks, gl.sum(sums.reshape([64, 4]), 1)),
+        )
+    return shared
+
+
+@gluon.jit
+def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr):
+    """What 64 times 4 words of a row meet, of one half of 2,048 columns if they are of int8."""
+    of_words: gl.constexpr = gl.SliceLayout(0, words)
+    of_blocks: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, words))
+    x = ()
+    for i in gl.static_range(len(shared)):
+        part = shared[i].slice(half * 64, 64, dim=0)
+        x = x + ((part.load(of_blocks)[None, :] if i % 3 == 2 else part.load(of_words)[None, :, :]),)
+    return x
+
+
+@gluon.jit
+def _half_tile_dot(rings, slot, half: gl.constexpr, x, zero_step, KIND: gl.constexpr, words: gl.constexpr):
+    """Products [R, 64] of 64 times 4 words of R rows with what `_load_shared_x` gave."""
+    q = rings[0].index(slot)
+    R: gl.constexpr = q.shape[0] * q.shape[1]
+    q = q.reshape([R, 512]).reshape([R, 128, 4]).slice(half * 64, 64, dim=1).load(words)
+    if KIND == "int8":
+        dot = _dot_bytes(q, x[1], _dot_bytes(q, x[0], 0) * 254)
+        dot = gl.sum(dot, 2).to(gl.float32)
+    else:
+        a, b = q & 0x0F0F0F0F, (q >> 4) & 0x0F0F0F0F
+        dot = _dot_bytes(b, x[3], _dot_bytes(a, x[0], 0)) * 254
+        dot = _dot_bytes(b, x[4], _dot_bytes(a, x[1], dot))
+        dot = (gl.sum(dot, 2) - 8 * x[5]).to(gl.float32)
+        both = rings[1].index(slot).reshape([R, 128]).slice(half * 64, 64, dim=1).load(gl.SliceLayout(2, words))
+        dot = _scale_by_bytes(dot, x[5].to(gl.float32), both, zero_step)
+    return dot * x[2]
+
+
+@gluon.jit
+def _streamed_matvec_kernel(
+    w_desc, scales_desc, s_ptr, z_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps,
+    K: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """A single token's product as `_bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, words]. KIND
+    is "int8" or "bytes", whose groups are of 32 columns."""
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    R: gl.constexpr = PARTS * ROWS
+    CHUNKS: gl.constexpr = (K + 2047) // 2048
+    HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # of tiles, in a row
+    TILES: gl.constexpr = (HALVES + 1) // 2
+    HELD: gl.constexpr = K <= 4096  # x stays in registers
+    words: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 2, 1], [2, 1, 0])
+    of_x: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [8, 1], [1, 0])
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    descs, rings = (w_desc,), (gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, ROWS, 512], w_desc.layout),)
+    if KIND == "bytes":
+        descs = descs + (scales_desc,)
+        rings = rings + (gl.allocate_shared_memory(gl.int16, [STAGES, PARTS, ROWS, 128], scales_desc.layout),)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    program, programs, groups = gl.program_id(0), gl.num_programs(0), gl.cdiv(N, ROWS)
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        _fetch_tile(descs, rings, full, i, program, programs, groups, TILES)
+    matrix = (w_desc, s_ptr, z_ptr, b_ptr)
+    i = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
+    out = program * ROWS + i % ROWS
+    next_of_rows = _load_rows(matrix, i // ROWS * N + out, out < N, KIND)
+    column = gl.arange(0, 256, gl.SliceLayout(1, of_x))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_x))[None, :]
+    norm, x, squares = (), (), gl.zeros([256, 8], gl.float32, of_x)
+    if residual_ptr is not None:
+        for i in gl.static_range(CHUNKS):
+            at = i * 2048 + column
+            norm = norm + (gl.load(norm_ptr + at, mask=at < K, other=0.0).to(gl.float32),)
+    wait_for_inputs(PDL)
+    for i in gl.static_range(CHUNKS):
+        at = i * 2048 + column
+        x = x + (gl.load(x_ptr + at, mask=at < K, other=0.0),)
+    if residual_ptr is not None:
+        sums = ()
+        for i in gl.static_range(CHUNKS):
+            at = i * 2048 + column
+            residual = gl.load(residual_ptr + at, mask=at < K, other=0.0).to(gl.float32)
+            rounded = (residual + x[i].to(gl.float32)).to(total_ptr.dtype.element_ty)
+            if program == 0:
+                gl.store(total_ptr + at, rounded, mask=at < K)
+            sums = sums + (rounded.to(gl.float32),)
+            squares += sums[i] * sums[i]
+        factor = gl.rsqrt(gl.sum(gl.sum(squares, 1), 0) / K + eps)
+        x = ()
+        for i in gl.static_range(CHUNKS):
+            x = x + ((sums[i] * factor * norm[i]).to(dtype),)
+    shared, held = (), ()
+    for i in gl.static_range(CHUNKS):
+        shared = shared + (_share_x(x[i].to(gl.float32), KIND),)
+    for i in gl.static_range(HALVES if HELD else 0):
+        held = held + (_load_shared_x(shared[i * CHUNKS // HALVES], i % 2 if KIND == "int8" else 0, words),)
+    i = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
+    count = 0
+    for group in range(program, groups, programs):
+        out = (group + programs) * ROWS + i % ROWS
+        step, zero_step, bias = next_of_rows
+        next_of_rows = _load_rows(matrix, i // ROWS * N + out, out < N, KIND)
+        out = group * ROWS + i % ROWS
+        total = gl.zeros([R, 64], gl.float32, gl.SliceLayout(2, words))
+        for tile in gl.static_range(TILES):
+            slot = count % STAGES
+            hopper.mbarrier.wait(full.index(slot), count // STAGES & 1)
+            for half in gl.static_range(2 if 2 * tile + 1 < HALVES else 1):
+                if HELD:
+                    its_x = held[2 * tile + half]
+                elif KIND == "int8":
+                    its_x = _load_shared_x(shared[tile], half, words)
+                else:
+                    its_x = _load_shared_x(shared[2 * tile + half], 0, words)
+                total += _half_tile_dot(rings, slot, half, its_x, zero_step[:, None], KIND, words)
+            gl.thread_barrier()  # all warps have read the tile
+            _fetch_tile(descs, rings, full, count + STAGES, program, programs, groups, TILES)
+            count += 1
+        y = gl.sum(total, 1) * step.to(gl.float32)
+        if b_ptr is not None:
+            y += bias.to(gl.float32)
+        if PARTS == 2:
+            gate, up = y.reshape([2, ROWS]).permute((1, 0)).split()
+            gated = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
+            gated_out = group * ROWS + gl.arange(0, ROWS, gated.type.layout)
+            gl.store(y_ptr + gated_out, gated.to(y_ptr.dtype.element_ty), mask=gated_out < N)
+        else:
+            if ACT is not None:
+                y = _activate(y, ACT, y_ptr.dtype.element_ty)
+            gl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=out < N)
 
 
 # --- More than one token ----------------------------------------------------------------------------------------------
@@ -877,6 +1075,44 @@ def row_tile(K: int) -> tuple[int, int]:
     return (2048, 8) if K % 2048 == 0 else (1024, 4)
 
 
+def takes_streamed(x, weight, scales) -> bool:
+    """Whether `launch_streamed` takes such weights for x [1, K] of 16 bits: Hopper, long rows, whole 16 bytes of
+    scales, one for each block."""
+    K = columns(weight)
+    return (
+        torch.cuda.get_device_capability(x.device)[0] == 9
+        and len(x) == 1
+        and 4096 <= K <= 32768
+        and x.dtype != torch.float32
+        and takes_bytes(weight)
+        and (weight.dtype == torch.int8 or kind_of(scales) == "bytes" and K == 32 * scales.shape[1] and K % 256 == 0)
+    )
+
+
+def launch_streamed(x, weights, y, act: tuple, norm=(None,) * 4) -> None:
+    """As `launch_matvec`, for what `takes_streamed` allows."""
+    (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
+    (N, K), kind, parts, descriptor = (y.shape[1], x.shape[1]), "int8", 2 if gated else 1, None
+    rows, chunks = 16 // parts, triton.cdiv(K, 2048)
+    stage, shared, tiles = 16 * 2048, chunks * 4608, chunks
+    if weight.dtype == torch.uint8:
+        kind, tiles = "bytes", triton.cdiv(chunks, 2)
+        stage += 16 * 256
+        layout = gl.NVMMASharedLayout(128, 16, 3)
+        descriptor = TensorDescriptor.from_tensor(scales.view(parts, N, -1), [parts, rows, 128], layout)
+    # Two programs share a multiprocessor.
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    groups = triton.cdiv(N, rows)
+    programs = min(groups, 2 * multiprocessors)
+    stages = max(1, min((110_000 - shared) // stage, triton.cdiv(groups, programs) * tiles))
+    words = weight.view(torch.int32).view(parts, N, -1)
+    _streamed_matvec_kernel[(programs,)](
+        TensorDescriptor.from_tensor(words, [parts, rows, 512], gl.NVMMASharedLayout(128, 32, 3)), descriptor,
+        scales, zeros, bias, x, y, N, *norm, K=K, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp,
+        num_warps=8, maxnreg=128, **launch_options(x.device),
+    )  # fmt: skip
+
+
 def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), norm=(None,) * 4) -> None:
     """Fill y [T, N] for x [T, K], or, with `logits` [T/used, E], for x [T/used, K].
 
@@ -887,6 +1123,9 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     (activation, gated, clamp), (peers, rank) = act, to
+    if logits is None and peers is None and takes_streamed(x, weight, scales):
+        launch_streamed(x, weights, y, act, norm)
+        return
     options = {"E": 0 if logits is None else logits.shape[1], "USED": used, **launch_options(x.device)}
     options |= {"GATED": gated, "ACT": activation, "CLAMP": clamp}
     options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
@@ -908,7 +1147,8 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     small = weight.dtype == torch.uint8 and logits is not None and K <= 4096  # so that a row belongs to one warp
     options |= bytes_options(N, weight, scales, rows, apart, 32 if small else 128)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N, *norm)
-    _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, **options)
+    registers = 128 if weight.dtype == torch.uint8 and logits is None and K <= 4096 else None  # so that two fit
+    _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, maxnreg=registers, **options)
 
 
 def takes_few_tokens(x, weight: torch.Tensor) -> bool:

@@ -204,8 +204,13 @@ def weights_of(kind, shape, dtype):
     return (parts["weight"], scales, zeros), expected
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "mxfp4", "floats", 32, 256])
-@pytest.mark.parametrize("shape", [(34, 768), (96, 11008)])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *product(("plain", "int8", "mxfp4", "floats", 32, 256), ((34, 768), (96, 11008))),
+        *product(("int8", 32), ((8500, 4352),)),  # more groups of rows than programs
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
     import gpu_products
@@ -274,13 +279,13 @@ def test_mxfp4_with_large_scales_is_dequantized_exactly():
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", 32])
-@pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens):
+@pytest.mark.parametrize(("tokens", "size"), [(1, 2048), (1, 4096), (6, 2048), (40, 2048)])
+def test_kernels_that_start_early_wait_for_what_they_read(kind, tokens, size):
     import gpu_kernels
     import gpu_products
 
-    parts, _ = weights_of(kind, (2048, 2048), torch.bfloat16)
-    x, ones = torch.randn(tokens, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
+    parts, _ = weights_of(kind, (size, size), torch.bfloat16)
+    x, ones = torch.randn(tokens, size, device="cuda").bfloat16(), torch.ones(size, device="cuda").bfloat16()
 
     def chain(between):
         y = x
