@@ -17,8 +17,9 @@ with them: 245 and 286, the ladder of benchmarks/README.md. Decisions to know:
 - Bytes are multiplied by as many programs as fit on the GPU. Each makes its x once, from the residual stream and its
   norm where that is asked for, and fetches its next rows ahead. The sum of experts has a program for every few rows,
   which fetches all experts' first tiles before it waits.
-- On Hopper a single token's rows of 4,096 columns or more come through shared memory by the copy engine instead. It
-  holds more than registers do, so the memory has work while programs wait and make x. Shorter rows lost by it.
+- On Hopper a single token's large matrices of int8, or of int4 in groups of 32, come through shared memory: the copy
+  engine brings them. Shared memory holds more than registers do, so there is work for it while programs wait and make
+  x. Smaller ones lost by it. Experts, and products that tell other ranks, do not come so.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
   itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits, of up
@@ -433,9 +434,9 @@ def _load_tiles(
 
 
 @triton.jit
-def _load_rows(matrix, rows, inside, KIND: tl.constexpr):
-    """What is stored once for each of some rows: a scale, or what its scales and zero points count by, and a bias."""
-    w_ptr, s_ptr, z_ptr, b_ptr = matrix
+def _load_rows(s_ptr, z_ptr, b_ptr, rows, inside, KIND: tl.constexpr):
+    """What each of some rows has once: of int8 its scale, of int4 what its scales and zero points count by; and its
+    bias. What a kind has not is not used."""
     step, zero_step, bias = rows, rows, rows
     if KIND == "int8":
         step = tl.load(s_ptr + rows, mask=inside, other=0.0)
@@ -529,7 +530,7 @@ def _bytes_matvec_kernel(
     rows = first + i // DIFFERENT * N + i % DIFFERENT
     out = program * DIFFERENT + i % DIFFERENT
     tiles = _load_tiles(matrix, rows + program * DIFFERENT, out < N, K, G, BLOCKS, TILES, KIND)
-    of_rows = _load_rows(matrix, rows + program * DIFFERENT, out < N, KIND)
+    of_rows = _load_rows(s_ptr, z_ptr, b_ptr, rows + program * DIFFERENT, out < N, KIND)
     inboxes = open_inboxes(peers_ptr, RANKS)
     if residual_ptr is not None:
         norm = _load_norm_tiles(norm_ptr, K, BLOCKS, TILES)
@@ -545,7 +546,7 @@ def _bytes_matvec_kernel(
         following = group + programs
         more = following * DIFFERENT < N if EVEN else following * DIFFERENT + i % DIFFERENT < N
         next_tiles = _load_tiles(matrix, rows + following * DIFFERENT, more, K, G, BLOCKS, TILES, KIND)
-        next_of_rows = _load_rows(matrix, rows + following * DIFFERENT, more, KIND)
+        next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, rows + following * DIFFERENT, more, KIND)
         count = count_of_rows(inboxes, out, N, RANK, RANKS)
         for token in range(tokens):
             x_at, y_at = x_ptr + token * K, y_ptr + token * N
@@ -583,7 +584,7 @@ def _bytes_experts_sum_kernel(
     tiles, of_rows = (), ()
     for i in tl.static_range(USED):
         tiles = tiles + (_load_tiles(matrix, chosen[i] * N + out, inside, K, G, BLOCKS, TILES, KIND),)
-        of_rows = of_rows + (_load_rows(matrix, chosen[i] * N + out, inside, KIND),)
+        of_rows = of_rows + (_load_rows(s_ptr, z_ptr, b_ptr, chosen[i] * N + out, inside, KIND),)
     inboxes = open_inboxes(peers_ptr, RANKS)
     wait_for_inputs(PDL)
     count = count_of_rows(inboxes, out, N, RANK, RANKS)
@@ -600,28 +601,31 @@ def _bytes_experts_sum_kernel(
     tell_rows(y, out, N, count, inboxes, RANK, RANKS)
 
 
-# On Hopper the copy engine brings a single token's long rows. A ring of tiles in shared memory is filled before the
-# wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of some rows.
+# On Hopper the copy engine brings a single token's large matrices. A ring of tiles in shared memory is filled before
+# the wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of some rows
+# and their scales. It is multiplied in two halves of 64 times 4 words.
 
 
 @gluon.jit
-def _fetch_tile(descs, rings, full, tile, first, apart, groups, TILES: gl.constexpr):
-    """Ask for a program's next tile; of its rows, which are groups from the `first` on, `apart`, each has TILES."""
+def _fetch_tile(descs, rings, full, count, first, apart, groups, TILES: gl.constexpr):
+    """Ask for the tile of this count. A program's groups of rows are `first`, `first + apart` and so on, of so many
+    `groups`; each has TILES tiles."""
     PARTS: gl.constexpr = descs[0].block_type.shape[0]
     ROWS: gl.constexpr = descs[0].block_type.shape[1]
-    slot, column, group = tile % full.shape[0], tile % TILES, first + tile // TILES * apart
+    BYTES: gl.constexpr = PARTS * ROWS * (2048 if len(descs) == 1 else 2304)  # 512 words, and 128 scales of 2 bytes
+    slot, tile, group = count % full.shape[0], count % TILES, first + count // TILES * apart
     more, bar = group < groups, full.index(slot)
-    hopper.mbarrier.expect(bar, PARTS * ROWS * (2048 if len(descs) == 1 else 2304), more)
+    hopper.mbarrier.expect(bar, BYTES, more)
     for i in gl.static_range(len(descs)):
-        at = [0, group * ROWS, column * descs[i].block_type.shape[2]]
+        at = [0, group * ROWS, tile * descs[i].block_type.shape[2]]
         hopper.tma.async_copy_global_to_shared(descs[i], at, bar, rings[i].index(slot), more)
 
 
 @gluon.jit
 def _share_x(x, KIND: gl.constexpr):
-    """2,048 columns x [256, 8] as `_in_bytes` makes them, in shared memory: words of bytes, of second bytes, and steps.
-    Of int8 all are for 128 times 4 words. Of 4 bits they are for 64 times 4, and there are two of each word, because
-    every other column has its own; and a block has its sum."""
+    """2,048 columns x [256, 8], as `_in_bytes` makes them, in shared memory: words of bytes, words of second bytes, and
+    steps, for 64 times 4 words of 4 bits or 128 times 4 of int8. Words of 4 bits need two each, of even columns and of
+    odd ones, and the sums of blocks."""
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     blocks: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
@@ -647,7 +651,7 @@ def _share_x(x, KIND: gl.constexpr):
 
 @gluon.jit
 def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr):
-    """What 64 times 4 words of a row meet, of one half of 2,048 columns if they are of int8."""
+    """What half a tile meets, of what `_share_x` gave; of int8 that is one half of it."""
     of_words: gl.constexpr = gl.SliceLayout(0, words)
     of_blocks: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, words))
     x = ()
@@ -659,21 +663,23 @@ def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr):
 
 @gluon.jit
 def _half_tile_dot(rings, slot, half: gl.constexpr, x, zero_step, KIND: gl.constexpr, words: gl.constexpr):
-    """Products [R, 64] of 64 times 4 words of R rows with what `_load_shared_x` gave."""
+    """Products [R, 64] of half a tile of R rows with what `_load_shared_x` gave."""
     q = rings[0].index(slot)
     R: gl.constexpr = q.shape[0] * q.shape[1]
     q = q.reshape([R, 512]).reshape([R, 128, 4]).slice(half * 64, 64, dim=1).load(words)
     if KIND == "int8":
-        dot = _dot_bytes(q, x[1], _dot_bytes(q, x[0], 0) * 254)
+        x_bytes, x_second, step = x
+        dot = _dot_bytes(q, x_second, _dot_bytes(q, x_bytes, 0) * 254)
         dot = gl.sum(dot, 2).to(gl.float32)
     else:
+        a_bytes, a_second, step, b_bytes, b_second, sums = x
         a, b = q & 0x0F0F0F0F, (q >> 4) & 0x0F0F0F0F
-        dot = _dot_bytes(b, x[3], _dot_bytes(a, x[0], 0)) * 254
-        dot = _dot_bytes(b, x[4], _dot_bytes(a, x[1], dot))
-        dot = (gl.sum(dot, 2) - 8 * x[5]).to(gl.float32)
+        dot = _dot_bytes(b, b_bytes, _dot_bytes(a, a_bytes, 0)) * 254
+        dot = _dot_bytes(b, b_second, _dot_bytes(a, a_second, dot))
+        dot = (gl.sum(dot, 2) - 8 * sums).to(gl.float32)
         both = rings[1].index(slot).reshape([R, 128]).slice(half * 64, 64, dim=1).load(gl.SliceLayout(2, words))
-        dot = _scale_by_bytes(dot, x[5].to(gl.float32), both, zero_step)
-    return dot * x[2]
+        dot = _scale_by_bytes(dot, sums.to(gl.float32), both, zero_step)
+    return dot * step
 
 
 @gluon.jit
@@ -688,9 +694,9 @@ def _streamed_matvec_kernel(
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
     R: gl.constexpr = PARTS * ROWS
     CHUNKS: gl.constexpr = (K + 2047) // 2048
-    HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # of tiles, in a row
+    HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # half tiles of a row
     TILES: gl.constexpr = (HALVES + 1) // 2
-    HELD: gl.constexpr = K <= 4096  # x stays in registers
+    HELD: gl.constexpr = K <= 4096  # so that x stays in registers
     words: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 2, 1], [2, 1, 0])
     of_x: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [8, 1], [1, 0])
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -704,10 +710,9 @@ def _streamed_matvec_kernel(
         hopper.mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES):
         _fetch_tile(descs, rings, full, i, program, programs, groups, TILES)
-    matrix = (w_desc, s_ptr, z_ptr, b_ptr)
-    i = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
-    out = program * ROWS + i % ROWS
-    next_of_rows = _load_rows(matrix, i // ROWS * N + out, out < N, KIND)
+    row = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
+    out = program * ROWS + row % ROWS
+    next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, row // ROWS * N + out, out < N, KIND)
     column = gl.arange(0, 256, gl.SliceLayout(1, of_x))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_x))[None, :]
     norm, x, squares = (), (), gl.zeros([256, 8], gl.float32, of_x)
     if residual_ptr is not None:
@@ -737,13 +742,12 @@ def _streamed_matvec_kernel(
         shared = shared + (_share_x(x[i].to(gl.float32), KIND),)
     for i in gl.static_range(HALVES if HELD else 0):
         held = held + (_load_shared_x(shared[i * CHUNKS // HALVES], i % 2 if KIND == "int8" else 0, words),)
-    i = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
     count = 0
     for group in range(program, groups, programs):
-        out = (group + programs) * ROWS + i % ROWS
         step, zero_step, bias = next_of_rows
-        next_of_rows = _load_rows(matrix, i // ROWS * N + out, out < N, KIND)
-        out = group * ROWS + i % ROWS
+        next_out = (group + programs) * ROWS + row % ROWS
+        next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, row // ROWS * N + next_out, next_out < N, KIND)
+        out = group * ROWS + row % ROWS
         total = gl.zeros([R, 64], gl.float32, gl.SliceLayout(2, words))
         for tile in gl.static_range(TILES):
             slot = count % STAGES
@@ -1075,41 +1079,41 @@ def row_tile(K: int) -> tuple[int, int]:
     return (2048, 8) if K % 2048 == 0 else (1024, 4)
 
 
-def takes_streamed(x, weight, scales) -> bool:
-    """Whether `launch_streamed` takes such weights for x [1, K] of 16 bits: Hopper, long rows, whole 16 bytes of
-    scales, one for each block."""
+def takes_streamed(x, weight, scales, N: int) -> bool:
+    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits: Hopper, and a large matrix,
+    whose x leaves room for two tiles. 4 bits need a scale for each block, and whole 16 bytes of them in a row."""
     K = columns(weight)
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
-        and 4096 <= K <= 32768
+        and N >= 4096
+        and 4096 <= K <= 14336
         and x.dtype != torch.float32
         and takes_bytes(weight)
         and (weight.dtype == torch.int8 or kind_of(scales) == "bytes" and K == 32 * scales.shape[1] and K % 256 == 0)
     )
 
 
-def launch_streamed(x, weights, y, act: tuple, norm=(None,) * 4) -> None:
-    """As `launch_matvec`, for what `takes_streamed` allows."""
+def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
+    """As `launch_matvec`, for what `takes_streamed` allows. Two programs share a multiprocessor and its memory."""
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
-    (N, K), kind, parts, descriptor = (y.shape[1], x.shape[1]), "int8", 2 if gated else 1, None
+    N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
     rows, chunks = 16 // parts, triton.cdiv(K, 2048)
-    stage, shared, tiles = 16 * 2048, chunks * 4608, chunks
+    words, layout = weight.view(torch.int32).view(parts, N, -1), gl.NVMMASharedLayout(128, 32, 3)
+    w_desc = TensorDescriptor.from_tensor(words, [parts, rows, 512], layout)
+    kind, tiles, stage, scales_desc = "int8", chunks, 16 * 2048, None
     if weight.dtype == torch.uint8:
-        kind, tiles = "bytes", triton.cdiv(chunks, 2)
-        stage += 16 * 256
-        layout = gl.NVMMASharedLayout(128, 16, 3)
-        descriptor = TensorDescriptor.from_tensor(scales.view(parts, N, -1), [parts, rows, 128], layout)
-    # Two programs share a multiprocessor.
+        kind, tiles, stage, layout = "bytes", triton.cdiv(chunks, 2), 16 * 2304, gl.NVMMASharedLayout(128, 16, 3)
+        scales_desc = TensorDescriptor.from_tensor(scales.view(parts, N, -1), [parts, rows, 128], layout)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
-    stages = max(1, min((110_000 - shared) // stage, triton.cdiv(groups, programs) * tiles))
-    words = weight.view(torch.int32).view(parts, N, -1)
+    room = 110_000 - chunks * 4608  # which x takes
+    stages = min(room // stage, triton.cdiv(groups, programs) * tiles)
     _streamed_matvec_kernel[(programs,)](
-        TensorDescriptor.from_tensor(words, [parts, rows, 512], gl.NVMMASharedLayout(128, 32, 3)), descriptor,
-        scales, zeros, bias, x, y, N, *norm, K=K, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp,
-        num_warps=8, maxnreg=128, **launch_options(x.device),
+        w_desc, scales_desc, scales, zeros, bias, x, y, N, *norm,
+        K=K, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128,
+        **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -1123,7 +1127,7 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     (activation, gated, clamp), (peers, rank) = act, to
-    if logits is None and peers is None and takes_streamed(x, weight, scales):
+    if logits is None and peers is None and takes_streamed(x, weight, scales, N):
         launch_streamed(x, weights, y, act, norm)
         return
     options = {"E": 0 if logits is None else logits.shape[1], "USED": used, **launch_options(x.device)}
@@ -1147,7 +1151,9 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     small = weight.dtype == torch.uint8 and logits is not None and K <= 4096  # so that a row belongs to one warp
     options |= bytes_options(N, weight, scales, rows, apart, 32 if small else 128)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N, *norm)
-    registers = 128 if weight.dtype == torch.uint8 and logits is None and K <= 4096 else None  # so that two fit
+    registers = None
+    if logits is None and K <= 4096:  # so that `several` fit, although scales of the next rows are fetched ahead
+        registers = 80 if weight.dtype == torch.int8 else 128
     _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, maxnreg=registers, **options)
 
 

@@ -208,7 +208,7 @@ def weights_of(kind, shape, dtype):
     ("kind", "shape"),
     [
         *product(("plain", "int8", "mxfp4", "floats", 32, 256), ((34, 768), (96, 11008))),
-        *product(("int8", 32), ((8500, 4352),)),  # more groups of rows than programs
+        *product(("int8", 32), ((8500, 4096), (8500, 4352), (4100, 14336))),  # more groups of rows than programs
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -330,7 +330,8 @@ def test_a_model_gives_the_same_when_no_kernel_starts_early(mode, family, monkey
 @pytest.mark.parametrize("dim", [96, 2880, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
-    config = replace(FAMILIES["qwen2"], n_layer=1, dim=dim, hidden_dim=320)
+    hidden = 4416 if dim == 4096 else 320  # large enough for the copy engine
+    config = replace(FAMILIES["qwen2"], n_layer=1, dim=dim, hidden_dim=hidden)
     config, state = quantize_model(config, random_weights(config), kind, 32)
     layer = build_model(config, state, "cuda", dtype).layers[0]
     norm, attn, mlp = layer.norm_2, layer.attn, layer.mlp
