@@ -1151,9 +1151,8 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     small = weight.dtype == torch.uint8 and logits is not None and K <= 4096  # so that a row belongs to one warp
     options |= bytes_options(N, weight, scales, rows, apart, 32 if small else 128)
     arguments = (x, weight.view(torch.int32), scales, zeros, bias, y, logits, peers, T, N, *norm)
-    registers = None
-    if logits is None and K <= 4096:  # so that `several` fit, although scales of the next rows are fetched ahead
-        registers = 80 if weight.dtype == torch.int8 else 128
+    # Two programs of 4 bits fit so, although scales of the next rows are fetched ahead.
+    registers = 128 if weight.dtype == torch.uint8 and logits is None and K <= 4096 else None
     _bytes_matvec_kernel[(programs * pairs,)](*arguments, num_warps=warps, maxnreg=registers, **options)
 
 
