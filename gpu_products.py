@@ -1108,7 +1108,7 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
-    room = 110_000 - chunks * 4608  # which x takes
+    room = 110_000 - chunks * 4608  # x takes so much for 2,048 columns
     stages = min(room // stage, triton.cdiv(groups, programs) * tiles)
     _streamed_matvec_kernel[(programs,)](
         w_desc, scales_desc, scales, zeros, bias, x, y, N, *norm,
