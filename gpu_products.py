@@ -17,9 +17,9 @@ with them: 245 and 286, the ladder of benchmarks/README.md. Decisions to know:
 - Bytes are multiplied by as many programs as fit on the GPU. Each makes its x once, from the residual stream and its
   norm where that is asked for, and fetches its next rows ahead. The sum of experts has a program for every few rows,
   which fetches all experts' first tiles before it waits.
-- On Hopper a single token's large matrices of int8, or of int4 in groups of 32, come through shared memory: the copy
-  engine brings them. Shared memory holds more than registers do, so there is work for it while programs wait and make
-  x. Smaller ones lost by it. Experts, and products that tell other ranks, do not come so.
+- On Hopper the copy engine brings a single token's large matrices of int8, or of int4 in groups of 32, to shared
+  memory. That holds more tiles than registers do, so the GPU's memory has work while programs wait and make x. Smaller
+  matrices lost by it. Experts, and products that tell other ranks, do not come so.
 - The scales and zero points of int4 are bytes too, where they are what `quantized_linear.py` makes (`in_bytes`).
 - Of experts the matrix-vector kernels read the rows of those with the largest logits, which each program finds by
   itself, and one kernel sums their results. The router's kernel takes the norm before it. Experts in 4 bits, of up
