@@ -338,6 +338,14 @@ def _load_norm_tiles(norm_ptr, K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.
 
 
 @triton.jit
+def _add_residual(x_ptr, residual_ptr, at, dtype: tl.constexpr, K: tl.constexpr):
+    """residual + x at some columns, rounded to dtype, as float32."""
+    x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+    return (residual + x).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _normed_x_tiles(
     x_ptr, residual_ptr, total_ptr, norm, eps,
     K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, KIND: tl.constexpr,
@@ -346,13 +354,12 @@ def _normed_x_tiles(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     sums, squares, tiles = (), 0.0, ()
     for i in tl.static_range(TILES):
-        at = _columns(i, BLOCKS)
-        x = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-        rounded = (tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32) + x).to(total_ptr.dtype.element_ty)
-        sums = sums + (rounded.to(tl.float32),)
+        sums = sums + (_add_residual(x_ptr, residual_ptr, _columns(i, BLOCKS), total_ptr.dtype.element_ty, K),)
         squares += tl.sum(sums[i] * sums[i])
-        if tl.program_id(0) == 0:
-            tl.store(total_ptr + at, rounded, mask=at < K)
+    if tl.program_id(0) == 0:
+        for i in tl.static_range(TILES):
+            at = _columns(i, BLOCKS)
+            tl.store(total_ptr + at, sums[i].to(total_ptr.dtype.element_ty), mask=at < K)
     factor = tl.rsqrt(squares / K + eps)
     for i in tl.static_range(TILES):
         x = (sums[i] * factor * norm[i]).to(dtype).to(tl.float32)
@@ -382,17 +389,11 @@ def _weights_in_bytes(words, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.
 
 
 @triton.jit
-def _byte_to_float(byte):
-    """A byte without sign, by its place in a float32 instead of a conversion."""
-    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _scale_by_bytes(dot, x_sum, both, zero_step):
-    """dot times a scale and x_sum times a zero point, of which int16 `both` has a byte each."""
-    both = both.to(tl.int32)
-    zero = _byte_to_float((both >> 8 & 255) ^ 128) - 128.0
-    return _byte_to_float(both & 255) * dot + zero * (zero_step * x_sum)
+def _scale_and_zero(both):
+    """The scale and the zero point, of which int16 `both` has a byte each. As the last byte of a float32 each is an
+    integer above 2^23, without a conversion."""
+    scale, zero = both.to(tl.int32) & 255 | 0x4B000000, both.to(tl.int32) >> 8 & 255 ^ 128 | 0x4B000000
+    return scale.to(tl.float32, bitcast=True) - 8388608.0, zero.to(tl.float32, bitcast=True) - 8388736.0
 
 
 @triton.jit
@@ -440,7 +441,7 @@ def _load_rows(s_ptr, z_ptr, b_ptr, rows, inside, KIND: tl.constexpr):
     step, zero_step, bias = rows, rows, rows
     if KIND == "int8":
         step = tl.load(s_ptr + rows, mask=inside, other=0.0)
-    elif KIND == "bytes":
+    elif KIND == "bytes" and z_ptr is not None:
         step = tl.load(z_ptr + 2 * rows, mask=inside, other=0.0)
         zero_step = tl.load(z_ptr + 2 * rows + 1, mask=inside, other=0.0)
     if b_ptr is not None:
@@ -470,7 +471,8 @@ def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
     if KIND == "fp4":
         dot *= _power_of_two(scale) * 0.5
     elif KIND == "bytes":
-        dot = _scale_by_bytes(dot, x_sum, scale, zero_step)
+        scale, zero = _scale_and_zero(scale)
+        dot = scale * dot + zero * (zero_step * x_sum)
     elif KIND == "floats":
         dot = scale.to(tl.float32) * dot + zero.to(tl.float32) * x_sum
     return dot * step[None, :]
@@ -602,170 +604,198 @@ def _bytes_experts_sum_kernel(
 
 
 # On Hopper the copy engine brings a single token's large matrices. A ring of tiles in shared memory is filled before
-# the wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of some rows
-# and their scales. It is multiplied in two halves of 64 times 4 words.
+# the wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of 16 rows,
+# and of int4 their scales and the rows' steps. It is multiplied in two halves, and a thread has units of four words.
+
+
+@gluon.jit
+def _four(words):
+    """Words [R, 4 U] as four of [R, U], where a thread has all words of a unit."""
+    even, odd = words.reshape([words.shape[0], words.shape[1] // 4, 2, 2]).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _dot_four(a, b, total):
+    """total and the products of the bytes of four words."""
+    for i in gl.static_range(4):
+        total = _dot_bytes(a[i], b[i], total)
+    return total
 
 
 @gluon.jit
 def _fetch_tile(descs, rings, full, count, first, apart, groups, TILES: gl.constexpr):
     """Ask for the tile of this count. A program's groups of rows are `first`, `first + apart` and so on, of so many
-    `groups`; each has TILES tiles."""
-    PARTS: gl.constexpr = descs[0].block_type.shape[0]
-    ROWS: gl.constexpr = descs[0].block_type.shape[1]
-    BYTES: gl.constexpr = PARTS * ROWS * (2048 if len(descs) == 1 else 2304)  # 512 words, and 128 scales of 2 bytes
-    slot, tile, group = count % full.shape[0], count % TILES, first + count // TILES * apart
-    more, bar = group < groups, full.index(slot)
-    hopper.mbarrier.expect(bar, BYTES, more)
+    `groups`; each has TILES tiles. Each ring has its own barriers, else all threads would meet between the copies."""
+    slot, tile, group = count % full[0].shape[0], count % TILES, first + count // TILES * apart
+    more = group < groups
     for i in gl.static_range(len(descs)):
-        at = [0, group * ROWS, tile * descs[i].block_type.shape[2]]
-        hopper.tma.async_copy_global_to_shared(descs[i], at, bar, rings[i].index(slot), more)
+        hopper.mbarrier.expect(full[i].index(slot), descs[i].block_type.nbytes, more)
+    for i in gl.static_range(len(descs)):
+        column = tile * descs[i].block_type.shape[2] if i < 2 else 0
+        at = [0, group * descs[i].block_type.shape[1], column]
+        hopper.tma.async_copy_global_to_shared(descs[i], at, full[i].index(slot), rings[i].index(slot), more)
 
 
 @gluon.jit
 def _share_x(x, KIND: gl.constexpr):
     """2,048 columns x [256, 8], as `_in_bytes` makes them, in shared memory: words of bytes, words of second bytes, and
-    steps, for 64 times 4 words of 4 bits or 128 times 4 of int8. Words of 4 bits need two each, of even columns and of
-    odd ones, and the sums of blocks."""
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    blocks: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    the steps of units. Words of 4 bits need two each, of even columns and of odd ones, and what their units add: -8
+    times the sum of x, and that sum."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
     if KIND == "int8":
-        both, second = gl.join(a, b).reshape([128, 4]), gl.join(a_second, b_second).reshape([128, 4])
-        step = tl.broadcast_to(step[:, None], [64, 2]).reshape([128])
-        shared = (
-            gl.allocate_shared_memory(gl.int32, [128, 4], words, both),
-            gl.allocate_shared_memory(gl.int32, [128, 4], words, second),
-            gl.allocate_shared_memory(gl.float32, [128], blocks, step),
-        )
+        words = (gl.join(a, b).reshape([512]), gl.join(a_second, b_second).reshape([512]))
+        units = (tl.broadcast_to(step[:, None], [64, 2]).reshape([128]),)
     else:
-        shared = (
-            gl.allocate_shared_memory(gl.int32, [64, 4], words, a.reshape([64, 4])),
-            gl.allocate_shared_memory(gl.int32, [64, 4], words, a_second.reshape([64, 4])),
-            gl.allocate_shared_memory(gl.float32, [64], blocks, step),
-            gl.allocate_shared_memory(gl.int32, [64, 4], words, b.reshape([64, 4])),
-            gl.allocate_shared_memory(gl.int32, [64, 4], words, b_second.reshape([64, 4])),
-            gl.allocate_shared_memory(gl.int32, [64], blocks, gl.sum(sums.reshape([64, 4]), 1)),
-        )
+        sums = gl.convert_layout(gl.sum(sums.reshape([64, 4]), 1), step.type.layout)
+        words = (a, a_second, b, b_second)
+        units = (step, sums * -8, sums.to(gl.float32) * step)
+    parts, shared = words + units, ()
+    for i in gl.static_range(len(parts)):
+        shared = shared + (gl.allocate_shared_memory(parts[i].dtype, parts[i].shape, layout, parts[i]),)
     return shared
 
 
 @gluon.jit
-def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr):
+def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
     """What half a tile meets, of what `_share_x` gave; of int8 that is one half of it."""
-    of_words: gl.constexpr = gl.SliceLayout(0, words)
-    of_blocks: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, words))
     x = ()
     for i in gl.static_range(len(shared)):
-        part = shared[i].slice(half * 64, 64, dim=0)
-        x = x + ((part.load(of_blocks)[None, :] if i % 3 == 2 else part.load(of_words)[None, :, :]),)
+        if i < (2 if len(shared) == 3 else 4):
+            part = _four(shared[i].slice(half * 256, 256).load(gl.SliceLayout(0, words))[None, :])
+        else:
+            part = shared[i].slice(half * 64, 64).load(gl.SliceLayout(0, units))[None, :]
+        x = x + (part,)
     return x
 
 
 @gluon.jit
-def _half_tile_dot(rings, slot, half: gl.constexpr, x, zero_step, KIND: gl.constexpr, words: gl.constexpr):
-    """Products [R, 64] of half a tile of R rows with what `_load_shared_x` gave."""
-    q = rings[0].index(slot)
-    R: gl.constexpr = q.shape[0] * q.shape[1]
-    q = q.reshape([R, 512]).reshape([R, 128, 4]).slice(half * 64, 64, dim=1).load(words)
+def _add_half_tile(
+    total, zeros, rings, slot, half: gl.constexpr, x, KIND: gl.constexpr, words: gl.constexpr, units: gl.constexpr
+):
+    """total [R, 64] and the products of half a tile of R rows with what `_load_shared_x` gave. To `zeros` [R, 64] comes
+    what the zero points add, in their own steps."""
+    R: gl.constexpr = total.shape[0]
+    q = rings[0].index(slot).reshape([R, 512]).slice(half * 256, 256, dim=1).load(words)
     if KIND == "int8":
-        x_bytes, x_second, step = x
-        dot = _dot_bytes(q, x_second, _dot_bytes(q, x_bytes, 0) * 254)
-        dot = gl.sum(dot, 2).to(gl.float32)
+        q, x_bytes, x_second, step = _four(q), x[0], x[1], x[2]
+        dot = _dot_four(q, x_second, _dot_four(q, x_bytes, 0) * 254).to(gl.float32)
     else:
-        a_bytes, a_second, step, b_bytes, b_second, sums = x
-        a, b = q & 0x0F0F0F0F, (q >> 4) & 0x0F0F0F0F
-        dot = _dot_bytes(b, b_bytes, _dot_bytes(a, a_bytes, 0)) * 254
-        dot = _dot_bytes(b, b_second, _dot_bytes(a, a_second, dot))
-        dot = (gl.sum(dot, 2) - 8 * sums).to(gl.float32)
-        both = rings[1].index(slot).reshape([R, 128]).slice(half * 64, 64, dim=1).load(gl.SliceLayout(2, words))
-        dot = _scale_by_bytes(dot, sums.to(gl.float32), both, zero_step)
-    return dot * step
+        a_bytes, a_second, b_bytes, b_second, step, minus, x_sum = x
+        a, b = _four(q & 0x0F0F0F0F), _four((q >> 4) & 0x0F0F0F0F)
+        dot = _dot_four(b, b_bytes, _dot_four(a, a_bytes, 0)) * 254 + minus
+        dot = _dot_four(b, b_second, _dot_four(a, a_second, dot)).to(gl.float32)
+        both = rings[1].index(slot).reshape([R, 128]).slice(half * 64, 64, dim=1).load(units)
+        scale, zero = _scale_and_zero(both)
+        dot *= scale
+        zeros += zero * x_sum
+    return total + dot * step, zeros
 
 
 @gluon.jit
 def _streamed_matvec_kernel(
-    w_desc, scales_desc, s_ptr, z_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps,
+    w_desc, scales_desc, steps_desc, s_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps,
     K: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """A single token's product as `_bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, words]. KIND
-    is "int8" or "bytes", whose groups are of 32 columns."""
+    """A single token's product as `_bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, words], 16
+    rows at a time. KIND is "int8" or "bytes", whose groups are of 32 columns."""
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
-    R: gl.constexpr = PARTS * ROWS
     CHUNKS: gl.constexpr = (K + 2047) // 2048
     HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # half tiles of a row
     TILES: gl.constexpr = (HALVES + 1) // 2
     HELD: gl.constexpr = K <= 4096  # so that x stays in registers
-    words: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 2, 1], [2, 1, 0])
-    of_x: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [8, 1], [1, 0])
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    descs, rings = (w_desc,), (gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, ROWS, 512], w_desc.layout),)
-    if KIND == "bytes":
-        descs = descs + (scales_desc,)
-        rings = rings + (gl.allocate_shared_memory(gl.int16, [STAGES, PARTS, ROWS, 128], scales_desc.layout),)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    # Two warps have a row's half tile, one has two rows' sums: a row of gate, and the same of up.
+    words: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 2], [1, 0])
+    of_four: gl.constexpr = gl.BlockedLayout([1, 1, 2, 2], [1, 32, 1, 1], [4, 2, 1, 1], [3, 2, 1, 0])
+    units: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, of_four))
+    of_steps: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [4, 0], [8, 0]], [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [1, 0], [2, 0]], [], [16, 2]
+    )
+    of_sums: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [8, 0]], [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [4, 0]], [], [16, 64]
+    )
+    of_x: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [8, 1], [1, 0])
     program, programs, groups = gl.program_id(0), gl.num_programs(0), gl.cdiv(N, ROWS)
-    for i in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        _fetch_tile(descs, rings, full, i, program, programs, groups, TILES)
-    row = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, words)))
-    out = program * ROWS + row % ROWS
-    next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, row // ROWS * N + out, out < N, KIND)
+    row = gl.arange(0, 16, gl.SliceLayout(1, of_sums))
     column = gl.arange(0, 256, gl.SliceLayout(1, of_x))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_x))[None, :]
-    norm, x, squares = (), (), gl.zeros([256, 8], gl.float32, of_x)
+    descs = (w_desc,) if KIND == "int8" else (w_desc, scales_desc, steps_desc)
+    rings, full, norm, x = (), (), (), ()
+    for i in gl.static_range(len(descs)):
+        tile = descs[i].block_type
+        rings = rings + (gl.allocate_shared_memory(tile.element_ty, [STAGES] + tile.shape, descs[i].layout),)
+        full = full + (gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout()),)
+    for stage in gl.static_range(STAGES):
+        for i in gl.static_range(len(descs)):
+            hopper.mbarrier.init(full[i].index(stage), count=1)
+    # Before the tiles, because what is asked for behind them comes behind them.
+    out = program * ROWS + row % ROWS
+    of_rows = _load_rows(s_ptr, None, b_ptr, row // ROWS * N + out, out < N, KIND)
     if residual_ptr is not None:
         for i in gl.static_range(CHUNKS):
             at = i * 2048 + column
-            norm = norm + (gl.load(norm_ptr + at, mask=at < K, other=0.0).to(gl.float32),)
+            norm = norm + (gl.load(norm_ptr + at, mask=at < K, other=0.0),)
+    for stage in gl.static_range(STAGES):
+        _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
     wait_for_inputs(PDL)
-    for i in gl.static_range(CHUNKS):
-        at = i * 2048 + column
-        x = x + (gl.load(x_ptr + at, mask=at < K, other=0.0),)
-    if residual_ptr is not None:
-        sums = ()
+    if residual_ptr is None:
         for i in gl.static_range(CHUNKS):
             at = i * 2048 + column
-            residual = gl.load(residual_ptr + at, mask=at < K, other=0.0).to(gl.float32)
-            rounded = (residual + x[i].to(gl.float32)).to(total_ptr.dtype.element_ty)
-            if program == 0:
-                gl.store(total_ptr + at, rounded, mask=at < K)
-            sums = sums + (rounded.to(gl.float32),)
-            squares += sums[i] * sums[i]
-        factor = gl.rsqrt(gl.sum(gl.sum(squares, 1), 0) / K + eps)
-        x = ()
+            x = x + (gl.load(x_ptr + at, mask=at < K, other=0.0),)
+    else:
+        sums, squares = (), gl.zeros([256, 8], gl.float32, of_x)
         for i in gl.static_range(CHUNKS):
-            x = x + ((sums[i] * factor * norm[i]).to(dtype),)
+            sums = sums + (_add_residual(x_ptr, residual_ptr, i * 2048 + column, total_ptr.dtype.element_ty, K),)
+            squares += sums[i] * sums[i]
+        if program == 0:
+            for i in gl.static_range(CHUNKS):
+                at = i * 2048 + column
+                gl.store(total_ptr + at, sums[i].to(total_ptr.dtype.element_ty), mask=at < K)
+        factor = gl.rsqrt(gl.sum(gl.sum(squares, 1), 0) / K + eps)
+        for i in gl.static_range(CHUNKS):
+            x = x + ((sums[i] * factor * norm[i].to(gl.float32)).to(dtype),)
     shared, held = (), ()
     for i in gl.static_range(CHUNKS):
         shared = shared + (_share_x(x[i].to(gl.float32), KIND),)
     for i in gl.static_range(HALVES if HELD else 0):
-        held = held + (_load_shared_x(shared[i * CHUNKS // HALVES], i % 2 if KIND == "int8" else 0, words),)
+        held = held + (_load_shared_x(shared[i * CHUNKS // HALVES], i % 2 if KIND == "int8" else 0, words, units),)
     count = 0
     for group in range(program, groups, programs):
-        step, zero_step, bias = next_of_rows
-        next_out = (group + programs) * ROWS + row % ROWS
-        next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, row // ROWS * N + next_out, next_out < N, KIND)
         out = group * ROWS + row % ROWS
-        total = gl.zeros([R, 64], gl.float32, gl.SliceLayout(2, words))
+        total, zeros = gl.zeros([16, 64], gl.float32, units), gl.zeros([16, 64], gl.float32, units)
         for tile in gl.static_range(TILES):
             slot = count % STAGES
-            hopper.mbarrier.wait(full.index(slot), count // STAGES & 1)
+            for i in gl.static_range(len(descs)):
+                hopper.mbarrier.wait(full[i].index(slot), count // STAGES & 1)
             for half in gl.static_range(2 if 2 * tile + 1 < HALVES else 1):
                 if HELD:
                     its_x = held[2 * tile + half]
                 elif KIND == "int8":
-                    its_x = _load_shared_x(shared[tile], half, words)
+                    its_x = _load_shared_x(shared[tile], half, words, units)
                 else:
-                    its_x = _load_shared_x(shared[2 * tile + half], 0, words)
-                total += _half_tile_dot(rings, slot, half, its_x, zero_step[:, None], KIND, words)
-            gl.thread_barrier()  # all warps have read the tile
+                    its_x = _load_shared_x(shared[2 * tile + half], 0, words, units)
+                total, zeros = _add_half_tile(total, zeros, rings, slot, half, its_x, KIND, words, units)
+            if KIND == "bytes":
+                scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).load(of_steps).split()
+            # The compiler has all threads meet before a copy to what they read.
             _fetch_tile(descs, rings, full, count + STAGES, program, programs, groups, TILES)
             count += 1
-        y = gl.sum(total, 1) * step.to(gl.float32)
+        if KIND == "bytes":
+            zero_step = gl.convert_layout(zero_step, gl.SliceLayout(1, units), assert_trivial=True)
+            scale_step = gl.convert_layout(scale_step, gl.SliceLayout(1, units), assert_trivial=True)
+            total = (total + zeros * zero_step[:, None]) * scale_step[:, None]
+        y = gl.sum(gl.convert_layout(total, of_sums), 1)
+        if KIND == "int8":
+            y *= of_rows[0].to(gl.float32)
         if b_ptr is not None:
-            y += bias.to(gl.float32)
+            y += of_rows[2].to(gl.float32)
+        next_out = out + programs * ROWS
+        of_rows = _load_rows(s_ptr, None, b_ptr, row // ROWS * N + next_out, next_out < N, KIND)
         if PARTS == 2:
             gate, up = y.reshape([2, ROWS]).permute((1, 0)).split()
             gated = _gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
@@ -1081,16 +1111,23 @@ def row_tile(K: int) -> tuple[int, int]:
 
 def takes_streamed(x, weight, scales, N: int) -> bool:
     """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits: Hopper, and a large matrix,
-    whose x leaves room for two tiles. 4 bits need a scale for each block, and whole 16 bytes of them in a row."""
+    whose x leaves room for two tiles. 4 bits need a scale for each block, whole 16 bytes of them in a row, and rows in
+    pairs."""
     K = columns(weight)
+    of_int4 = (
+        weight.dtype == torch.uint8
+        and kind_of(scales) == "bytes"
+        and K == 32 * scales.shape[1]
+        and K % 256 == 0
+        and N % 2 == 0
+    )
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
+        and x.dtype != torch.float32
         and N >= 4096
         and 4096 <= K <= 14336
-        and x.dtype != torch.float32
-        and takes_bytes(weight)
-        and (weight.dtype == torch.int8 or kind_of(scales) == "bytes" and K == 32 * scales.shape[1] and K % 256 == 0)
+        and (of_int4 or weight.dtype == torch.int8 and K % 32 == 0)
     )
 
 
@@ -1099,19 +1136,24 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
     N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
     rows, chunks = 16 // parts, triton.cdiv(K, 2048)
-    words, layout = weight.view(torch.int32).view(parts, N, -1), gl.NVMMASharedLayout(128, 32, 3)
-    w_desc = TensorDescriptor.from_tensor(words, [parts, rows, 512], layout)
-    kind, tiles, stage, scales_desc = "int8", chunks, 16 * 2048, None
+
+    def describe(tensor, block: list, swizzle: int):
+        layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), 3)
+        return TensorDescriptor.from_tensor(tensor, [parts, *block], layout)
+
+    w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [rows, 512], 128)
+    kind, tiles, stage, scales_desc, steps_desc = "int8", chunks, 16 * 2048, None, None
     if weight.dtype == torch.uint8:
-        kind, tiles, stage, layout = "bytes", triton.cdiv(chunks, 2), 16 * 2304, gl.NVMMASharedLayout(128, 16, 3)
-        scales_desc = TensorDescriptor.from_tensor(scales.view(parts, N, -1), [parts, rows, 128], layout)
+        kind, tiles, stage = "bytes", triton.cdiv(chunks, 2), 16 * (2048 + 256 + 8)
+        scales_desc = describe(scales.view(parts, N, -1), [rows, 128], 128)
+        steps_desc = describe(zeros.view(parts, N // 2, 4), [rows // 2, 4], 0)  # of two rows in 16 bytes
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
-    room = 110_000 - chunks * 4608  # x takes so much for 2,048 columns
+    room = 110_000 - chunks * 4864  # x takes so much for 2,048 columns
     stages = min(room // stage, triton.cdiv(groups, programs) * tiles)
     _streamed_matvec_kernel[(programs,)](
-        w_desc, scales_desc, scales, zeros, bias, x, y, N, *norm,
+        w_desc, scales_desc, steps_desc, scales, bias, x, y, N, *norm,
         K=K, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128,
         **launch_options(x.device),
     )  # fmt: skip
