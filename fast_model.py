@@ -18,8 +18,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 - Of a model that is split among ranks (see tp.py) a rank holds some heads and hidden units, and computes parts of
   updates. `AddNorm` sums those of all ranks, twice a layer; with one rank there is nothing to sum.
 
-Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed `gpu_kernels.py` and `gpu_products.py`
-on a GPU, `cpu_kernels.py` on a CPU.
+Copy me: needs torch, `model.py` beside it for GPTConfig, `tp.py`, and for speed `gpu_kernels.py`, `gpu_matvec.py` and
+`gpu_products.py` on a GPU, `cpu_kernels.py` on a CPU.
 
 Shapes: B batch, T new tokens, S cache slots, D model dim, H query heads, K kv heads, C head dim, V vocabulary.
 """

@@ -11,7 +11,7 @@ It reads the arguments, makes a `Session`, answers, and reports. Decisions to kn
 
 Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`,
 `decode.py`, `speculate.py`, `checkpoint.py` and `tokenizer.py` beside it, with its libraries; for speed on a GPU
-`gpu_kernels.py` and `gpu_products.py`.
+`gpu_kernels.py`, `gpu_matvec.py` and `gpu_products.py`.
 
 Shapes: B batch rows, T prompt tokens.
 """

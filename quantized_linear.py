@@ -19,7 +19,8 @@ or 4-bit weights to x's dtype, for products of several tokens. Decisions to know
   it PyTorch's int4 operator does, and compiled int8 for up to 16. On GPUs the int8 kernel does for up to 64, those
   of 4 bits for up to 6, on Hopper for up to 64.
 
-Copy me: needs torch, and for speed `gpu_kernels.py` and `gpu_products.py` (GPUs) and `cpu_kernels.py` beside it.
+Copy me: needs torch, and for speed `gpu_kernels.py`, `gpu_matvec.py` and `gpu_products.py` (GPUs) and `cpu_kernels.py`
+beside it.
 
 Shapes: N output rows, K input columns, G columns in a group.
 """

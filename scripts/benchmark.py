@@ -53,7 +53,7 @@ Decisions to know:
 Copy me: needs torch, safetensors and tqdm, `scripts/finetune.py` beside it, and in the folder above `model.py`,
 `fast_model.py`, `quantized_linear.py`, `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`,
 `checkpoint.py`, `tokenizer.py`, `convert_hf_checkpoint.py` and `check_equivalence.py`; for speed on a GPU
-`gpu_kernels.py` and `gpu_products.py`, for a plot matplotlib, for `--hf` transformers.
+`gpu_kernels.py`, `gpu_matvec.py` and `gpu_products.py`, for a plot matplotlib, for `--hf` transformers.
 
 Shapes: B batch, T tokens.
 """

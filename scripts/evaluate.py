@@ -19,7 +19,7 @@ Decisions to know:
 
 Copy me: needs torch and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
 `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `speculate.py`, `checkpoint.py`, `tokenizer.py` and `generate.py`,
-with its libraries; for `--tasks` lm_eval, for speed on a GPU `gpu_kernels.py` and `gpu_products.py`.
+with its libraries; for `--tasks` lm_eval, for speed on a GPU `gpu_kernels.py`, `gpu_matvec.py` and `gpu_products.py`.
 
 Shapes: R rows (positions of one window), V vocabulary.
 """

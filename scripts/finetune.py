@@ -29,7 +29,7 @@ Decisions to know:
 
 Copy me: needs torch, safetensors and tqdm, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
 `cpu_kernels.py`, `tp.py`, `runtime.py`, `decode.py`, `checkpoint.py`, `convert_hf_checkpoint.py` and `tokenizer.py`,
-with its libraries; for speed on a GPU `gpu_kernels.py` and `gpu_products.py`.
+with its libraries; for speed on a GPU `gpu_kernels.py`, `gpu_matvec.py` and `gpu_products.py`.
 
 Shapes: R rows of a step, T tokens of a row, N output rows and K input columns of a projection.
 """

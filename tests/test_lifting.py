@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = {f"scripts.{path.stem}": path for path in sorted(ROOT.glob("scripts/*.py"))}
-NEEDS_TRITON = {"gpu_kernels", "gpu_products"}  # which is only where there are GPUs; the other files do without
+NEEDS_TRITON = {"gpu_kernels", "gpu_matvec", "gpu_products"}  # which is only where there are GPUs; others do without
 
 # Each file imports only from the floors below its own; scripts/ is above all of them.
 FLOORS = (
     {"model", "cpu_kernels", "gpu_kernels", "runtime", "tokenizer"},
-    {"gpu_products", "tp"},
+    {"gpu_matvec", "tp"},
+    {"gpu_products"},
     {"quantized_linear", "fast_model", "decode"},
     {"speculate", "checkpoint"},
     {"generate", "quantize", "convert_hf_checkpoint", "check_equivalence"},

@@ -119,7 +119,7 @@ def test_every_file_is_on_the_map():
 
 def test_files_import_only_from_floors_below():
     above = []
-    for name, floor in floors().items() - {("scripts/", 6)}:
+    for name, floor in floors().items() - {("scripts/", 7)}:
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
