@@ -1,4 +1,4 @@
-"""Triton kernels that multiply a single token by weights in bf16, int8 or 4 bits on a GPU, experts' among them.
+"""Triton kernels for matrix-vector products with weights in bf16, int8 or 4 bits on a GPU, experts' among them.
 
 `gpu_products.py` chooses and starts them. Decisions to know:
 
@@ -12,8 +12,8 @@
   which fetches all experts' first tiles before it waits.
 - On Hopper the copy engine (TMA) brings large matrices of int8, or of int4 in groups of 32, to shared memory. That
   holds more tiles than registers do, so the GPU's memory has work while programs wait and make x. Smaller matrices lost
-  by it. Experts, and products that tell other ranks, do not come so. It is in Gluon, Triton's lower layer, where loads
-  can be put before the wait.
+  by it. Experts, and products that tell other ranks, do not come so. Its kernel is in Gluon, Triton's lower layer,
+  where loads can be put before the wait.
 - Of experts the kernels read the rows of those with the largest logits, which each program finds by itself, and one
   kernel sums their results. In 4 bits rows of up to 4,096 columns come in small tiles, so that one warp has a row and
   its sum.
@@ -21,7 +21,7 @@
 
 `quantized_linear.py` and `fast_model.py` have the plain twin of each.
 
-Copy me: needs triton, and `gpu_kernels.py` beside it.
+Copy me: needs torch, triton, and `gpu_kernels.py` beside it.
 
 Shapes: T tokens, N output rows, K input columns, G columns in a group, E experts, of which a token has USED.
 """
@@ -39,8 +39,8 @@ from gpu_kernels import count_of_rows, jit_for_any_T, open_inboxes, tell_rows, w
 
 @triton.jit
 def _wait_for_choice(PDL: tl.constexpr):
-    """The other way round: the next kernel starts when those before this one have ended, and so may read, without
-    waiting, which experts they chose."""
+    """`wait_for_inputs` the other way round: the next kernel starts when those before this one have ended, and so may
+    read, without waiting, which experts they chose."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -212,8 +212,8 @@ def experts_sum_kernel(
 
 # --- Weights of 8 or 4 bits -------------------------------------------------------------------------------------------
 
-# They are in words of 4 or 8 columns, as they are on disk. KIND is "int8"; "floats": a group has a scale
-# and a zero point; "bytes": it has bytes of both, as `in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
+# Weights are in words of 4 or 8 columns, as on disk. KIND is "int8"; "floats": a group has a scale and a zero point;
+# "bytes": it has bytes of both, as `gpu_products.in_bytes` makes them; "fp4": MXFP4, whose scales are exponents.
 
 
 @triton.jit
@@ -312,6 +312,7 @@ def _x_tiles(x_ptr, K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, 
 
 @triton.jit
 def _load_norm_tiles(norm_ptr, K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr):
+    """The norm's weights of the first TILES tiles of x."""
     weights = ()
     for i in tl.static_range(TILES):
         at = _columns(i, BLOCKS)
@@ -587,9 +588,9 @@ def bytes_experts_sum_kernel(
 
 # --- Large matrices by the copy engine --------------------------------------------------------------------------------
 
-# A ring of tiles in shared memory is filled before
-# the wait, which is more than registers hold, and what follows comes while x is made. A tile is 512 words of 16 rows,
-# and of int4 their scales and the rows' steps. It is multiplied in two halves, and a thread has units of four words.
+# A ring of tiles in shared memory, which holds more than registers do, is filled before the wait. Later tiles come
+# while x is made. A tile is 512 words of 16 rows, and of int4 their scales and the rows' steps. It is multiplied in two
+# halves. A thread has units of four words, which are 16 columns of int8 or a block of 32 in 4 bits.
 
 
 @gluon.jit
@@ -625,9 +626,9 @@ def _fetch_tile(descs, rings, full, count, first, apart, groups, TILES: gl.const
 
 @gluon.jit
 def _share_x(x, KIND: gl.constexpr):
-    """2,048 columns x [256, 8], as `_in_bytes` makes them, in shared memory: words of bytes, words of second bytes, and
-    the steps of units. Words of 4 bits need two each, of even columns and of odd ones, and what their units add: -8
-    times the sum of x, and that sum."""
+    """2,048 columns x [256, 8], as `_in_bytes` makes them, in shared memory: words of bytes and of second bytes, and
+    the steps of units. 4 bits have two words each, for even columns and for odd ones. Their units also have -8 times
+    the sum of x's bytes, and that sum times the step."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
     if KIND == "int8":
@@ -637,22 +638,23 @@ def _share_x(x, KIND: gl.constexpr):
         sums = gl.convert_layout(gl.sum(sums.reshape([64, 4]), 1), step.type.layout)
         words = (a, a_second, b, b_second)
         units = (step, sums * -8, sums.to(gl.float32) * step)
-    parts, shared = words + units, ()
-    for i in gl.static_range(len(parts)):
-        shared = shared + (gl.allocate_shared_memory(parts[i].dtype, parts[i].shape, layout, parts[i]),)
-    return shared
+    shared_words, shared_units = (), ()
+    for i in gl.static_range(len(words)):
+        shared_words = shared_words + (gl.allocate_shared_memory(gl.int32, words[i].shape, layout, words[i]),)
+    for i in gl.static_range(len(units)):
+        shared_units = shared_units + (gl.allocate_shared_memory(units[i].dtype, units[i].shape, layout, units[i]),)
+    return shared_words, shared_units
 
 
 @gluon.jit
 def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
     """What half a tile meets, of what `_share_x` gave; of int8 that is one half of it."""
+    shared_words, shared_units = shared
     x = ()
-    for i in gl.static_range(len(shared)):
-        if i < (2 if len(shared) == 3 else 4):
-            part = _four(shared[i].slice(half * 256, 256).load(gl.SliceLayout(0, words))[None, :])
-        else:
-            part = shared[i].slice(half * 64, 64).load(gl.SliceLayout(0, units))[None, :]
-        x = x + (part,)
+    for i in gl.static_range(len(shared_words)):
+        x = x + (_four(shared_words[i].slice(half * 256, 256).load(gl.SliceLayout(0, words))[None, :]),)
+    for i in gl.static_range(len(shared_units)):
+        x = x + (shared_units[i].slice(half * 64, 64).load(gl.SliceLayout(0, units))[None, :],)
     return x
 
 
@@ -692,9 +694,9 @@ def streamed_matvec_kernel(
     CHUNKS: gl.constexpr = (K + 2047) // 2048
     HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # half tiles of a row
     TILES: gl.constexpr = (HALVES + 1) // 2
-    HELD: gl.constexpr = K <= 4096  # so that x stays in registers
+    HELD: gl.constexpr = K <= 4096  # then x stays in registers
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    # Two warps have a row's half tile, one has two rows' sums: a row of gate, and the same of up.
+    # Two warps have a row's half tile. One has the sums of two rows, 8 apart: a row of gate, and the same of up.
     words: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 2], [1, 0])
     of_four: gl.constexpr = gl.BlockedLayout([1, 1, 2, 2], [1, 32, 1, 1], [4, 2, 1, 1], [3, 2, 1, 0])
     units: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, of_four))
@@ -717,7 +719,7 @@ def streamed_matvec_kernel(
     for stage in gl.static_range(STAGES):
         for i in gl.static_range(len(descs)):
             hopper.mbarrier.init(full[i].index(stage), count=1)
-    # Before the tiles, because what is asked for behind them comes behind them.
+    # Asked for before the tiles: the memory answers in turn.
     out = program * ROWS + row % ROWS
     of_rows = _load_rows(s_ptr, None, b_ptr, row // ROWS * N + out, out < N, KIND)
     if residual_ptr is not None:
@@ -766,7 +768,7 @@ def streamed_matvec_kernel(
                 total, zeros = _add_half_tile(total, zeros, rings, slot, half, its_x, KIND, words, units)
             if KIND == "bytes":
                 scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).load(of_steps).split()
-            # The compiler has all threads meet before a copy to what they read.
+            # Before the copies the compiler has all threads meet, which have read this slot.
             _fetch_tile(descs, rings, full, count + STAGES, program, programs, groups, TILES)
             count += 1
         if KIND == "bytes":

@@ -5,10 +5,10 @@ this file and with them: 245 and 286, the ladder of benchmarks/README.md. Decisi
 
 - `linear` is one operator for all kinds of weights. A single token reads them as a matrix-vector product, by the
   kernels of `gpu_matvec.py`. On Hopper 2 to 64 go through a tensor core's product, if x has 16 bits. The copy engine
-  (TMA) fetches the weights. It is in Gluon, Triton's lower layer, where loads can be put before the wait. int8 weights
-  meet x there as two int8 numbers, 15 bits, so that no weight is converted. 4-bit ones become numbers of x's dtype in
-  the registers that are the product's operand: a thread has one of a block's four words, and x is put into the order of
-  its numbers.
+  (TMA) fetches the weights. Its kernel is in Gluon, Triton's lower layer, where loads can be put before the wait. int8
+  weights meet x there as two int8 numbers, 15 bits, so that no weight is converted. 4-bit ones become numbers of x's
+  dtype in the registers that are the product's operand: a thread has one of a block's four words, and x is put into the
+  order of its numbers.
 - Elsewhere up to 6 tokens read 4-bit weights one by one, up to 64 convert int8 ones inside the product. Otherwise
   weights are unpacked, then cuBLAS.
 - The router's kernel takes the norm before it.
@@ -322,7 +322,7 @@ def takes_bytes(weight: torch.Tensor) -> bool:
 
 
 def kind_of(scales: torch.Tensor) -> str:
-    """KIND of packed weights with such scales."""
+    """KIND of packed weights with such scales, as `gpu_matvec.py` explains it."""
     return {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
 
 
@@ -374,26 +374,27 @@ def takes_streamed(x, weight, scales, N: int) -> bool:
     )
 
 
+def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
+    """For the copy engine: it brings blocks of this tensor to shared memory, swizzled in lines of so many bytes."""
+    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(block))
+    return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
 def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     """As `launch_matvec`, for what `takes_streamed` allows. Two programs share a multiprocessor and its memory."""
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
     N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
     rows, chunks = 16 // parts, triton.cdiv(K, 2048)
-
-    def describe(tensor, block: list, swizzle: int):
-        layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), 3)
-        return TensorDescriptor.from_tensor(tensor, [parts, *block], layout)
-
-    w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [rows, 512], 128)
+    w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [parts, rows, 512])
     kind, tiles, stage, scales_desc, steps_desc = "int8", chunks, 16 * 2048, None, None
     if weight.dtype == torch.uint8:
         kind, tiles, stage = "bytes", triton.cdiv(chunks, 2), 16 * (2048 + 256 + 8)
-        scales_desc = describe(scales.view(parts, N, -1), [rows, 128], 128)
-        steps_desc = describe(zeros.view(parts, N // 2, 4), [rows // 2, 4], 0)  # of two rows in 16 bytes
+        scales_desc = describe(scales.view(parts, N, -1), [parts, rows, 128])
+        steps_desc = describe(zeros.float().view(parts, N // 2, 4), [parts, rows // 2, 4], 0)  # two rows in 16 bytes
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
-    room = 110_000 - chunks * 4864  # x takes so much for 2,048 columns
+    room = 110_000 - chunks * 4864  # x takes no more for 2,048 columns
     stages = min(room // stage, triton.cdiv(groups, programs) * tiles)
     streamed_matvec_kernel[(programs,)](
         w_desc, scales_desc, steps_desc, scales, bias, x, y, N, *norm,
@@ -468,19 +469,16 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
         _two_int8_kernel[(T,)](x, q, x_scales, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8, **options)
         x, cols = q, 2 * cols
     parts, block = 2 if gated else 1, 256 if kind else 256 // x.element_size()
-    shapes = [parts, 64, block // 8 if kind else block], [cols, block]
+    w_block, x_block = [parts, 64, block // 8 if kind else block], [cols, block]
     # A program takes most of a multiprocessor's shared memory; of quantized weights and up to 16 tokens half of it, if
     # there are more programs than multiprocessors. benchmarks/log.md has what other shares gave.
     programs, most = triton.cdiv(N, 64), 6 if scales is None else 16 if kind else 8
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     room = 110_000 if scales is not None and T <= 16 and programs > multiprocessors else 200_000
     stage = 64 * parts * (128 if kind else 256) + cols * block * x.element_size()
-    weight, x = (
-        TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout(128, 8 * t.element_size(), len(shape)))
-        for t, shape in zip((weight.view(parts, N, -1), x), shapes, strict=True)
-    )
     _few_tokens_kernel[(programs,)](
-        weight, x, x_scales, scales, zeros, bias, y, T, N, K, GROUPS=groups, SHARE=share, KIND=kind, CODE=code,
+        describe(weight.view(parts, N, -1), w_block), describe(x, x_block), x_scales, scales, zeros, bias, y, T, N, K,
+        GROUPS=groups, SHARE=share, KIND=kind, CODE=code,
         STAGES=min(most, triton.cdiv(K, block), room // stage), ACT=activation, CLAMP=clamp, num_warps=4, **options,
     )  # fmt: skip
 
@@ -799,15 +797,10 @@ def launch_sorted(x, weights, tiles, y, cols: int, act=(None, None), order=None,
     (weight, scales, zeros, bias), N, groups = weights, y.shape[1], weights[1].shape[1]
     K, kind, parts, block = x.shape[1], kind_of(scales), 1 if act[0] is None else 2, 128
     stage = 128 * block // 2 + cols * block * 2
-    descriptors = (
-        TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(shape)))
-        for t, shape, swizzle in (
-            (weight.view(torch.int32).view(-1, N, K // 8), [parts, 128 // parts, block // 8], block // 2),
-            (x, [cols, block], 128),
-        )
-    )
+    words = weight.view(torch.int32).view(-1, N, K // 8)
+    w_desc, x_desc = describe(words, [parts, 128 // parts, block // 8], block // 2), describe(x, [cols, block])
     _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, 128 // parts),)](
-        *descriptors, tiles, scales, zeros, bias, order, shares, y, N, GROUPS=groups, SHARE=K // groups // 32,
+        w_desc, x_desc, tiles, scales, zeros, bias, order, shares, y, N, GROUPS=groups, SHARE=K // groups // 32,
         KIND=kind, CODE=unpack_code(kind, x.dtype), CHUNK=64 if kind == "fp4" else 32,  # so that registers suffice
         STAGES=min(110_000 // stage, triton.cdiv(K, block)), ACT=act[0], CLAMP=act[1], num_warps=4,
         **launch_options(x.device),
