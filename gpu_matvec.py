@@ -373,9 +373,10 @@ def _weights_in_bytes(words, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.
 
 @triton.jit
 def _scale_and_zero(both):
-    """The scale and the zero point, of which int16 `both` has a byte each. As the last byte of a float32 each is an
-    integer above 2^23, without a conversion."""
-    scale, zero = both.to(tl.int32) & 255 | 0x4B000000, both.to(tl.int32) >> 8 & 255 ^ 128 | 0x4B000000
+    """The scale and the zero point, of which int16 `both` has a byte each. As the last byte of 2^23 in float32 a byte
+    is added to it, without a conversion."""
+    scale = (both.to(tl.int32) & 255) | 0x4B000000
+    zero = ((both.to(tl.int32) >> 8 & 255) ^ 128) | 0x4B000000  # with its sign turned, which adds 128
     return scale.to(tl.float32, bitcast=True) - 8388608.0, zero.to(tl.float32, bitcast=True) - 8388736.0
 
 
@@ -419,8 +420,8 @@ def _load_tiles(
 
 @triton.jit
 def _load_rows(s_ptr, z_ptr, b_ptr, rows, inside, KIND: tl.constexpr):
-    """What each of some rows has once: of int8 its scale, of int4 what its scales and zero points count by; and its
-    bias. What a kind has not is not used."""
+    """What each of some rows has once: of int8 its scale, of int4 what its scales and zero points count by, unless
+    z_ptr is None; and its bias. What a kind has not is not used."""
     step, zero_step, bias = rows, rows, rows
     if KIND == "int8":
         step = tl.load(s_ptr + rows, mask=inside, other=0.0)
@@ -648,7 +649,7 @@ def _share_x(x, KIND: gl.constexpr):
 
 @gluon.jit
 def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
-    """What half a tile meets, of what `_share_x` gave; of int8 that is one half of it."""
+    """The part of what `_share_x` gave that half a tile meets; of int8 it is one half."""
     shared_words, shared_units = shared
     x = ()
     for i in gl.static_range(len(shared_words)):
@@ -662,7 +663,7 @@ def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.co
 def _add_half_tile(
     total, zeros, rings, slot, half: gl.constexpr, x, KIND: gl.constexpr, words: gl.constexpr, units: gl.constexpr
 ):
-    """total [R, 64] and the products of half a tile of R rows with what `_load_shared_x` gave. To `zeros` [R, 64] comes
+    """total [R, 64] and the products of half a tile of R rows with what `_load_shared_x` gave. `zeros` [R, 64] gets
     what the zero points add, in their own steps."""
     R: gl.constexpr = total.shape[0]
     q = rings[0].index(slot).reshape([R, 512]).slice(half * 256, 256, dim=1).load(words)
@@ -768,7 +769,7 @@ def streamed_matvec_kernel(
                 total, zeros = _add_half_tile(total, zeros, rings, slot, half, its_x, KIND, words, units)
             if KIND == "bytes":
                 scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).load(of_steps).split()
-            # Before the copies the compiler has all threads meet, which have read this slot.
+            # The compiler makes all threads meet before these copies, so all have read the slot.
             _fetch_tile(descs, rings, full, count + STAGES, program, programs, groups, TILES)
             count += 1
         if KIND == "bytes":

@@ -375,7 +375,7 @@ def takes_streamed(x, weight, scales, N: int) -> bool:
 
 
 def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
-    """For the copy engine: it brings blocks of this tensor to shared memory, swizzled in lines of so many bytes."""
+    """What the copy engine needs to bring blocks of a tensor to shared memory, swizzled in lines of so many bytes."""
     layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(block))
     return TensorDescriptor.from_tensor(tensor, block, layout)
 
