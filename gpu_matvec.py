@@ -10,10 +10,10 @@
 - Bytes are multiplied by as many programs as fit on the GPU. Each makes its x once, from the residual stream and its
   norm where that is asked for, and fetches its next rows ahead. The sum of experts has a program for every few rows,
   which fetches all experts' first tiles before it waits.
-- On Hopper the copy engine (TMA) brings large matrices of int8, or of int4 in groups of 32, to shared memory. That
-  holds more tiles than registers do, so the GPU's memory has work while programs wait and make x. Smaller matrices lost
-  by it. Experts, and products that tell other ranks, do not come so. Its kernel is in Gluon, Triton's lower layer,
-  where loads can be put before the wait.
+- On Hopper the copy engine (TMA) brings most matrices of 16 bits, of int8, or of int4 in groups of 32 to shared memory
+  (`gpu_products.takes_streamed`). That holds more tiles than registers do, so the GPU's memory has work while programs
+  wait and make x. Experts, and products that tell other ranks, do not come so. Its kernel is in Gluon, Triton's lower
+  layer, where loads can be put before the wait.
 - Of experts the kernels read the rows of those with the largest logits, which each program finds by itself, and one
   kernel sums their results. In 4 bits rows of up to 4,096 columns come in small tiles, so that one warp has a row and
   its sum.
@@ -587,11 +587,13 @@ def bytes_experts_sum_kernel(
     tell_rows(y, out, N, count, inboxes, RANK, RANKS)
 
 
-# --- Large matrices by the copy engine --------------------------------------------------------------------------------
+# --- Matrices by the copy engine --------------------------------------------------------------------------------------
 
-# A ring of tiles in shared memory, which holds more than registers do, is filled before the wait. Later tiles come
-# while x is made. A tile is 512 words of 16 rows, and of int4 their scales and the rows' steps. It is multiplied in two
-# halves. A thread has units of four words, which are 16 columns of int8 or a block of 32 in 4 bits.
+# A ring of tiles in shared memory, which holds more than registers do, is filled before the wait, except its last tile
+# if it has several. The loads of x come before that tile, because the memory answers in turn. Later tiles come while x
+# is made. A tile is 2,048 bytes of 16 or 8 rows, and of int4 their scales and the rows' steps. It is multiplied in two
+# halves. A thread has 8 columns of 16 bits, or units of four words, which are 16 columns of int8 or a block of 32 in
+# 4 bits.
 
 
 @gluon.jit
@@ -627,35 +629,42 @@ def _fetch_tile(descs, rings, full, count, first, apart, groups, TILES: gl.const
 
 @gluon.jit
 def _share_x(x, KIND: gl.constexpr):
-    """2,048 columns x [256, 8], as `_in_bytes` makes them, in shared memory: words of bytes and of second bytes, and
-    the steps of units. 4 bits have two words each, for even columns and for odd ones. Their units also have -8 times
-    the sum of x's bytes, and that sum times the step."""
+    """2,048 columns x [256, 8] in shared memory. For packed weights they are as `_in_bytes` makes them: words of bytes
+    and of second bytes, and the steps of units. 4 bits have two words each, for even columns and for odd ones. Their
+    units also have -8 times the sum of x's bytes, and that sum times the step."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
-    if KIND == "int8":
-        words = (gl.join(a, b).reshape([512]), gl.join(a_second, b_second).reshape([512]))
-        units = (tl.broadcast_to(step[:, None], [64, 2]).reshape([128]),)
+    if KIND == "plain":
+        words, units = (x.reshape([2048]),), ()
     else:
-        sums = gl.convert_layout(gl.sum(sums.reshape([64, 4]), 1), step.type.layout)
-        words = (a, a_second, b, b_second)
-        units = (step, sums * -8, sums.to(gl.float32) * step)
+        x = x.to(gl.float32)
+        a, b, a_second, b_second, sums, step, a_third, b_third, third_sums = _in_bytes(x, 64, KIND, False)
+        if KIND == "int8":
+            words = (gl.join(a, b).reshape([512]), gl.join(a_second, b_second).reshape([512]))
+            units = (tl.broadcast_to(step[:, None], [64, 2]).reshape([128]),)
+        else:
+            sums = gl.convert_layout(gl.sum(sums.reshape([64, 4]), 1), step.type.layout)
+            words = (a, a_second, b, b_second)
+            units = (step, sums * -8, sums.to(gl.float32) * step)
     shared_words, shared_units = (), ()
     for i in gl.static_range(len(words)):
-        shared_words = shared_words + (gl.allocate_shared_memory(gl.int32, words[i].shape, layout, words[i]),)
+        shared_words = shared_words + (gl.allocate_shared_memory(words[i].dtype, words[i].shape, layout, words[i]),)
     for i in gl.static_range(len(units)):
         shared_units = shared_units + (gl.allocate_shared_memory(units[i].dtype, units[i].shape, layout, units[i]),)
     return shared_words, shared_units
 
 
 @gluon.jit
-def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
-    """The part of what `_share_x` gave that half a tile meets; of int8 it is one half."""
+def _load_shared_x(shared, part: gl.constexpr, KIND: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
+    """The part of what `_share_x` gave that half a tile meets: a quarter for 16 bits, a half for int8, or all."""
     shared_words, shared_units = shared
     x = ()
     for i in gl.static_range(len(shared_words)):
-        x = x + (_four(shared_words[i].slice(half * 256, 256).load(gl.SliceLayout(0, words))[None, :]),)
+        if KIND == "plain":
+            x = x + (shared_words[i].slice(part * 512, 512).load(gl.SliceLayout(0, words))[None, :].to(gl.float32),)
+        else:
+            x = x + (_four(shared_words[i].slice(part * 256, 256).load(gl.SliceLayout(0, words))[None, :]),)
     for i in gl.static_range(len(shared_units)):
-        x = x + (shared_units[i].slice(half * 64, 64).load(gl.SliceLayout(0, units))[None, :],)
+        x = x + (shared_units[i].slice(part * 64, 64).load(gl.SliceLayout(0, units))[None, :],)
     return x
 
 
@@ -663,13 +672,16 @@ def _load_shared_x(shared, half: gl.constexpr, words: gl.constexpr, units: gl.co
 def _add_half_tile(
     total, zeros, rings, slot, half: gl.constexpr, x, KIND: gl.constexpr, words: gl.constexpr, units: gl.constexpr
 ):
-    """total [R, 64] and the products of half a tile of R rows with what `_load_shared_x` gave. `zeros` [R, 64] gets
-    what the zero points add, in their own steps."""
+    """total [R, 64], or [R, 512] for weights of 16 bits, and the products of half a tile of R rows with what
+    `_load_shared_x` gave. `zeros` [R, 64] gets what the zero points add, in their own steps."""
     R: gl.constexpr = total.shape[0]
-    q = rings[0].index(slot).reshape([R, 512]).slice(half * 256, 256, dim=1).load(words)
-    if KIND == "int8":
+    HALF: gl.constexpr = 512 if KIND == "plain" else 256
+    q = rings[0].index(slot).reshape([R, 2 * HALF]).slice(half * HALF, HALF, dim=1).load(words)
+    if KIND == "plain":
+        total += q.to(gl.float32) * x[0]
+    elif KIND == "int8":
         q, x_bytes, x_second, step = _four(q), x[0], x[1], x[2]
-        dot = _dot_four(q, x_second, _dot_four(q, x_bytes, 0) * 254).to(gl.float32)
+        total += _dot_four(q, x_second, _dot_four(q, x_bytes, 0) * 254).to(gl.float32) * step
     else:
         a_bytes, a_second, b_bytes, b_second, step, minus, x_sum = x
         a, b = _four(q & 0x0F0F0F0F), _four((q >> 4) & 0x0F0F0F0F)
@@ -677,42 +689,47 @@ def _add_half_tile(
         dot = _dot_four(b, b_second, _dot_four(a, a_second, dot)).to(gl.float32)
         both = rings[1].index(slot).reshape([R, 128]).slice(half * 64, 64, dim=1).load(units)
         scale, zero = _scale_and_zero(both)
-        dot *= scale
+        total += dot * scale * step
         zeros += zero * x_sum
-    return total + dot * step, zeros
+    return total, zeros
 
 
 @gluon.jit
 def streamed_matvec_kernel(
     w_desc, scales_desc, steps_desc, s_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps,
-    K: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr,
-    PDL: gl.constexpr,
+    K: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr,
+    CLAMP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """A single token's product as `bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, words], 16
-    rows at a time. KIND is "int8" or "bytes", whose groups are of 32 columns."""
+    """A single token's product as `bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, K numbers or
+    words] in tiles of COLUMNS, 16 rows at a time, or 8 of one part. KIND is "plain", of 16 bits, or "int8", or "bytes"
+    with groups of 32 columns. Packed weights meet a norm that was not rounded to x's dtype."""
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    R: gl.constexpr = PARTS * ROWS
     CHUNKS: gl.constexpr = (K + 2047) // 2048
-    HALVES: gl.constexpr = CHUNKS * 2 if KIND == "int8" else CHUNKS  # half tiles of a row
+    HALF: gl.constexpr = COLUMNS // 2
+    HALVES: gl.constexpr = (K + HALF - 1) // HALF
     TILES: gl.constexpr = (HALVES + 1) // 2
-    HELD: gl.constexpr = K <= 4096  # then x stays in registers
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
-    # Two warps have a row's half tile. One has the sums of two rows, 8 apart: a row of gate, and the same of up.
-    words: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 2], [1, 0])
+    BEFORE_WAIT: gl.constexpr = max(STAGES - 1, 1)
+    HELD: gl.constexpr = K <= 4096 and KIND != "plain"  # then x stays in registers; of 16 bits it is read once a tile
+    # Two warps have a row's half tile. One has the sums of two rows, 8 apart: a row of gate, and the same of up. Of 8
+    # rows it has one.
+    words: gl.constexpr = gl.BlockedLayout([1, 8 if KIND == "plain" else 4], [1, 32], [4, 2], [1, 0])
     of_four: gl.constexpr = gl.BlockedLayout([1, 1, 2, 2], [1, 32, 1, 1], [4, 2, 1, 1], [3, 2, 1, 0])
     units: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, of_four))
     of_steps: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [4, 0], [8, 0]], [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [1, 0], [2, 0]], [], [16, 2]
     )
     of_sums: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [8, 0]], [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [4, 0]], [], [16, 64]
-    )
+        [[0, 1], [8, 0]] if R == 16 else [[0, 1]],
+        [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [4, 0]], [], [R, 64],
+    )  # fmt: skip
     of_x: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [8, 1], [1, 0])
     program, programs, groups = gl.program_id(0), gl.num_programs(0), gl.cdiv(N, ROWS)
-    row = gl.arange(0, 16, gl.SliceLayout(1, of_sums))
+    row = gl.arange(0, R, gl.SliceLayout(1, of_sums))
     column = gl.arange(0, 256, gl.SliceLayout(1, of_x))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_x))[None, :]
-    descs = (w_desc,) if KIND == "int8" else (w_desc, scales_desc, steps_desc)
-    rings, full, norm, x = (), (), (), ()
+    descs = (w_desc, scales_desc, steps_desc) if KIND == "bytes" else (w_desc,)
+    rings, full, norm, x, sums = (), (), (), (), ()
     for i in gl.static_range(len(descs)):
         tile = descs[i].block_type
         rings = rings + (gl.allocate_shared_memory(tile.element_ty, [STAGES] + tile.shape, descs[i].layout),)
@@ -727,17 +744,20 @@ def streamed_matvec_kernel(
         for i in gl.static_range(CHUNKS):
             at = i * 2048 + column
             norm = norm + (gl.load(norm_ptr + at, mask=at < K, other=0.0),)
-    for stage in gl.static_range(STAGES):
+    for stage in gl.static_range(BEFORE_WAIT):
         _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
     wait_for_inputs(PDL)
-    if residual_ptr is None:
-        for i in gl.static_range(CHUNKS):
-            at = i * 2048 + column
+    for i in gl.static_range(CHUNKS):
+        at = i * 2048 + column
+        if residual_ptr is None:
             x = x + (gl.load(x_ptr + at, mask=at < K, other=0.0),)
-    else:
-        sums, squares = (), gl.zeros([256, 8], gl.float32, of_x)
+        else:
+            sums = sums + (_add_residual(x_ptr, residual_ptr, at, total_ptr.dtype.element_ty, K),)
+    for stage in gl.static_range(BEFORE_WAIT, STAGES):
+        _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
+    if residual_ptr is not None:
+        squares = gl.zeros([256, 8], gl.float32, of_x)
         for i in gl.static_range(CHUNKS):
-            sums = sums + (_add_residual(x_ptr, residual_ptr, i * 2048 + column, total_ptr.dtype.element_ty, K),)
             squares += sums[i] * sums[i]
         if program == 0:
             for i in gl.static_range(CHUNKS):
@@ -745,28 +765,30 @@ def streamed_matvec_kernel(
                 gl.store(total_ptr + at, sums[i].to(total_ptr.dtype.element_ty), mask=at < K)
         factor = gl.rsqrt(gl.sum(gl.sum(squares, 1), 0) / K + eps)
         for i in gl.static_range(CHUNKS):
-            x = x + ((sums[i] * factor * norm[i].to(gl.float32)).to(dtype),)
+            normed = sums[i] * norm[i].to(gl.float32)
+            if KIND == "plain":
+                normed = (normed * factor).to(x_ptr.dtype.element_ty)
+            x = x + (normed,)  # bytes do not wait for `factor`: the sums are multiplied by it
     shared, held = (), ()
     for i in gl.static_range(CHUNKS):
-        shared = shared + (_share_x(x[i].to(gl.float32), KIND),)
+        shared = shared + (_share_x(x[i], KIND),)
     for i in gl.static_range(HALVES if HELD else 0):
-        held = held + (_load_shared_x(shared[i * CHUNKS // HALVES], i % 2 if KIND == "int8" else 0, words, units),)
+        held = held + (_load_shared_x(shared[i * HALF // 2048], i % (2048 // HALF), KIND, words, units),)
     count = 0
     for group in range(program, groups, programs):
         out = group * ROWS + row % ROWS
-        total, zeros = gl.zeros([16, 64], gl.float32, units), gl.zeros([16, 64], gl.float32, units)
+        zeros = gl.zeros([R, 64], gl.float32, units)
+        total = gl.zeros([R, 512], gl.float32, words) if KIND == "plain" else zeros
         for tile in gl.static_range(TILES):
             slot = count % STAGES
             for i in gl.static_range(len(descs)):
                 hopper.mbarrier.wait(full[i].index(slot), count // STAGES & 1)
-            for half in gl.static_range(2 if 2 * tile + 1 < HALVES else 1):
+            for i in gl.static_range(2 * tile, min(2 * tile + 2, HALVES)):
                 if HELD:
-                    its_x = held[2 * tile + half]
-                elif KIND == "int8":
-                    its_x = _load_shared_x(shared[tile], half, words, units)
+                    its_x = held[i]
                 else:
-                    its_x = _load_shared_x(shared[2 * tile + half], 0, words, units)
-                total, zeros = _add_half_tile(total, zeros, rings, slot, half, its_x, KIND, words, units)
+                    its_x = _load_shared_x(shared[i * HALF // 2048], i % (2048 // HALF), KIND, words, units)
+                total, zeros = _add_half_tile(total, zeros, rings, slot, i % 2, its_x, KIND, words, units)
             if KIND == "bytes":
                 scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).load(of_steps).split()
             # The compiler makes all threads meet before these copies, so all have read the slot.
@@ -776,7 +798,11 @@ def streamed_matvec_kernel(
             zero_step = gl.convert_layout(zero_step, gl.SliceLayout(1, units), assert_trivial=True)
             scale_step = gl.convert_layout(scale_step, gl.SliceLayout(1, units), assert_trivial=True)
             total = (total + zeros * zero_step[:, None]) * scale_step[:, None]
+        if KIND == "plain":
+            total = gl.sum(total.reshape([R, 64, 8]), 2)
         y = gl.sum(gl.convert_layout(total, of_sums), 1)
+        if residual_ptr is not None and KIND != "plain":
+            y *= factor
         if KIND == "int8":
             y *= of_rows[0].to(gl.float32)
         if b_ptr is not None:

@@ -340,11 +340,6 @@ def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 1
     return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
 
 
-def takes_norm(weight) -> bool:
-    """Whether `norm_linear` takes such a weight."""
-    return takes_bytes(weight) and columns(weight) <= 4096
-
-
 def row_tile(K: int) -> tuple[int, int]:
     """Columns and warps of a tile of a row of floats, as they were fastest on an H100 of K = 2,048 to 11,008."""
     if 1024 < K <= 4096:
@@ -353,9 +348,12 @@ def row_tile(K: int) -> tuple[int, int]:
 
 
 def takes_streamed(x, weight, scales, N: int) -> bool:
-    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits: Hopper, and a large matrix,
-    whose x leaves room for two tiles. 4 bits need a scale for each block, whole 16 bytes of them in a row, and rows in
-    pairs."""
+    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits.
+
+    It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes. 4 bits need a
+    scale for each block, whole 16 bytes of them in a row, and rows in pairs. Packed weights were slower so if their
+    rows or columns are 2,048 to 4,096, but no multiple of 128, as the 2,880 of gpt-oss.
+    """
     K = columns(weight)
     of_int4 = (
         weight.dtype == torch.uint8
@@ -364,14 +362,23 @@ def takes_streamed(x, weight, scales, N: int) -> bool:
         and K % 256 == 0
         and N % 2 == 0
     )
+    of_int8 = weight.dtype == torch.int8 and K % 32 == 0
+    packed = (of_int8 or of_int4) and all(n <= 2048 or n >= 4096 or n % 128 == 0 for n in (N, K))
+    least = 2048 if of_int4 else 512
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
-        and x.dtype != torch.float32
-        and N >= 4096
-        and 4096 <= K <= 14336
-        and (of_int4 or weight.dtype == torch.int8 and K % 32 == 0)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and N >= least
+        and least <= K <= 14336
+        and (packed or weight.dtype == x.dtype and K % 8 == 0)
     )
+
+
+def takes_norm(x, weight, gated: bool) -> bool:
+    """Whether `norm_linear` takes such x [1, K] and weight, `gated` as it is."""
+    N = len(weight) // (2 if gated else 1)
+    return columns(weight) <= 4096 and (takes_bytes(weight) or takes_streamed(x, weight, None, N))
 
 
 def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
@@ -384,21 +391,27 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     """As `launch_matvec`, for what `takes_streamed` allows. Two programs share a multiprocessor and its memory."""
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
     N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
-    rows, chunks = 16 // parts, triton.cdiv(K, 2048)
-    w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [parts, rows, 512])
-    kind, tiles, stage, scales_desc, steps_desc = "int8", chunks, 16 * 2048, None, None
+    # 8 rows of a small matrix, so that more programs share it. For 4 bits more programs cost more, as each makes x.
+    of_all = 8 if N < 4096 and not gated and weight.dtype != torch.uint8 else 16
+    rows, stage, scales_desc, steps_desc = of_all // parts, of_all * 2048, None, None
+    if weight.dtype == x.dtype:
+        kind, wide = "plain", 1024
+        w_desc = describe(weight.view(parts, N, -1), [parts, rows, 1024])
+    else:
+        kind, wide = "int8", 2048
+        w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [parts, rows, 512])
     if weight.dtype == torch.uint8:
-        kind, tiles, stage = "bytes", triton.cdiv(chunks, 2), 16 * (2048 + 256 + 8)
+        kind, wide, stage = "bytes", 4096, of_all * (2048 + 256 + 8)
         scales_desc = describe(scales.view(parts, N, -1), [parts, rows, 128])
         steps_desc = describe(zeros.float().view(parts, N // 2, 4), [parts, rows // 2, 4], 0)  # two rows in 16 bytes
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
-    room = 110_000 - chunks * 4864  # x takes no more for 2,048 columns
-    stages = min(room // stage, triton.cdiv(groups, programs) * tiles)
+    room = 110_000 - triton.cdiv(K, 2048) * 4864  # x takes no more for 2,048 columns
+    stages = min(room // stage, triton.cdiv(groups, programs) * triton.cdiv(K, wide))
     streamed_matvec_kernel[(programs,)](
         w_desc, scales_desc, steps_desc, scales, bias, x, y, N, *norm,
-        K=K, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128,
+        K=K, COLUMNS=wide, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128,
         **launch_options(x.device),
     )  # fmt: skip
 
@@ -420,6 +433,7 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     options |= {"GATED": gated, "ACT": activation, "CLAMP": clamp}
     options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
     if not takes_bytes(weight):
+        assert norm[0] is None, "this kernel takes no norm"
         block, warps = row_tile(K) if logits is None else (1024, 4)
         matvec_kernel[(N * T,)](
             x, weight, scales, bias, y, logits, peers, T, N,
