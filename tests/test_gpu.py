@@ -309,7 +309,7 @@ def test_a_model_gives_the_same_when_no_kernel_starts_early(mode, family, monkey
     import gpu_kernels
     import gpu_products
 
-    config = replace(FAMILIES[family], n_layer=12, dim=2048, hidden_dim=2048)  # so that a llama takes the copy engine
+    config = replace(FAMILIES[family], n_layer=12, dim=2048, hidden_dim=2048)  # a llama's int8 takes the copy engine
     state = random_weights(config)
     if mode:
         config, state = quantize_model(config, state, mode, 32)
@@ -340,7 +340,7 @@ def test_a_model_gives_the_same_when_no_kernel_starts_early(mode, family, monkey
 def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
     if kind is None and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("16 bits take the norm by the copy engine of Hopper")
-    hidden = {96: 320, 1024: 640, 2304: 2176, 2880: 640, 4096: 4416}[dim]  # from 1,024 on 16 bits take the copy engine
+    hidden = {96: 320, 1024: 640, 2304: 2304, 2880: 640, 4096: 4416}[dim]  # from 1,024 on 16 bits take the copy engine
     config = replace(FAMILIES["qwen2"], n_layer=1, dim=dim, hidden_dim=hidden, head_dim=64)
     state = random_weights(config)
     if kind:
