@@ -415,7 +415,8 @@ class Attention(nn.Module):
 
     def by_gpu_kernel(self, x, input_pos) -> bool:
         """Whether a GPU's kernel, which needs no mask, takes tokens x [B, T, ...] at these positions."""
-        return input_pos is not None and on_gpu_kernels(x) and x.shape[1] * self.queries_per_kv <= 64
+        most = 16 if x.dtype == torch.float32 else 64  # rows, see `gpu_kernels.attention`
+        return input_pos is not None and on_gpu_kernels(x) and x.shape[1] * self.queries_per_kv <= most
 
     def projection(self):
         """The matrix that comes first, and what `gpu_products.linear` takes for what follows it."""
@@ -807,14 +808,14 @@ class FastGPT(nn.Module):
             raise ValueError(f"{B} rows are more than the cache's {self.max_batch_size}: call setup_caches again")
         window = self.config.sliding_window
         positions = torch.arange(T, device=idx.device)[None] if input_pos is None else input_pos
+        update = self.embed(idx).to(self.norm_f.weight.dtype)
         mask = in_window = None  # without positions a token sees those before it
-        if input_pos is not None and not self.layers[0].attn.by_gpu_kernel(idx, input_pos):
+        if input_pos is not None and not self.layers[0].attn.by_gpu_kernel(update, input_pos):
             slots = torch.arange(self.max_seq_length, device=idx.device)
             mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
             if window is not None:
                 in_window = mask & (slots > positions[:, None, :, None] - window)
 
-        update = self.embed(idx).to(self.norm_f.weight.dtype)
         if self.config.embed_scale != 1:
             update = update * torch.full((), self.config.embed_scale, dtype=update.dtype, device=update.device)
         residual, rope, rope_window = torch.zeros_like(update), None, None

@@ -542,8 +542,10 @@ def attention(
     by one in a row, and `rope` [B, T, 1, 2, C/2] (None: no rotation). Keys and values go into the caches
     [B, KV, S, C]; if those are int8, their scales into `k_scales` and `v_scales` [B, KV, S]. Each token sees the last
     `window` slots up to its own, and `scale` multiplies the scores, to which `sinks` [H] add one of each head that has
-    no value. `arrived` [B KV] are zeros in int32, and are so again afterwards. T H / KV is 64 at most. `q_norm` and
-    `k_norm` [C] are weights of an RMS norm of each head before the rotation, with `plus_one` what is added to 1.
+    no value. `arrived` [B KV] are zeros in int32, and are so again afterwards. `q_norm` and `k_norm` [C] are weights of
+    an RMS norm of each head before the rotation, with `plus_one` what is added to 1.
+
+    T H / KV is 64 at most, in float32 16. More would spill registers there, and exceed an RTX 4090's shared memory.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used: the compiler drops calls
@@ -570,7 +572,9 @@ def attention(
     options = {"num_warps": 8 if k_scales is None else 4} | launch_options(q.device)
     new = 64 if T > 16 else 1 if T == 1 and k_scales is None else 16
     shape = {"H": H, "KV": KV, "C": C, "CP": CP, "M": M, "SPLITS": splits}
-    block = twice * max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles in 100 kB, an RTX 4090's
+    block = twice * max(16, min(64, 16384 // (CP * q.element_size())))  # three tiles in 99 kB, an RTX 4090's
+    if M * CP > 2**13 and not is_hopper:
+        block = 16  # beside queries of 32 kB
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     _attention_kernel[(B * KV, splits)](
         q, k, v, q_norm, k_norm, rope, input_pos, k_cache, v_cache, *scales, sums, tops, arrived, sinks, y,

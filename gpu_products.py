@@ -527,7 +527,7 @@ def linear(
         return F.linear(x, weight, bias)
     y = torch.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
     if T > 1 and not few and not packed:
-        BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128)
+        BT, BN, BK = (16, 32, 256) if T <= 16 else (64, 64, 128 if x.element_size() == 2 else 64)
         grid = (triton.cdiv(N, BN), triton.cdiv(T, BT))
         _int8_matmul_kernel[grid](x, weight, scales, y, T, N, K, BT=BT, BN=BN, BK=BK, num_warps=4, num_stages=3)
         return y if bias is None else y + bias

@@ -468,6 +468,35 @@ def test_a_router_takes_the_norm_of_a_single_token(tokens, takes, calls, monkeyp
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64)])
+def test_tokens_that_the_attention_kernel_does_not_take_get_a_mask(dtype, most, monkeypatch):
+    config = replace(LLAMA, block_size=80)
+    model, rows = build(config, dtype=dtype), most // (config.n_head // config.n_kv_head)
+    model.setup_caches(1, 80)
+    by_kernel, with_mask = [], []
+
+    def kernel(q, *more):
+        by_kernel.append(q.shape[1])
+        return torch.zeros_like(q)
+
+    def plain_attention(q, k, v, mask, *more):
+        with_mask.append(mask.shape)
+        return torch.zeros_like(q)
+
+    plain = {"linear": lambda x, weight, **more: F.linear(x, weight), "takes_few_tokens": lambda *more: False}
+    kernels = SimpleNamespace(add_norm=lambda x, *more: (x, x), attention=kernel, **plain)
+    monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
+    monkeypatch.setattr(fast_model, "gpu_products", kernels)
+    monkeypatch.setattr(fast_model, "cpu_kernels", None)
+    monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
+    monkeypatch.setattr(fast_model, "attention", plain_attention)
+    model(random_ids(1, rows), positions(0, rows))
+    assert (by_kernel, with_mask) == ([rows] * config.n_layer, [])
+    model(random_ids(1, rows + 1), positions(0, rows + 1))
+    assert (len(by_kernel), with_mask) == (config.n_layer, [(1, 1, rows + 1, 80)] * config.n_layer)
+
+
+@torch.no_grad()
 def test_decoding_is_one_graph_of_matrix_vector_products_as_positions_move():
     torch.compiler.reset()
     graphs = []
