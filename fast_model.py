@@ -5,7 +5,8 @@ It computes the same function from the same `GPTConfig` and shares no arithmetic
 
 - Keys and values live in a static cache, allocated by `setup_caches` and written in place at `input_pos`, so that
   decoding is one graph with no break and no recompilation as positions move. Plain attention reads every slot under a
-  mask; the GPU's kernel reads the used ones, so that there a step's cost grows with the context used.
+  mask; the GPU's kernel, where it takes the tokens, reads the used ones. There a step's cost grows with the context
+  used.
 - An int8 cache holds them rounded to 8 bits. A prompt without positions sees its own exact ones all the same.
 - Without `input_pos` the tokens start a sequence at position 0 and see only each other: no mask, and no cache needed.
 - q, k and v are one matrix, gate and up another. `to_fast` renames and fuses, `to_reference` undoes it bit for bit.
@@ -416,7 +417,8 @@ class Attention(nn.Module):
     def by_gpu_kernel(self, x, input_pos) -> bool:
         """Whether a GPU's kernel, which needs no mask, takes tokens x [B, T, ...] at these positions."""
         most = 16 if x.dtype == torch.float32 else 64  # rows, see `gpu_kernels.attention`
-        return input_pos is not None and on_gpu_kernels(x) and x.shape[1] * self.queries_per_kv <= most
+        few = is_certain(x.shape[1] * self.queries_per_kv <= most)  # of a dynamic T this is False, and no guard
+        return input_pos is not None and on_gpu_kernels(x) and few
 
     def projection(self):
         """The matrix that comes first, and what `gpu_products.linear` takes for what follows it."""

@@ -508,7 +508,8 @@ def linear(
     peers: torch.Tensor | None = None, rank: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """y [T, N] for x [T, K]; weight [N, K], or int8 and scales [N], or packed as in `Int4Linear`, uint8 [N, K/2], with
-    scales and zeros [N, K/G] or what `in_bytes` makes of them; or packed MXFP4, and scales [N, K/32] in uint8.
+    scales and zeros [N, K/G] or what `in_bytes` makes of them; or packed MXFP4, and scales [N, K/32] in uint8. Each
+    begins at a multiple of 16 bytes, as PyTorch allocates it.
 
     For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
     with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as

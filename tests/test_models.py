@@ -469,31 +469,44 @@ def test_a_router_takes_the_norm_of_a_single_token(tokens, takes, calls, monkeyp
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64)])
-def test_tokens_that_the_attention_kernel_does_not_take_get_a_mask(dtype, most, monkeypatch):
-    config = replace(LLAMA, block_size=80)
-    model, rows = build(config, dtype=dtype), most // (config.n_head // config.n_kv_head)
+@pytest.mark.parametrize("family", ["llama-3.1", "mistral"])
+def test_tokens_that_the_attention_kernel_does_not_take_get_a_mask(family, dtype, most, monkeypatch):
+    config = replace(TINY[family], block_size=80, n_head=8, n_kv_head=1)
+    model, tokens = build(config, dtype=dtype), most // 8
     model.setup_caches(1, 80)
-    by_kernel, with_mask = [], []
+    by_kernel, masks = [], []
 
     def kernel(q, *more):
         by_kernel.append(q.shape[1])
         return torch.zeros_like(q)
 
     def plain_attention(q, k, v, mask, *more):
-        with_mask.append(mask.shape)
+        masks.append(None if mask is None else tuple(mask.shape))
         return torch.zeros_like(q)
 
-    plain = {"linear": lambda x, weight, **more: F.linear(x, weight), "takes_few_tokens": lambda *more: False}
-    kernels = SimpleNamespace(add_norm=lambda x, *more: (x, x), attention=kernel, **plain)
+    kernels = SimpleNamespace(add_norm=lambda x, *more: (x, x), attention=kernel, takes_few_tokens=lambda *more: False)
     monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
     monkeypatch.setattr(fast_model, "gpu_products", kernels)
     monkeypatch.setattr(fast_model, "cpu_kernels", None)
     monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
     monkeypatch.setattr(fast_model, "attention", plain_attention)
-    model(random_ids(1, rows), positions(0, rows))
-    assert (by_kernel, with_mask) == ([rows] * config.n_layer, [])
-    model(random_ids(1, rows + 1), positions(0, rows + 1))
-    assert (len(by_kernel), with_mask) == (config.n_layer, [(1, 1, rows + 1, 80)] * config.n_layer)
+    model(random_ids(1, tokens), positions(0, tokens))
+    assert (by_kernel, masks) == ([tokens] * config.n_layer, [])
+    model(random_ids(1, tokens + 1), positions(0, tokens + 1))
+    assert (len(by_kernel), masks) == (config.n_layer, [(1, 1, tokens + 1, 80)] * config.n_layer)
+
+
+def test_whether_the_attention_kernel_takes_tokens_is_no_guard_on_a_dynamic_number(monkeypatch):
+    attn = build(replace(LLAMA, n_head=8, n_kv_head=1)).layers[0].attn
+    monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: True)
+
+    def taken(x):
+        return x + (1 if attn.by_gpu_kernel(x, x) else 0)
+
+    x = torch.zeros(1, 2, 4)  # 16 rows, and all of dynamic sizes are more
+    assert taken(x).all()
+    torch._dynamo.mark_dynamic(x, 1)
+    assert not torch.compile(taken, backend="eager", fullgraph=True)(x).any()
 
 
 @torch.no_grad()
