@@ -657,12 +657,11 @@ def _share_x(x, KIND: gl.constexpr):
 def _load_shared_x(shared, part: gl.constexpr, KIND: gl.constexpr, words: gl.constexpr, units: gl.constexpr):
     """The part of what `_share_x` gave that half a tile meets: a quarter for 16 bits, a half for int8, or all."""
     shared_words, shared_units = shared
+    WIDE: gl.constexpr = 512 if KIND == "plain" else 256
     x = ()
     for i in gl.static_range(len(shared_words)):
-        if KIND == "plain":
-            x = x + (shared_words[i].slice(part * 512, 512).load(gl.SliceLayout(0, words))[None, :].to(gl.float32),)
-        else:
-            x = x + (_four(shared_words[i].slice(part * 256, 256).load(gl.SliceLayout(0, words))[None, :]),)
+        its_words = shared_words[i].slice(part * WIDE, WIDE).load(gl.SliceLayout(0, words))[None, :]
+        x = x + (its_words.to(gl.float32) if KIND == "plain" else _four(its_words),)
     for i in gl.static_range(len(shared_units)):
         x = x + (shared_units[i].slice(part * 64, 64).load(gl.SliceLayout(0, units))[None, :],)
     return x
@@ -675,8 +674,8 @@ def _add_half_tile(
     """total [R, 64], or [R, 512] for weights of 16 bits, and the products of half a tile of R rows with what
     `_load_shared_x` gave. `zeros` [R, 64] gets what the zero points add, in their own steps."""
     R: gl.constexpr = total.shape[0]
-    HALF: gl.constexpr = 512 if KIND == "plain" else 256
-    q = rings[0].index(slot).reshape([R, 2 * HALF]).slice(half * HALF, HALF, dim=1).load(words)
+    WIDE: gl.constexpr = 512 if KIND == "plain" else 256
+    q = rings[0].index(slot).reshape([R, 2 * WIDE]).slice(half * WIDE, WIDE, dim=1).load(words)
     if KIND == "plain":
         total += q.to(gl.float32) * x[0]
     elif KIND == "int8":
@@ -711,7 +710,7 @@ def streamed_matvec_kernel(
     HALVES: gl.constexpr = (K + HALF - 1) // HALF
     TILES: gl.constexpr = (HALVES + 1) // 2
     BEFORE_WAIT: gl.constexpr = max(STAGES - 1, 1)
-    HELD: gl.constexpr = K <= 4096 and KIND != "plain"  # then x stays in registers; of 16 bits it is read once a tile
+    HELD: gl.constexpr = K <= 4096 and KIND != "plain"  # then x stays in registers
     # Two warps have a row's half tile. One has the sums of two rows, 8 apart: a row of gate, and the same of up. Of 8
     # rows it has one.
     words: gl.constexpr = gl.BlockedLayout([1, 8 if KIND == "plain" else 4], [1, 32], [4, 2], [1, 0])

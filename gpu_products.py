@@ -391,17 +391,15 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     """As `launch_matvec`, for what `takes_streamed` allows. Two programs share a multiprocessor and its memory."""
     (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
     N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
+    plain, of_int4 = weight.dtype == x.dtype, weight.dtype == torch.uint8
+    kind, wide = ("plain", 1024) if plain else ("bytes", 4096) if of_int4 else ("int8", 2048)
     # 8 rows of a small matrix, so that more programs share it. For 4 bits more programs cost more, as each makes x.
-    of_all = 8 if N < 4096 and not gated and weight.dtype != torch.uint8 else 16
-    rows, stage, scales_desc, steps_desc = of_all // parts, of_all * 2048, None, None
-    if weight.dtype == x.dtype:
-        kind, wide = "plain", 1024
-        w_desc = describe(weight.view(parts, N, -1), [parts, rows, 1024])
-    else:
-        kind, wide = "int8", 2048
-        w_desc = describe(weight.view(torch.int32).view(parts, N, -1), [parts, rows, 512])
-    if weight.dtype == torch.uint8:
-        kind, wide, stage = "bytes", 4096, of_all * (2048 + 256 + 8)
+    of_all = 8 if N < 4096 and not gated and not of_int4 else 16
+    rows, stage = of_all // parts, of_all * (2048 + 256 + 8 if of_int4 else 2048)
+    words = weight if plain else weight.view(torch.int32)
+    w_desc = describe(words.view(parts, N, -1), [parts, rows, 1024 if plain else 512])
+    scales_desc, steps_desc = None, None
+    if of_int4:
         scales_desc = describe(scales.view(parts, N, -1), [parts, rows, 128])
         steps_desc = describe(zeros.float().view(parts, N // 2, 4), [parts, rows // 2, 4], 0)  # two rows in 16 bytes
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
