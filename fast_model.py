@@ -349,7 +349,7 @@ class AddNorm(nn.Module):
                 return None
             residual, *projected = gpu_products.norm_router(update, residual, *norm, *weights, **more)
             return residual, projected
-        if not gpu_products.takes_norm(update, weights[0], activation.get("gated", False)):
+        if not gpu_products.takes_norm(update, activation.get("gated", False), *weights):
             return None
         residual, y = gpu_products.norm_linear(update, residual, *norm, *weights, **more)
         return residual, y.view(*residual.shape[:-1], -1)

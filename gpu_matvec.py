@@ -622,8 +622,8 @@ def _fetch_tile(descs, rings, full, count, first, apart, groups, TILES: gl.const
     for i in gl.static_range(len(descs)):
         hopper.mbarrier.expect(full[i].index(slot), descs[i].block_type.nbytes, more)
     for i in gl.static_range(len(descs)):
-        column = tile * descs[i].block_type.shape[2] if i < 2 else 0
-        at = [0, group * descs[i].block_type.shape[1], column]
+        column, rows = tile * descs[i].block_type.shape[2], descs[0].block_type.shape[1]
+        at = [0, group * rows, column] if i < 2 else [0, group * (rows // 2), 0]
         hopper.tma.async_copy_global_to_shared(descs[i], at, full[i].index(slot), rings[i].index(slot), more)
 
 
@@ -717,8 +717,9 @@ def streamed_matvec_kernel(
     of_four: gl.constexpr = gl.BlockedLayout([1, 1, 2, 2], [1, 32, 1, 1], [4, 2, 1, 1], [3, 2, 1, 0])
     units: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, of_four))
     of_steps: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [4, 0], [8, 0]], [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [1, 0], [2, 0]], [], [16, 2]
-    )
+        [[0, 1], [4, 0], [8, 0]] if R == 16 else [[0, 1], [4, 0]],
+        [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [1, 0], [2, 0]], [], [R, 2],
+    )  # fmt: skip
     of_sums: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [8, 0]] if R == 16 else [[0, 1]],
         [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [4, 0]], [], [R, 64],
@@ -789,7 +790,7 @@ def streamed_matvec_kernel(
                     its_x = _load_shared_x(shared[i * HALF // 2048], i % (2048 // HALF), KIND, words, units)
                 total, zeros = _add_half_tile(total, zeros, rings, slot, i % 2, its_x, KIND, words, units)
             if KIND == "bytes":
-                scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).load(of_steps).split()
+                scale_step, zero_step = rings[2].index(slot).reshape([16, 2]).slice(0, R).load(of_steps).split()
             # The compiler makes all threads meet before these copies, so all have read the slot.
             _fetch_tile(descs, rings, full, count + STAGES, program, programs, groups, TILES)
             count += 1

@@ -350,9 +350,9 @@ def row_tile(K: int) -> tuple[int, int]:
 def takes_streamed(x, weight, scales, N: int) -> bool:
     """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits.
 
-    It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes. 4 bits need a
-    scale for each block, whole 16 bytes of them in a row, and rows in pairs. Packed weights were slower so if their
-    rows or columns are 2,048 to 4,096, but no multiple of 128, as the 2,880 of gpt-oss.
+    It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes; longer ones gained
+    nothing. 4 bits need a scale for each block, whole 16 bytes of them in a row, and rows in pairs. Packed weights were
+    slower so if their rows or columns are 2,048 to 4,096, but no multiple of 128, as the 2,880 of gpt-oss.
     """
     K = columns(weight)
     of_int4 = (
@@ -365,20 +365,21 @@ def takes_streamed(x, weight, scales, N: int) -> bool:
     of_int8 = weight.dtype == torch.int8 and K % 32 == 0
     packed = (of_int8 or of_int4) and all(n <= 2048 or n >= 4096 or n % 128 == 0 for n in (N, K))
     least = 2304 if of_int4 else 512  # 2,048 gained nothing in int4: its x is dear, and the other kernel's tiles fit
+    most = 30720 if packed and N == len(weight) else 14336
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
         and x.dtype in (torch.bfloat16, torch.float16)
         and N >= least
-        and least <= K <= 14336
+        and least <= K <= most
         and (packed or weight.dtype == x.dtype and K % 8 == 0)
     )
 
 
-def takes_norm(x, weight, gated: bool) -> bool:
-    """Whether `norm_linear` takes such x [1, K] and weight, `gated` as it is."""
-    N = len(weight) // (2 if gated else 1)
-    return columns(weight) <= 4096 and (takes_bytes(weight) or takes_streamed(x, weight, None, N))
+def takes_norm(x, gated: bool, weight, scales=None, *others) -> bool:
+    """Whether `norm_linear` takes such x [1, K] and weights, `gated` as they are."""
+    K, N = columns(weight), len(weight) // (2 if gated else 1)
+    return takes_bytes(weight) and K <= 4096 or takes_streamed(x, weight, scales, N) and K <= 8192
 
 
 def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
@@ -394,14 +395,16 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     plain, of_int4 = weight.dtype == x.dtype, weight.dtype == torch.uint8
     kind, wide = ("plain", 1024) if plain else ("bytes", 4096) if of_int4 else ("int8", 2048)
     # 8 rows of a small matrix, so that more programs share it. For 4 bits more programs cost more, as each makes x.
-    of_all = 8 if N < 4096 and not gated and not of_int4 else 16
+    # Beside x of long rows there is no room for two tiles of 16.
+    of_all = 8 if K > 14336 or N < 4096 and not gated and not of_int4 else 16
     rows, stage = of_all // parts, of_all * (2048 + 256 + 8 if of_int4 else 2048)
     words = weight if plain else weight.view(torch.int32)
     w_desc = describe(words.view(parts, N, -1), [parts, rows, 1024 if plain else 512])
     scales_desc, steps_desc = None, None
     if of_int4:
         scales_desc = describe(scales.view(parts, N, -1), [parts, rows, 128])
-        steps_desc = describe(zeros.float().view(parts, N // 2, 4), [parts, rows // 2, 4], 0)  # two rows in 16 bytes
+        # Two rows are in 16 bytes. 8 rows bring the steps of 16, because a copy begins at a multiple of 128 bytes.
+        steps_desc = describe(zeros.float().view(parts, N // 2, 4), [parts, 8 // parts, 4], 0)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     groups = triton.cdiv(N, rows)
     programs = min(groups, 2 * multiprocessors)
