@@ -705,6 +705,7 @@ def streamed_matvec_kernel(
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
     R: gl.constexpr = PARTS * ROWS
+    gl.static_assert(R == 16 or PARTS == 1)
     CHUNKS: gl.constexpr = (K + 2047) // 2048
     HALF: gl.constexpr = COLUMNS // 2
     HALVES: gl.constexpr = (K + HALF - 1) // HALF

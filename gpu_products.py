@@ -347,13 +347,13 @@ def row_tile(K: int) -> tuple[int, int]:
     return (2048, 8) if K % 2048 == 0 else (1024, 4)
 
 
-def takes_streamed(x, weight, scales, N: int, normed: bool) -> bool:
-    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits, a norm before it or not.
+def takes_streamed(x, weight, scales, N: int) -> bool:
+    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits.
 
-    It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes; longer ones gained
-    nothing, and large matrices lost without a norm. 4 bits need a scale for each block, whole 16 bytes of them in a
-    row, and rows in pairs. Packed weights lost if their rows or columns are 2,048 to 4,096, but no multiple of 128, as
-    the 2,880 of gpt-oss.
+    It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes, and gained
+    nothing if they had more than 14,336 columns. 4 bits need a scale for each block, whole 16 bytes of them in a row,
+    and rows in pairs. Packed weights were slower so if their rows or columns are 2,048 to 4,096, but no multiple of
+    128, as the 2,880 of gpt-oss.
     """
     K = columns(weight)
     of_int4 = (
@@ -364,24 +364,23 @@ def takes_streamed(x, weight, scales, N: int, normed: bool) -> bool:
         and N % 2 == 0
     )
     of_int8 = weight.dtype == torch.int8 and K % 32 == 0
-    plain = weight.dtype == x.dtype and K % 8 == 0 and (normed or N <= 4096 or K < 4096)
     packed = (of_int8 or of_int4) and all(n <= 2048 or n >= 4096 or n % 128 == 0 for n in (N, K))
     least = 2304 if of_int4 else 512  # 2,048 gained nothing in int4: its x is dear, and the other kernel's tiles fit
-    most = 30720 if packed and N == len(weight) else 14336
+    most = 30720 if packed and N == len(weight) else 14336  # gate and up have 16 rows a tile
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
         and x.dtype in (torch.bfloat16, torch.float16)
         and N >= least
         and least <= K <= most
-        and (packed or plain)
+        and (packed or weight.dtype == x.dtype and K % 8 == 0)
     )
 
 
 def takes_norm(x, gated: bool, weight, scales=None, *others) -> bool:
     """Whether `norm_linear` takes such x [1, K] and weights, `gated` as they are."""
     K, N = columns(weight), len(weight) // (2 if gated else 1)
-    return takes_bytes(weight) and K <= 4096 or takes_streamed(x, weight, scales, N, True) and K <= 8192
+    return takes_bytes(weight) and K <= 4096 or takes_streamed(x, weight, scales, N) and K <= 8192
 
 
 def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
@@ -429,7 +428,7 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     (activation, gated, clamp), (peers, rank) = act, to
-    if logits is None and peers is None and takes_streamed(x, weight, scales, N, norm[0] is not None):
+    if logits is None and peers is None and takes_streamed(x, weight, scales, N):
         launch_streamed(x, weights, y, act, norm)
         return
     options = {"E": 0 if logits is None else logits.shape[1], "USED": used, **launch_options(x.device)}

@@ -204,15 +204,19 @@ def weights_of(kind, shape, dtype):
     return (parts["weight"], scales, zeros), expected
 
 
+BY_COPY_ENGINE = [  # half of 8,498 is odd
+    *product(("int8", 32), ((8498, 4096), (8500, 4352), (4300, 14336), (4300, 17408))),
+    *product(("plain",), ((1036, 776), (3082, 4104), (8500, 4352), (4300, 14336))),
+    *product(("int8",), ((1280, 896), (3072, 4352))),
+    (32, (4352, 2304)),
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
         *product(("plain", "int8", "mxfp4", "floats", 32, 256), ((34, 768), (96, 11008))),
-        # for the copy engine; half of 8,498 is odd
-        *product(("int8", 32), ((8498, 4096), (8500, 4352), (4300, 14336), (4300, 17408))),
-        *product(("plain",), ((1036, 776), (3082, 4104), (8500, 3848), (4096, 14336))),
-        *product(("int8",), ((1280, 896), (3072, 4352))),
-        (32, (4352, 2304)),
+        *BY_COPY_ENGINE,
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -227,6 +231,10 @@ def test_the_linear_kernels_give_what_the_plain_path_gives(kind, shape, dtype):
         assert close(y, x.double() @ expected.T, dtype), tokens
         assert close(biased, x.double() @ expected.T + bias, dtype), tokens
     x = x[:1] / shape[1] ** 0.5
+    if torch.cuda.get_device_capability()[0] == 9 and dtype == torch.bfloat16:
+        scales = None if kind == "plain" else parts[1]
+        takes = gpu_products.takes_streamed(x, parts[0], scales, shape[0])
+        assert takes == ((kind, shape) in BY_COPY_ENGINE)
     exact = x.double() @ expected.T
     for activation, make in ACTIVATIONS.items():  # an error of each factor, and of the activation
         for added in (None, bias):
@@ -342,7 +350,7 @@ def test_a_product_takes_the_norm_before_it(kind, dim, dtype, monkeypatch):
     if (kind is None or dim > 4096) and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("16 bits and long rows take the norm by the copy engine of Hopper")
     # From 1,024 on 16 bits take the copy engine, from 2,304 on int4.
-    hidden, heads = {96: 320, 1024: 640, 2880: 640, 4096: 4416}.get(dim, 2304), 40 if dim > 4096 else 6
+    hidden, heads = {96: (320, 6), 1024: (640, 6), 2880: (640, 6), 4096: (4416, 60)}.get(dim, (2304, 40))
     config = replace(FAMILIES["qwen2"], n_layer=1, dim=dim, hidden_dim=hidden, n_head=heads, head_dim=64)
     state = random_weights(config)
     if kind:

@@ -229,7 +229,7 @@ def empty_kernels(log):
         gather_words=lambda ranks: 1,
         runs_on=lambda device: True,
         takes_few_tokens=lambda x, weight: False,
-        takes_norm=lambda x, weight, gated: True,  # but ranks have a sum before each
+        takes_norm=lambda x, gated, *weights: True,  # but ranks have a sum before each
         linear=linear,
         add_norm=add_norm,
         attention=lambda q, *more: torch.zeros_like(q),
