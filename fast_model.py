@@ -429,6 +429,11 @@ class Attention(nn.Module):
 
     def forward(self, qkv, rope, mask, input_pos, to=ALONE):
         """The update of this rank [B, T, D], of what `project` gave: queries, keys and values [B, T, (H + 2 K) C]."""
+        y = self.attend(qkv, rope, mask, input_pos)
+        return part_of_sum(self.out, y.reshape(*qkv.shape[:2], -1), to)
+
+    def attend(self, qkv, rope, mask, input_pos):
+        """The heads' results [B, T, H, C]."""
         B, T, _ = qkv.shape
         q, k, v = qkv.split(self.sizes, dim=-1)
         by_gpu_kernel = self.by_gpu_kernel(qkv, input_pos)
@@ -443,11 +448,9 @@ class Attention(nn.Module):
             if norms_there:
                 norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.plus_one)
             more = (window, self.scale, self.arrived, self.sinks, *norms)
-            y = gpu_kernels.attention(q, k, v, rope, input_pos, *caches, *more)
-            return part_of_sum(self.out, y.view(B, T, -1), to)
+            return gpu_kernels.attention(q, k, v, rope, input_pos, *caches, *more)
         if input_pos is not None and cpu_kernels is not None and cpu_kernels.attention_takes(q, self.k_cache):
-            y = cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)
-            return self.out(y.view(B, T, -1))
+            return cpu_kernels.attention((q, k, v), rope, input_pos, caches, window, self.scale, self.sinks)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k = through_cache(self.k_cache, self.k_scale_cache, k.transpose(1, 2), input_pos)
@@ -456,13 +459,12 @@ class Attention(nn.Module):
         flash_takes_it = q.dtype != torch.float32 and self.head_dim in range(8, 257, 8)
         if new_with_sinks and flash_takes_it and on_gpu_kernels(q):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            y = flash_attention_with_sinks(q, k, v, self.window, self.scale, self.sinks)
-            return self.out(y.reshape(B, T, -1))
+            return flash_attention_with_sinks(q, k, v, self.window, self.scale, self.sinks)
         if input_pos is None and self.window is not None and T > self.window:
             y = sliding_attention(q.transpose(1, 2), k, v, self.window, self.scale, self.sinks)
         else:
             y = attention(q.transpose(1, 2), k, v, mask, self.scale, self.sinks)
-        return part_of_sum(self.out, y.transpose(1, 2).reshape(B, T, -1), to)
+        return y.transpose(1, 2)
 
 
 class SigmoidGELU(nn.Module):

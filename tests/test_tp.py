@@ -207,15 +207,16 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
 
 
 def empty_kernels(log):
-    """Made-up kernels that compute nothing, and note the updates that others are told of, and that norms hear of."""
+    """Made-up kernels that compute nothing, and note the updates that others are told of, and that norms hear of, and
+    the inboxes."""
 
     def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
-        y = torch.full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
-        log.extend([("told", y)] if peers is not None else [])
+        y = x.new_full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
+        log.extend([("told", peers.tolist(), y)] if peers is not None else [])
         return y
 
     def add_norm(x, update, *norms):
-        log.extend([("heard", update)] if norms[8] else [])
+        log.extend([("heard", norms[6].tolist(), update)] if norms[8] else [])
         return x, x
 
     def sum_experts(hidden, logits, used, norm, weight, *parts, bias=None, **to):
@@ -239,8 +240,9 @@ def empty_kernels(log):
     )
 
 
-@pytest.mark.parametrize("family", ["llama-2", "gemma-3", "pythia", "mixtral", "gpt-2"])
-def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
+@pytest.mark.parametrize("family", ["llama-2", "gemma-3", "pythia", "mixtral", "gpt-2", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_hears_what_a_product_has_told(family, dtype, monkeypatch):
     """Else a rank would wait without end, or add up numbers of another round."""
     log, config = [], CONFIGS[family]
     for file in ("fast_model.gpu_kernels", "fast_model.gpu_products", "tp.gpu_kernels"):
@@ -248,7 +250,8 @@ def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
     monkeypatch.setattr(fast_model, "shared_memory", lambda words, device: (None, torch.zeros(2)))
     monkeypatch.setattr(fast_model, "all_reduce", lambda update, *ranks: update)
     monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: not torch.is_grad_enabled())
-    model = build_model(config, tp.shard(random_weights(config), config, 1, 2), "cpu", torch.float32, rank=1, ranks=2)
+    monkeypatch.setattr(fast_model, "flash_attention_with_sinks", lambda q, *more: torch.zeros_like(q))
+    model = build_model(config, tp.shard(random_weights(config), config, 1, 2), "cpu", dtype, rank=1, ranks=2)
     model.setup_caches(2, 32)
     with torch.no_grad():
         for rows, tokens, last in ((1, 1, None), (1, 1, [0]), (1, 5, [3]), (1, 5, None), (2, 1, None), (2, 3, [0, 2])):
@@ -257,8 +260,10 @@ def test_a_norm_hears_what_a_product_has_told(family, monkeypatch):
                 model(IDS[:rows, :tokens], input_pos, last and torch.tensor(last))
                 told, heard = log[::2], log[1::2]
                 sums = 0 if config.parallel or rows * tokens > 1 else 2 * config.n_layer
-                assert [kind for kind, _ in log] == ["told", "heard"] * sums
-                assert all(torch.equal(a.flatten(), b.flatten()) for (_, a), (_, b) in zip(told, heard, strict=True))
+                assert [kind for kind, *_ in log] == ["told", "heard"] * sums
+                for (_, to, update), (_, by, added) in zip(told, heard, strict=True):
+                    assert to == by and torch.equal(update.flatten(), added.flatten())
+                assert all(before != after for (_, before, _), (_, after, _) in zip(told, told[1:], strict=False))
 
 
 def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
