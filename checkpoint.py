@@ -315,15 +315,19 @@ def build_model(
 
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
-    """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there.
+    """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there. A GPU older than
+    Ampere has no bfloat16 of its own, which the compiler needs, and takes float16 for it.
 
     On a CPU it is float32, with weights that may stay in 16 bits (`build_model`). int4 weights without
     `cpu_kernels.py` are computed in bfloat16 there: PyTorch has its fast product for that dtype alone.
     """
     stored = state_dict["transformer.wte.weight"].dtype
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16 if stored == torch.float32 else stored
+        return torch.float16 if stored == torch.bfloat16 else stored
     if device != "cpu":
-        halves = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if stored == torch.float32 and halves else stored
+        return stored
     int4 = (describe_quantization(state_dict) or {}).get("mode") == "int4"
     return torch.bfloat16 if int4 and not cpu_kernels.available() else torch.float32
 

@@ -533,9 +533,12 @@ class MLP(nn.Module):
 
 def multiply_by_experts(x, weight, ends):
     """x [N, K], sorted by expert, times each row's own matrix of weight [E, M, K]; `ends` [E] are where experts end."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    # In a CUDA graph the host cannot know the ends. Except on these GPUs PyTorch's grouped product asks it for them.
+    in_graph = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    asks_nobody = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    if x.is_cuda and x.dtype == torch.bfloat16 and (asks_nobody or not in_graph):
         return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph, in which the host cannot know the ends
+    if in_graph:
         expert = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True)
         y = x.new_zeros(len(x), weight.shape[1])
         for i, matrix in enumerate(weight):

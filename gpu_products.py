@@ -768,7 +768,7 @@ def _sorted_tokens_kernel(
                 later = step - 1 + STAGES  # takes the place of the step before this one
                 more = (step > 0) & (later < STEPS)
                 slot = later % STAGES
-                gl.thread_barrier()  # all warps have done with it
+                tl.debug_barrier()  # all warps have done with it
                 hopper.mbarrier.expect(full.index(slot), BYTES, more)
                 hopper.tma.async_copy_global_to_shared(
                     w_desc, [part, row, later * BLOCK // 8], full.index(slot), w.index(slot), more

@@ -154,6 +154,8 @@ def explain(error: Exception) -> tuple[int, str | None]:
         return 2, "--compile needs a C++ compiler, and none is on the PATH; install g++ or leave out --compile"
     if "Python.h: No such file" in message:
         return 2, "--compile needs Python.h, which is missing; install python3-dev or leave out --compile"
+    if "BF16 is not supported" in message:
+        return 2, "--compile takes no bfloat16 on this GPU; give --precision float16 or float32, or leave out --compile"
     if isinstance(inner, OSError):
         return 2, f"--compile could not write or run what it needs: {inner}; mend that or leave out --compile"
     if isinstance(error, (ValueError, OSError)):

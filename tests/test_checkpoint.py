@@ -13,7 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from check_equivalence import FAMILIES, random_weights
-from checkpoint import build_model, load, quantize_model, read_checkpoint, reference_state, save, write_checkpoint
+from checkpoint import (
+    build_model,
+    default_dtype,
+    load,
+    quantize_model,
+    read_checkpoint,
+    reference_state,
+    save,
+    write_checkpoint,
+)
 from fast_model import to_reference
 
 CONFIG = replace(FAMILIES["qwen2"], block_size=32, vocab_size=50)
@@ -75,6 +84,22 @@ def test_a_built_model_is_in_eval_mode_and_of_the_asked_dtype(path):
         model = build_model(*read_checkpoint(path), "cpu", torch.bfloat16, twin)
         assert not model.training
         assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "natively", "computed"),
+    [
+        (torch.float32, True, torch.bfloat16),
+        (torch.float32, False, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float16),
+        (torch.float16, True, torch.float16),
+    ],
+)
+def test_a_gpu_without_bfloat16_computes_in_float16(stored, natively, computed, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: natively)
+    state_dict = {"transformer.wte.weight": torch.zeros(1, dtype=stored)}
+    assert default_dtype("cuda", state_dict) == computed
 
 
 def test_the_names_of_file_and_folder_mean_nothing(path, tmp_path):

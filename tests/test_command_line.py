@@ -3,6 +3,7 @@
 Most runs are inside this process, where torch is imported once; a few are processes of their own.
 """
 
+import inspect
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ import generate
 import quantize
 from check_equivalence import random_weights
 from checkpoint import read_checkpoint, write_checkpoint
+from runtime import explain
 from tokenizer import SENTENCEPIECE_STEPS, load_tokenizer
 
 GREEDY = ("--temperature", "0")
@@ -697,6 +699,15 @@ def test_a_missing_compiler_is_an_error_in_one_line(tiny_checkpoint, tmp_path):
     arguments = command(tiny_checkpoint, "--prompt", "abc", "--compile")
     end = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
     assert end.returncode == 2 and end.stderr.splitlines()[-1].startswith(b"error: --compile needs a C++ compiler")
+
+
+def test_a_gpu_without_bfloat16_is_named_where_the_compiler_refuses_it():
+    from torch._inductor.compile_fx import _check_triton_bf16_support
+
+    message = "BF16 is not supported"
+    assert message in inspect.getsource(_check_triton_bf16_support)
+    code, sentence = explain(RuntimeError(f"SkipFrame: {message}"))
+    assert code == 2 and sentence.startswith("--compile takes no bfloat16 on this GPU")
 
 
 def no_tokenizer(folder):

@@ -591,10 +591,11 @@ def test_a_mixture_of_experts_has_gradients_under_autocast():
     assert (losses[0] - losses[1]).abs() < 0.02 * losses[0]
 
 
-def test_a_batch_of_many_experts_fits_into_a_cuda_graph():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_many_experts_fits_into_a_cuda_graph(dtype):
     torch.compiler.reset()
     config = FAMILIES["mixtral"]
-    model = build_model(config, random_weights(config), "cuda", torch.float32)
+    model = build_model(config, random_weights(config), "cuda", dtype)
     step = compiled_step(decode_step, "cuda")
     prompt = torch.arange(120, device="cuda").view(40, 3)  # 80 pairs of a token and an expert
     expected = list(generate(model, prompt, 12, Sampling(temperature=0)))
