@@ -256,7 +256,7 @@ def sliding_attention(q, k, v, window: int, scale: float, sinks=None):
     query = slot[window:, None]
     y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale, sinks)
     y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
-    return torch.cat([first, y[:, :, : T - window]], dim=2)
+    return torch.cat([first, y], dim=2)[:, :, :T]  # T - window would be a size of 1, which a dynamic one must not be
 
 
 class Linear(nn.Linear):

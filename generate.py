@@ -586,7 +586,7 @@ def interactive_loop(session: Session) -> None:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            ids = session.encode(messages)
+            ids = objects_of_ranks(session.encode(messages))[0]  # a template may ask for the time
             if session.args.chat and len(messages) > 1 and len(ids) > min(session.slots, session.context):
                 sizes = f"{len(ids)} tokens, the cache {min(session.slots, session.context)} slots"
                 raise ValueError(f"the conversation has {sizes}; /reset begins anew")

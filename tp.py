@@ -90,12 +90,9 @@ def shard(state_dict: dict, config, rank: int, ranks: int) -> dict:
             shards[name] = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
         elif dim == 1 and tensor.dim() == 2:  # weight [N, K], and of 4 bits weight [N, K/2], scales and zeros [N, K/G]
             if tensor.shape[1] % ranks:
-                columns = 2 * state_dict[f"{module}.weight"].shape[1]
-                groups = state_dict[f"{module}.scales"].shape[1]
-                raise ValueError(
-                    f"{module}.weight has {columns} columns in {groups} groups, which {ranks} ranks do not "
-                    "divide; take fewer ranks, smaller groups or int8"
-                )
+                advice = "" if kind == "scales" and tensor.dtype == torch.uint8 else ", smaller groups or int8"  # MXFP4
+                parts = f"{2 * tensor.shape[1]} columns" if kind == "weight" else f"{tensor.shape[1]} groups of columns"
+                raise ValueError(f"{module} has {parts}, which {ranks} ranks do not divide; take fewer ranks{advice}")
             columns = tensor.shape[1] // ranks
             shards[name] = tensor[:, rank * columns : (rank + 1) * columns].contiguous()
         elif dim == 1 and kind == "bias" and rank > 0:

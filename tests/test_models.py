@@ -56,6 +56,19 @@ def test_no_mask_of_a_new_prompt_grows_with_its_square(monkeypatch):
     assert max(sizes) == window * (2 * window + 1)  # of gpt-oss with a column for its sinks
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "gpt-oss"])
+def test_a_prompt_of_a_token_more_than_the_window_is_traced_for_any_length(family):
+    torch.compiler.reset()
+    model, forward = build(FAMILIES[family]), FastGPT.forward
+    traced = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    for tokens in (1, 30):
+        ids = random_ids(1, FAMILIES[family].sliding_window + tokens)
+        expected = forward(model, ids)
+        torch._dynamo.mark_dynamic(ids, 1)
+        close(traced(model, ids), expected)
+
+
 @pytest.mark.parametrize("window", [None, 1, 7, 50])
 def test_sinks_beside_flash_attention_are_those_of_the_softmax(monkeypatch, window):
     """PyTorch's kernel, which runs on GPUs alone, written out."""
