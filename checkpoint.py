@@ -316,7 +316,7 @@ def build_model(
 
 def default_dtype(device: str, state_dict: dict) -> torch.dtype:
     """The checkpoint's own, on an NVIDIA GPU bfloat16 for a float32 one, which is twice as fast there. A GPU older than
-    Ampere has no bfloat16 of its own, which the compiler needs, and takes float16 for it.
+    Ampere has no bfloat16 of its own, and computes such a checkpoint in float16.
 
     On a CPU it is float32, with weights that may stay in 16 bits (`build_model`). int4 weights without
     `cpu_kernels.py` are computed in bfloat16 there: PyTorch has its fast product for that dtype alone.

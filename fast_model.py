@@ -256,7 +256,7 @@ def sliding_attention(q, k, v, window: int, scale: float, sinks=None):
     query = slot[window:, None]
     y = attention(q[:, 1:].flatten(0, 1), k, v, ((slot <= query) & (slot > query - window))[None, None], scale, sinks)
     y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (blocks - 1) window, C]
-    return torch.cat([first, y], dim=2)[:, :, :T]  # T - window would be a size of 1, which a dynamic one must not be
+    return torch.cat([first, y], dim=2)[:, :, :T]  # T - window tokens may be one, which would fix T if compiled
 
 
 class Linear(nn.Linear):
@@ -533,7 +533,7 @@ class MLP(nn.Module):
 
 def multiply_by_experts(x, weight, ends):
     """x [N, K], sorted by expert, times each row's own matrix of weight [E, M, K]; `ends` [E] are where experts end."""
-    # In a CUDA graph the host cannot know the ends. Except on these GPUs PyTorch's grouped product asks it for them.
+    # In a CUDA graph the host cannot know the ends. PyTorch's grouped product asks it, but on Hopper and 10.x.
     in_graph = x.is_cuda and torch.cuda.is_current_stream_capturing()
     asks_nobody = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     if x.is_cuda and x.dtype == torch.bfloat16 and (asks_nobody or not in_graph):

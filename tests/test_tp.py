@@ -207,8 +207,7 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
 
 
 def empty_kernels(log):
-    """Made-up kernels that compute nothing, and note the updates that others are told of, and that norms hear of, and
-    the inboxes."""
+    """Made-up kernels that compute nothing. They note each update that is told or heard, and its inbox."""
 
     def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
         y = x.new_full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
