@@ -330,27 +330,30 @@ class AddNorm(nn.Module):
         """The sum, and its norm, of residual and update [..., D], or what a `module` projects the norm to. `post` [D]
         are weights of a norm of the update. A row that was one of several when it was computed, so that nobody has told
         it, is not `told`."""
-        if module is not None and (joined := self.joined(module, residual, update, post)):
+        if module is not None and (joined := self.joined(module, residual, update, post, told)):
             return joined
         residual, x = self.add(residual, update, post, told)
         return residual, x if module is None else module.project(x)
 
-    def joined(self, module, residual, update, post):
+    def joined(self, module, residual, update, post, told):
         """The same by one kernel, or None: of a single token a GPU's product takes the norm by itself, if it can."""
-        matrix, activation = module.projection()
-        if update is None or self.ranks > 1 or not self.is_plain(post):
+        (matrix, activation), of_experts = module.projection(), isinstance(module, SparseMLP)
+        if update is None or not self.is_plain(post):
+            return None
+        if self.ranks > 1 and (of_experts or not (told and tells(residual, self.told_peers))):
             return None
         weights = matrix.gpu_weights() if is_single_token(residual) and on_gpu_kernels(residual) else None
         if weights is None:
             return None
         update, norm, more = update.flatten(0, -2), (self.weight, self.eps), {"bias": matrix.bias, **activation}
-        if isinstance(module, SparseMLP):
+        if of_experts:
             if not gpu_products.takes_router(weights[0]):
                 return None
             residual, *projected = gpu_products.norm_router(update, residual, *norm, *weights, **more)
             return residual, projected
-        if not gpu_products.takes_norm(update, activation.get("gated", False), *weights):
+        if not gpu_products.takes_norm(update, activation.get("gated", False), self.ranks, *weights):
             return None
+        more |= {"peers": self.told_peers, "rank": self.rank}
         residual, y = gpu_products.norm_linear(update, residual, *norm, *weights, **more)
         return residual, y.view(*residual.shape[:-1], -1)
 
@@ -608,12 +611,14 @@ class SparseMLP(nn.Module):
         """The update of this rank [..., D], of what `project` gave."""
         x, logits = projected
         rows = x.flatten(0, -2)  # [N, D]
-        logits = from_rank_0(logits, self.ranks, self.peers, self.rank)  # so that the choice is every rank's
         by_kernels = on_gpu_kernels(x) and self.experts_gate_up.gpu_weights()
         most = 64 if by_kernels else 32  # pairs of a token and an expert
         few = not torch.is_grad_enabled() and is_certain(rows.shape[0] * self.used <= most)
+        told = tells(x, to[0])
+        if not told:  # so that the choice is every rank's; of a single token all ranks computed the same by kernels
+            logits = from_rank_0(logits, self.ranks, self.peers, self.rank)
         if few and by_kernels:
-            y = self.of_few_by_kernels(rows, logits, to if tells(x, to[0]) else ALONE)
+            y = self.of_few_by_kernels(rows, logits, to if told else ALONE)
         else:
             weights, chosen = logits.float().softmax(-1).topk(self.used)  # [N, used]
             if self.norm_topk_prob:

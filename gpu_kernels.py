@@ -7,7 +7,7 @@ much. Decisions to know:
   results after fetching weights, which do not depend on them. So norms are here too, and RoPE, cache and attention are
   one operator: a kernel of the compiler's in between would break the chain.
 - For the same reason the sum over ranks of tensor parallelism is in the norm's kernel. Of a single token the product
-  before has told the other ranks its part already, so that the norm's kernel only hears.
+  before has told the other ranks its part already. So the norm's kernel only hears, or the product that takes the norm.
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding"). Whichever program ends last joins the parts.
 - The k-th largest number, for top-k sampling, is found by counting digits, without a sort, in one kernel whose
@@ -101,7 +101,7 @@ def open_inboxes(peers_ptr, RANKS: tl.constexpr):
 
 
 @triton.jit
-def _words(inbox, dtype: tl.constexpr):
+def words_of(inbox, dtype: tl.constexpr):
     """The inbox as words for numbers of this kind."""
     WORD: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
     return tl.multiple_of(inbox.to(tl.pointer_type(WORD), bitcast=True), 16)
@@ -116,7 +116,7 @@ def _tell(values, count, inside, place, inboxes, SIZE, RANK: tl.constexpr, RANKS
         words = (count << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            tl.store(_words(inboxes[rank], values.dtype) + place + RANK * SIZE, words, mask=inside)
+            tl.store(words_of(inboxes[rank], values.dtype) + place + RANK * SIZE, words, mask=inside)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def count_of_rows(inboxes, rows, N, RANK: tl.constexpr, RANKS: tl.constexpr):
 
 @triton.jit
 def tell_rows(y, rows, N, count, inboxes, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Tell all ranks, if there are several, these rows of N, for the `add_norm` that comes next."""
+    """Tell all ranks, if there are several, these rows of N, for the norm that comes next."""
     if RANKS > 1:
         _tell(y, count, rows < N, rows, inboxes, N, RANK, RANKS)
         tl.debug_barrier()  # all warps have read the count
@@ -173,7 +173,7 @@ def _gather_kernel(
     tl.store(y_ptr + RANK * n + at, x, mask=inside)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            theirs = _hear(_words(inboxes[RANK], tl.float32) + place + rank * MOST, count, inside, tl.float32)
+            theirs = _hear(words_of(inboxes[RANK], tl.float32) + place + rank * MOST, count, inside, tl.float32)
             tl.store(y_ptr + rank * n + at, theirs.to(y_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # all warps have read the count
     tl.store(count_ptr, count)
@@ -221,7 +221,7 @@ def _sum_over_ranks(
         if rank == RANK:
             total += values.to(tl.float32)
         else:
-            words_ptr = _words(inboxes[RANK], values.dtype) + place + rank * D
+            words_ptr = words_of(inboxes[RANK], values.dtype) + place + rank * D
             total += _hear(words_ptr, count, inside, values.dtype).to(tl.float32)
     if not TOLD:
         tl.debug_barrier()  # all warps have read the count
@@ -281,8 +281,10 @@ def inbox_words(ranks: int, dim: int) -> int:
 
 
 def told_words(ranks: int, dim: int) -> int:
-    """The same of what `linear` and `sum_experts` tell, which take two such inboxes in turn."""
-    return dim * (1 + ranks) + dim % 2
+    """The same of what `linear` and `sum_experts` tell, which take two such inboxes in turn. Each begins at a multiple
+    of 16 bytes."""
+    words = dim * (1 + ranks)
+    return words + words % 2
 
 
 @custom_operator(lambda x, *others: (x.new_empty(x.shape), x.new_empty(x.shape)))

@@ -32,7 +32,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from gpu_kernels import count_of_rows, jit_for_any_T, open_inboxes, tell_rows, wait_for_inputs
+from gpu_kernels import count_of_rows, jit_for_any_T, open_inboxes, tell_rows, wait_for_inputs, words_of
 
 # --- Experts, activations, and rows of floats -------------------------------------------------------------------------
 
@@ -694,14 +694,64 @@ def _add_half_tile(
 
 
 @gluon.jit
+def _load_words(words_ptr, column, K: gl.constexpr):
+    """What a rank told of x, as words in chunks of 2,048."""
+    words = ()
+    for i in gl.static_range((K + 2047) // 2048):
+        at = i * 2048 + column
+        words = words + (gl.load(words_ptr + at, mask=at < K, other=0, volatile=True),)
+    return words
+
+
+@gluon.jit
+def _are_missing(words, count, column, K: gl.constexpr):
+    """Whether one of these words is not of this round yet."""
+    missing = column < 0
+    for i in gl.static_range(len(words)):
+        missing |= (i * 2048 + column < K) & ((words[i] >> 16).to(gl.int16) != count)
+    return gl.max(gl.max(missing.to(gl.int32), 1), 0) > 0
+
+
+@gluon.jit
+def _hear_and_add(total, words_ptr, count, column, dtype: gl.constexpr, K: gl.constexpr):
+    """The chunks of total plus what a rank tells in this round, when all of it has come."""
+    words, sums = _load_words(words_ptr, column, K), ()
+    while _are_missing(words, count, column, K):
+        words = _load_words(words_ptr, column, K)
+    for i in gl.static_range(len(total)):
+        sums = sums + (total[i] + words[i].to(gl.uint16).to(dtype, bitcast=True).to(gl.float32),)
+    return sums
+
+
+@gluon.jit
+def _add_over_ranks(
+    x, zeros, inboxes, column, dtype: gl.constexpr, K: gl.constexpr, RANK: gl.constexpr, RANKS: gl.constexpr
+):
+    """The chunks x of every rank, which the product before has told, added up as by `add_norm` of `gpu_kernels.py`."""
+    words_ptr = words_of(inboxes[RANK], dtype)
+    count = gl.load(inboxes[RANK] + RANKS * K, volatile=True).to(gl.int16)
+    total, sums = (), ()
+    for _ in gl.static_range(len(x)):
+        total = total + (zeros,)
+    for rank in range(RANK):
+        total = _hear_and_add(total, words_ptr + rank * K, count, column, dtype, K)
+    for i in gl.static_range(len(x)):
+        sums = sums + (total[i] + x[i].to(gl.float32),)
+    for rank in range(RANK + 1, RANKS):
+        sums = _hear_and_add(sums, words_ptr + rank * K, count, column, dtype, K)
+    return sums
+
+
+@gluon.jit
 def streamed_matvec_kernel(
-    w_desc, scales_desc, steps_desc, s_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps,
-    K: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr,
-    CLAMP: gl.constexpr, PDL: gl.constexpr,
+    w_desc, scales_desc, steps_desc, s_ptr, b_ptr, x_ptr, y_ptr, N, residual_ptr, norm_ptr, total_ptr, eps, peers_ptr,
+    RANK: gl.constexpr, RANKS: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr,
+    STAGES: gl.constexpr, ACT: gl.constexpr, CLAMP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A single token's product as `bytes_matvec_kernel` makes it, without experts, of weights [1 or 2, N, K numbers or
     words] in tiles of COLUMNS, 16 rows at a time, or 8 of one part. KIND is "plain", of 16 bits, or "int8", or "bytes"
-    with groups of 32 columns. Packed weights meet a norm that was not rounded to x's dtype."""
+    with groups of 32 columns. Packed weights meet a norm that was not rounded to x's dtype. Of several ranks, a product
+    with a norm hears their parts of x, and one without tells them its y."""
     PARTS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
     R: gl.constexpr = PARTS * ROWS
@@ -711,6 +761,8 @@ def streamed_matvec_kernel(
     HALVES: gl.constexpr = (K + HALF - 1) // HALF
     TILES: gl.constexpr = (HALVES + 1) // 2
     BEFORE_WAIT: gl.constexpr = max(STAGES - 1, 1)
+    HEARS: gl.constexpr = RANKS > 1 and residual_ptr is not None
+    TELLS: gl.constexpr = RANKS > 1 and residual_ptr is None
     HELD: gl.constexpr = K <= 4096 and KIND != "plain"  # then x stays in registers
     # Two warps have a row's half tile. One has the sums of two rows, 8 apart: a row of gate, and the same of up. Of 8
     # rows it has one.
@@ -730,7 +782,7 @@ def streamed_matvec_kernel(
     row = gl.arange(0, R, gl.SliceLayout(1, of_sums))
     column = gl.arange(0, 256, gl.SliceLayout(1, of_x))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_x))[None, :]
     descs = (w_desc, scales_desc, steps_desc) if KIND == "bytes" else (w_desc,)
-    rings, full, norm, x, sums = (), (), (), (), ()
+    rings, full, norm, x, residual, sums = (), (), (), (), (), ()
     for i in gl.static_range(len(descs)):
         tile = descs[i].block_type
         rings = rings + (gl.allocate_shared_memory(tile.element_ty, [STAGES] + tile.shape, descs[i].layout),)
@@ -745,17 +797,29 @@ def streamed_matvec_kernel(
         for i in gl.static_range(CHUNKS):
             at = i * 2048 + column
             norm = norm + (gl.load(norm_ptr + at, mask=at < K, other=0.0),)
+    inboxes = open_inboxes(peers_ptr, RANKS)
     for stage in gl.static_range(BEFORE_WAIT):
         _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
     wait_for_inputs(PDL)
+    if TELLS:
+        count_of_told = count_of_rows(inboxes, program * ROWS, N, RANK, RANKS)  # the other rows' is the same
     for i in gl.static_range(CHUNKS):
         at = i * 2048 + column
-        if residual_ptr is None:
+        if residual_ptr is None or HEARS:
             x = x + (gl.load(x_ptr + at, mask=at < K, other=0.0),)
+            if HEARS:
+                residual = residual + (gl.load(residual_ptr + at, mask=at < K, other=0.0),)
         else:
             sums = sums + (_add_residual(x_ptr, residual_ptr, at, total_ptr.dtype.element_ty, K),)
     for stage in gl.static_range(BEFORE_WAIT, STAGES):
         _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
+    if HEARS:
+        updates = _add_over_ranks(
+            x, gl.zeros([256, 8], gl.float32, of_x), inboxes, column, x_ptr.dtype.element_ty, K, RANK, RANKS
+        )
+        x = ()
+        for i in gl.static_range(CHUNKS):
+            sums = sums + ((residual[i].to(gl.float32) + updates[i]).to(total_ptr.dtype.element_ty).to(gl.float32),)
     if residual_ptr is not None:
         squares = gl.zeros([256, 8], gl.float32, of_x)
         for i in gl.static_range(CHUNKS):
@@ -818,4 +882,7 @@ def streamed_matvec_kernel(
         else:
             if ACT is not None:
                 y = activate(y, ACT, y_ptr.dtype.element_ty)
-            gl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=out < N)
+            y = y.to(y_ptr.dtype.element_ty)
+            if TELLS:
+                tell_rows(y, out, N, count_of_told, inboxes, RANK, RANKS)
+            gl.store(y_ptr + out, y, mask=out < N)

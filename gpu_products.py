@@ -347,8 +347,8 @@ def row_tile(K: int) -> tuple[int, int]:
     return (2048, 8) if K % 2048 == 0 else (1024, 4)
 
 
-def takes_streamed(x, weight, scales, N: int) -> bool:
-    """Whether `launch_streamed` takes a weight with N outputs for x [1, K] of 16 bits.
+def takes_streamed(x, weight, scales, N: int, tells: bool = False) -> bool:
+    """Whether `launch_streamed` takes a weight with N outputs, which it `tells` other ranks, for x [1, K] of 16 bits.
 
     It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes, and gained
     nothing if they had more than 14,336 columns. 4 bits need a scale for each block, whole 16 bytes of them in a row,
@@ -365,22 +365,26 @@ def takes_streamed(x, weight, scales, N: int) -> bool:
     )
     of_int8 = weight.dtype == torch.int8 and K % 32 == 0
     packed = (of_int8 or of_int4) and all(n <= 2048 or n >= 4096 or n % 128 == 0 for n in (N, K))
-    least = 2304 if of_int4 else 512  # 2,048 gained nothing in int4: its x is dear, and the other kernel's tiles fit
+    # 2,048 gained nothing on one GPU in int4: its x is dear, and the other kernel's tiles fit.
+    least = (2048 if tells else 2304) if of_int4 else 512
     most = 30720 if packed and N == len(weight) else 14336  # gate and up have 16 rows a tile
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
         and x.dtype in (torch.bfloat16, torch.float16)
-        and N >= least
+        and N >= (4096 if tells else least)
         and least <= K <= most
         and (packed or weight.dtype == x.dtype and K % 8 == 0)
     )
 
 
-def takes_norm(x, gated: bool, weight, scales=None, *others) -> bool:
-    """Whether `norm_linear` takes such x [1, K] and weights, `gated` as they are."""
+def takes_norm(x, gated: bool, ranks: int, weight, scales=None, *others) -> bool:
+    """Whether `norm_linear` takes such x [1, K], a part of a sum of so many ranks, and weights, `gated` as they are."""
     K, N = columns(weight), len(weight) // (2 if gated else 1)
-    return takes_bytes(weight) and K <= 4096 or takes_streamed(x, weight, scales, N) and K <= 8192
+    streamed = takes_streamed(x, weight, scales, N) and K <= 8192
+    if ranks > 1:  # every program reads what all ranks told: small products, and those of 4 bits, lost by that
+        return streamed and len(weight) >= 4096 and weight.dtype != torch.uint8
+    return streamed or takes_bytes(weight) and K <= 4096
 
 
 def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
@@ -389,9 +393,9 @@ def describe(tensor: torch.Tensor, block: list[int], swizzle: int = 128) -> Tens
     return TensorDescriptor.from_tensor(tensor, block, layout)
 
 
-def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
+def launch_streamed(x, weights, y, act: tuple, norm: tuple, to: tuple) -> None:
     """As `launch_matvec`, for what `takes_streamed` allows. Two programs share a multiprocessor and its memory."""
-    (weight, scales, zeros, bias), (activation, gated, clamp) = weights, act
+    (weight, scales, zeros, bias), (activation, gated, clamp), (peers, rank) = weights, act, to
     N, K, parts = y.shape[1], x.shape[1], 2 if gated else 1
     plain, of_int4 = weight.dtype == x.dtype, weight.dtype == torch.uint8
     kind, wide = ("plain", 1024) if plain else ("bytes", 4096) if of_int4 else ("int8", 2048)
@@ -412,9 +416,9 @@ def launch_streamed(x, weights, y, act: tuple, norm: tuple) -> None:
     room = 110_000 - triton.cdiv(K, 2048) * 4864  # x takes no more for 2,048 columns
     stages = min(room // stage, triton.cdiv(groups, programs) * triton.cdiv(K, wide))
     streamed_matvec_kernel[(programs,)](
-        w_desc, scales_desc, steps_desc, scales, bias, x, y, N, *norm,
-        K=K, COLUMNS=wide, KIND=kind, STAGES=stages, ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128,
-        **launch_options(x.device),
+        w_desc, scales_desc, steps_desc, scales, bias, x, y, N, *norm, peers,
+        RANK=rank, RANKS=1 if peers is None else len(peers), K=K, COLUMNS=wide, KIND=kind, STAGES=stages,
+        ACT=activation, CLAMP=clamp, num_warps=8, maxnreg=128, **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -422,15 +426,17 @@ def launch_matvec(x, weights, y, act: tuple, logits=None, used=1, to=(None, 0), 
     """Fill y [T, N] for x [T, K], or, with `logits` [T/used, E], for x [T/used, K].
 
     `weights` are the weight, scales, zeros and bias of `linear`, `act` its activation, gated and clamp, `to` its peers
-    and rank, `norm` what `norm_linear` adds x to, the norm's weight, where the sum goes, and eps. Without `logits`, T
-    above 1 is for packed weights.
+    and rank, `norm` what `norm_linear` adds x to, the norm's weight, where the sum goes, and eps. With a norm the peers
+    told x. Without `logits`, T above 1 is for packed weights.
     """
     (T, N), K = y.shape, x.shape[1]
     weight, scales, zeros, bias = weights
     (activation, gated, clamp), (peers, rank) = act, to
-    if logits is None and peers is None and takes_streamed(x, weight, scales, N):
-        launch_streamed(x, weights, y, act, norm)
+    tells = peers is not None and norm[0] is None
+    if logits is None and takes_streamed(x, weight, scales, N, tells):
+        launch_streamed(x, weights, y, act, norm, to)
         return
+    assert tells or peers is None, "the other kernels hear nobody"
     options = {"E": 0 if logits is None else logits.shape[1], "USED": used, **launch_options(x.device)}
     options |= {"GATED": gated, "ACT": activation, "CLAMP": clamp}
     options |= {"RANK": rank, "RANKS": 1 if peers is None else len(peers)}
@@ -516,7 +522,7 @@ def linear(
     For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
     with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as
     `GPTConfig.gate_clamp` says. With `peers`, addresses of inboxes of `told_words`, a y of T = 1 that is not gated is
-    told to all ranks for the `add_norm` that comes next.
+    told to all ranks for the `add_norm` or `norm_linear` that comes next.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]
@@ -551,16 +557,19 @@ def norm_linear(
     x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
     scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, bias: torch.Tensor | None = None,
     activation: str | None = None, gated: bool = False, clamp: float | None = None,
+    peers: torch.Tensor | None = None, rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """residual + x [1, K], and y as of `linear` for the RMS norm of that, by weights `norm` [K].
 
     Each program of the product takes the norm by itself. On an H100 a step of Llama-2-7B in int8 takes 2.73 ms so, with
     a kernel before it 2.84; gpt-oss-20b, whose qkv alone is such a product, gained nothing (benchmarks/log.md). The
-    weight is one that `takes_norm` allows.
+    weight is one that `takes_norm` allows. With `peers`, x is this rank's part of a sum, which `linear` has told all
+    ranks by the same inboxes.
     """
     x, residual, N = x.contiguous(), residual.contiguous(), weight.shape[0]
     total, y = torch.empty_like(residual), x.new_empty(1, N // 2 if gated else N)
-    launch_matvec(x, (weight, scales, zeros, bias), y, (activation, gated, clamp), norm=(residual, norm, total, eps))
+    act, norm = (activation, gated, clamp), (residual, norm, total, eps)
+    launch_matvec(x, (weight, scales, zeros, bias), y, act, norm=norm, to=(peers, rank))
     return total, y
 
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ CONFIGS["one kv head"] = GPTConfig(**vars(FAMILIES["qwen2"]) | SMALL | {"n_kv_he
 FOUR_RANKS = ("gpt-2", "qwen3-moe", "few kv heads", "one kv head")  # seconds: two ranks compute all
 IDS = torch.randint(331, (3, 30), generator=torch.Generator().manual_seed(0))
 NEW = 12  # tokens
+KINDS = ("plain", "int8", "int4")  # of weights
 
 
 def prepared(name: str, weights: str, rank: int = 0, ranks: int = 1):
@@ -92,6 +94,21 @@ def check_norms(device: str, rank: int, ranks: int) -> None:
             torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (size,), weights[0], 1e-5))
 
 
+def packed(kind: str, weight) -> tuple[tuple, torch.Tensor]:
+    """A weight [N, K] of this kind, as `gpu_products.linear` takes it, and the weight that it stands for."""
+    import gpu_products
+
+    if kind == "plain":
+        return (weight,), weight
+    if kind == "int8":
+        parts = Int8Linear.quantize(weight)
+        return (parts["weight"], parts["scales"]), Int8Linear.dequantize(parts["weight"], parts["scales"].float())
+    parts = Int4Linear.quantize(weight, 32)
+    scales, zeros = parts["scales"], parts["zeros"]
+    stands_for = Int4Linear.dequantize(parts["weight"], scales.float(), zeros.float())
+    return (parts["weight"], *gpu_products.in_bytes(scales, zeros)), stands_for
+
+
 def check_products(device: str, rank: int, ranks: int) -> None:
     """Products whose kernel tells other ranks its part of the sum, and norms that hear it."""
     import gpu_kernels
@@ -101,28 +118,57 @@ def check_products(device: str, rank: int, ranks: int) -> None:
     words = gpu_kernels.told_words(ranks, N)
     memory, first = tp.shared_memory(2 * words, device)
     random = torch.Generator().manual_seed(0)
-    for round, kind in enumerate(("plain", "int8", "int4") * 20):
+    for round, kind in enumerate(KINDS * 20):
         peers = first + 8 * words * (round % 2)
         weights = torch.randn(ranks, N, K, generator=random).to(device) / K**0.5
         hidden, x = (torch.randn(n, 1, width, generator=random).to(device) for n, width in ((ranks, K), (1, N)))
-        if kind == "plain":
-            parts = (weights[rank],)
-        elif kind == "int8":
-            every = [Int8Linear.quantize(weight) for weight in weights]
-            weights = [Int8Linear.dequantize(part["weight"], part["scales"].float()) for part in every]
-            parts = tuple(every[rank][name] for name in ("weight", "scales"))
-        else:
-            every = [Int4Linear.quantize(weight, 32) for weight in weights]
-            weights = [Int4Linear.dequantize(p["weight"], p["scales"].float(), p["zeros"].float()) for p in every]
-            own = every[rank]
-            parts = (own["weight"], *gpu_products.in_bytes(own["scales"], own["zeros"]))
-        update = gpu_products.linear(hidden[rank], *parts, peers=peers, rank=rank)
+        every = [packed(kind, weight) for weight in weights]
+        update = gpu_products.linear(hidden[rank], *every[rank][0], peers=peers, rank=rank)
         total, y = gpu_kernels.add_norm(x, update, ones, None, None, 1e-5, peers=peers, rank=rank, told=True)
-        expected = x + sum(h @ weight.T for h, weight in zip(hidden, weights, strict=True))
+        expected = x + sum(h @ weight.T for h, (_, weight) in zip(hidden, every, strict=True))
         torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(y, torch.nn.functional.rms_norm(expected, (N,), ones, 1e-5), atol=1e-4, rtol=1e-4)
         bits = objects_of_ranks(total.tolist())
         assert bits == bits[:1] * ranks, "a rank has another last bit"
+
+
+def check_streamed_products(device: str, rank: int, ranks: int) -> None:
+    """Products that tell by the copy engine's kernel, and those that hear and take the norm themselves."""
+    import gpu_kernels
+    import gpu_products
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    told, heard = set(), set()
+    for dim, dtype in ((2880, torch.bfloat16), (4096, torch.bfloat16), (5120, torch.float16)):
+        words = gpu_kernels.told_words(ranks, dim)
+        memory, first = tp.shared_memory(2 * words, device)
+        random = torch.Generator().manual_seed(0)
+        before, after, norm = (
+            torch.randn(shape, generator=random).to(device, dtype) for shape in ((dim, 2048), (4096, dim), (dim,))
+        )
+        every = [(kind, packed(kind, before / 2048**0.5), packed(kind, after)[0]) for kind in KINDS]
+        for round, ((kind, (part, weight), following), gated) in enumerate([*product(every, (False, True))] * 3):
+            to = {"peers": first + 8 * words * (round % 2), "rank": rank}
+            x, hidden = (
+                torch.randn(n, 1, size, generator=random).to(device, dtype) for n, size in ((1, dim), (ranks, 2048))
+            )
+            told |= {(kind, dim)} if gpu_products.takes_streamed(hidden[0], *[*part, None][:2], dim, True) else set()
+            update = gpu_products.linear(hidden[rank], *part, **to)
+            total, normed = gpu_kernels.add_norm(x[0], update, norm, None, None, 1e-5, **to, told=True)
+            expected = x[0].float() + (hidden.float() @ weight.float().T).sum(0)
+            assert (total - expected).norm() < 0.01 * expected.norm(), (dim, kind)
+            bits = objects_of_ranks(total.tolist())
+            assert bits == bits[:1] * ranks, "a rank has another last bit"
+            more = {"activation": "silu", "gated": True} if gated else {}
+            if gpu_products.takes_norm(update, gated, ranks, *following):
+                heard.add((kind, dim))
+                found, y = gpu_products.norm_linear(update, x[0], norm, 1e-5, *following, **more, **to)
+                expected = gpu_products.linear(normed, *following, **more)
+                assert torch.equal(found, total)
+                assert (y - expected).norm() < 0.01 * expected.norm(), (dim, kind, gated)
+    assert told == {*product(KINDS, (4096, 5120))}
+    assert heard == {("plain", 2880), *product(("plain", "int8"), (4096, 5120))}
 
 
 def check_gathering(device: str, rank: int, ranks: int) -> None:
@@ -146,6 +192,7 @@ def main(args) -> None:
     if args.mode == "kernels":
         check_norms(args.device, rank, ranks)
         check_products(args.device, rank, ranks)
+        check_streamed_products(args.device, rank, ranks)
         return check_gathering(args.device, rank, ranks)
     if args.mode == "fail in a kernel":
         import gpu_kernels

@@ -435,13 +435,14 @@ def test_few_tokens_are_multiplied_gated_and_added_by_kernels(tokens, joined, ca
         x = x if update is None else x + update
         return x, F.rms_norm(x, weight.shape, weight, eps)
 
-    def norm_linear(x, residual, norm, eps, weight, **more):
+    def norm_linear(x, residual, norm, eps, weight, *, peers, rank, **more):
+        assert peers is None
         total = residual + x.view(residual.shape)
         return total, linear(F.rms_norm(total, norm.shape, norm, eps).flatten(0, -2), weight, **more)
 
     with torch.no_grad():
         expected = model(ids)
-        more = {"takes_few_tokens": lambda x, weight: True, "takes_norm": lambda x, gated, *weights: joined}
+        more = {"takes_few_tokens": lambda x, weight: True, "takes_norm": lambda x, gated, ranks, *weights: joined}
         kernels = SimpleNamespace(linear=linear, add_norm=add_norm, norm_linear=norm_linear, **more)
         monkeypatch.setattr(fast_model, "gpu_kernels", kernels)
         monkeypatch.setattr(fast_model, "gpu_products", kernels)
@@ -467,7 +468,7 @@ def test_a_router_takes_the_norm_of_a_single_token(tokens, takes, calls, monkeyp
 
     with torch.no_grad():
         expected = model(ids)
-        more = {"takes_few_tokens": lambda x, weight: False, "takes_norm": lambda x, gated, *weights: False}
+        more = {"takes_few_tokens": lambda x, weight: False, "takes_norm": lambda x, gated, ranks, *weights: False}
         more |= {"takes_router": lambda weight: takes, "linear": lambda x, weight, **more: F.linear(x, weight)}
         kernels = SimpleNamespace(add_norm=add_norm, norm_router=norm_router, **more)
         monkeypatch.setattr(fast_model, "gpu_kernels", kernels)

@@ -207,7 +207,8 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
 
 
 def empty_kernels(log):
-    """Made-up kernels that compute nothing. They note each update that is told or heard, and its inbox."""
+    """Made-up kernels that compute nothing. They note each update that is told or heard, and its inbox, and what is
+    gathered."""
 
     def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
         y = x.new_full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
@@ -217,6 +218,14 @@ def empty_kernels(log):
     def add_norm(x, update, *norms):
         log.extend([("heard", norms[6].tolist(), update)] if norms[8] else [])
         return x, x
+
+    def norm_linear(x, residual, norm, eps, weight, *parts, peers, rank, **more):
+        log.append(("heard", peers.tolist(), x))
+        return residual, linear(x, weight, *parts, **more)
+
+    def gather(x, peers, rank):
+        log.append(("gathered", x.shape[-1]))
+        return torch.stack([x, x])
 
     def sum_experts(hidden, logits, used, norm, weight, *parts, bias=None, **to):
         return linear(logits, weight[: len(weight) // logits.shape[1]], **to)
@@ -229,11 +238,12 @@ def empty_kernels(log):
         gather_words=lambda ranks: 1,
         runs_on=lambda device: True,
         takes_few_tokens=lambda x, weight: False,
-        takes_norm=lambda x, gated, *weights: True,  # but ranks have a sum before each
+        takes_norm=lambda x, *weights: True,
         linear=linear,
+        norm_linear=norm_linear,
         add_norm=add_norm,
         attention=lambda q, *more: torch.zeros_like(q),
-        gather=lambda x, peers, rank: torch.stack([x, x]),
+        gather=gather,
         gated_experts=lambda x, logits, used, *more, **bias: x.new_zeros(len(x) * used, 1),
         sum_experts=sum_experts,
     )
@@ -257,9 +267,14 @@ def test_a_norm_hears_what_a_product_has_told(family, dtype, monkeypatch):
             for input_pos in (None, torch.arange(tokens).expand(rows, -1)):
                 log.clear()
                 model(IDS[:rows, :tokens], input_pos, last and torch.tensor(last))
-                told, heard = log[::2], log[1::2]
-                sums = 0 if config.parallel or rows * tokens > 1 else 2 * config.n_layer
-                assert [kind for kind, *_ in log] == ["told", "heard"] * sums
+                single = rows * tokens == 1
+                choices = log.count(("gathered", config.n_expert))  # of experts, which all ranks need alike
+                assert choices == (0 if single or not config.n_expert else config.n_layer)
+                sums = [entry for entry in log if entry[0] != "gathered"]
+                told, heard = sums[::2], sums[1::2]
+                assert [kind for kind, *_ in sums] == ["told", "heard"] * (
+                    2 * config.n_layer if single and not config.parallel else 0
+                )
                 for (_, to, update), (_, by, added) in zip(told, heard, strict=True):
                     assert to == by and torch.equal(update.flatten(), added.flatten())
                 assert all(before != after for (_, before, _), (_, after, _) in zip(told, told[1:], strict=False))
