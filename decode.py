@@ -24,6 +24,7 @@ from itertools import count, islice
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 try:
@@ -116,11 +117,15 @@ def sample(logits, noise, sampling: Sampling):
 
 
 def why_not_finite(*models) -> str:
-    """The likely cause of logits that are not finite, and what to do, in one sentence."""
+    """The likely cause of logits that are not finite, and what to do, in one sentence. All ranks of a model call it."""
     tensors = [(name, tensor) for model in models for name, tensor in model.state_dict().items()]
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"the weights hold numbers that are not finite, first in {name}; convert the model again"
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if any(getattr(model, "ranks", 1) > 1 for model in models):
+        of_ranks = [None] * dist.get_world_size()  # each has its own part of the weights
+        dist.all_gather_object(of_ranks, bad)
+        bad = sum(of_ranks, [])
+    if bad:
+        return f"the weights hold numbers that are not finite, first in {bad[0]}; convert the model again"
     if any(tensor.dtype == torch.float16 for _, tensor in tensors):
         too_large = "the logits are not finite, because numbers of this model are too large for float16"
         return f"{too_large}; give --precision bfloat16 or float32"

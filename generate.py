@@ -684,8 +684,10 @@ def answer(args, prompts: dict[str, str]) -> None:
 
 def main(args) -> None:
     check_flags(args)
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else {}
-    if not args.prompt_file:
+    if args.prompt_file:
+        prompts = read_prompts(args.prompt_file) if rank_and_count()[0] == 0 else None
+        prompts = objects_of_ranks(prompts)[0]  # a pipe can be read once
+    else:
         args.prompt = "Hello, my name is" if args.prompt is None else args.prompt
         prompts = {"the prompt": args.prompt}
     compiles = args.compile_prefill or (args.compile and not by_gpu_kernels(torch.device(args.device)))

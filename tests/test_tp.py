@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -427,7 +429,9 @@ def test_generate_under_torchrun_prints_the_plain_text_once(run, tiny_checkpoint
     questions.write_text("The first question\nAnother\n")
     options = ["--prompt_file", questions, "--quantize", "int8", "--prompt_lookup", "--num_samples", 2]
     plain = run(*options)
-    file = tmp_path / "ranks.json"
+    file, options[1] = tmp_path / "ranks.json", tmp_path / "pipe"
+    os.mkfifo(options[1])
+    Thread(target=options[1].write_text, args=[questions.read_text()], daemon=True).start()
     done = finish(torchrun(2, *command(tiny_checkpoint, *options, "--json", file)))
     assert done.returncode == 0, done.stderr
     assert done.stdout == plain.stdout
@@ -445,6 +449,19 @@ def test_check_equivalence_under_torchrun(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("All rows are within their tolerance.") == 1
     assert done.stdout.count("token by token") == done.stdout.count("int8 by token") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--prompt_lookup"]])
+def test_weights_that_are_not_finite_are_named_whoever_holds_them(tiny_checkpoint, tmp_path, options):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config, state_dict = read_checkpoint(folder / "model.pth")
+    name = "transformer.h.1.mlp.gate_proj.weight"
+    state_dict[name] = state_dict[name].clone()
+    state_dict[name][-1] = float("nan")  # of rank 1
+    write_checkpoint(folder / "model.pth", config, state_dict)
+    done = finish(torchrun(2, *command(folder, "--prompt", "abc", *options)))
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the weights hold numbers that are not finite, first in layers.1.mlp")
 
 
 def test_a_failing_rank_ends_the_run_with_its_own_error():
