@@ -7,7 +7,7 @@ much. Decisions to know:
   results after fetching weights, which do not depend on them. So norms are here too, and RoPE, cache and attention are
   one operator: a kernel of the compiler's in between would break the chain.
 - For the same reason the sum over ranks of tensor parallelism is in the norm's kernel. Of a single token the product
-  before has told the other ranks its part already. So the norm's kernel only hears, or the product that takes the norm.
+  before has told the other ranks its part already. So the norm's kernel, or a product that takes the norm, only hears.
 - Attention reads the used slots only, split over programs, so that its cost grows with the context used (Dao et al.
   2023, "Flash-Decoding"). Whichever program ends last joins the parts.
 - The k-th largest number, for top-k sampling, is found by counting digits, without a sort, in one kernel whose
@@ -83,10 +83,11 @@ jit_for_any_T = triton.jit(do_not_specialize_on_alignment=["T"])
 
 # Each rank writes numbers into the memory of the others as words of a number and the round's count, which arrive
 # together, so that nobody waits for more than the words (as NCCL's protocol LL). A program of a rank is at most one
-# round ahead of the same one of another, so two places for each word are enough, and one where every other round is in
-# another inbox. Words of numbers of 16 bits have 32, with the count's last 16: what is in a place is of this round or
-# of the one before it there. An inbox is [places, ranks, SIZE] words of 64 or 32 bits, and then, behind what 64 would
-# take, the counts of the programs' rounds.
+# round ahead of the same one of another, so two places for each word are enough. Where every other round is in another
+# inbox, one is: a rank tells an inbox again after it has heard the other one, which was told after all had been heard
+# there. Words of numbers of 16 bits have 32, with the count's last 16: what is in a place is of this round or of the
+# one before it there. An inbox is [places, ranks, SIZE] words of 64 or 32 bits, and then, behind what 64 would take,
+# the counts of the programs' rounds.
 #
 # Triton has no volatile store, as NCCL uses; nothing here holds a plain one back, and on H100s all words came.
 

@@ -694,51 +694,49 @@ def _add_half_tile(
 
 
 @gluon.jit
-def _load_words(words_ptr, column, K: gl.constexpr):
-    """What a rank told of x, as words in chunks of 2,048."""
-    words = ()
+def _load_told(told_ptr, column, K: gl.constexpr):
+    """What a rank told of x, in chunks of 2,048."""
+    told = ()
     for i in gl.static_range((K + 2047) // 2048):
         at = i * 2048 + column
-        words = words + (gl.load(words_ptr + at, mask=at < K, other=0, volatile=True),)
-    return words
+        told = told + (gl.load(told_ptr + at, mask=at < K, other=0, volatile=True),)
+    return told
 
 
 @gluon.jit
-def _are_missing(words, count, column, K: gl.constexpr):
-    """Whether one of these words is not of this round yet."""
+def _are_missing(told, count, column, K: gl.constexpr):
+    """Whether some of it is not of this round yet."""
     missing = column < 0
-    for i in gl.static_range(len(words)):
-        missing |= (i * 2048 + column < K) & ((words[i] >> 16).to(gl.int16) != count)
+    for i in gl.static_range(len(told)):
+        missing |= (i * 2048 + column < K) & ((told[i] >> 16).to(gl.int16) != count)
     return gl.max(gl.max(missing.to(gl.int32), 1), 0) > 0
 
 
 @gluon.jit
-def _hear_and_add(total, words_ptr, count, column, dtype: gl.constexpr, K: gl.constexpr):
+def _hear_and_add(total, told_ptr, count, column, dtype: gl.constexpr, K: gl.constexpr):
     """The chunks of total plus what a rank tells in this round, when all of it has come."""
-    words, sums = _load_words(words_ptr, column, K), ()
-    while _are_missing(words, count, column, K):
-        words = _load_words(words_ptr, column, K)
+    told, sums = _load_told(told_ptr, column, K), ()
+    while _are_missing(told, count, column, K):
+        told = _load_told(told_ptr, column, K)
     for i in gl.static_range(len(total)):
-        sums = sums + (total[i] + words[i].to(gl.uint16).to(dtype, bitcast=True).to(gl.float32),)
+        sums = sums + (total[i] + told[i].to(gl.uint16).to(dtype, bitcast=True).to(gl.float32),)
     return sums
 
 
 @gluon.jit
-def _add_over_ranks(
-    x, zeros, inboxes, column, dtype: gl.constexpr, K: gl.constexpr, RANK: gl.constexpr, RANKS: gl.constexpr
-):
+def _add_over_ranks(x, inboxes, column, dtype: gl.constexpr, K: gl.constexpr, RANK: gl.constexpr, RANKS: gl.constexpr):
     """The chunks x of every rank, which the product before has told, added up as by `add_norm` of `gpu_kernels.py`."""
-    words_ptr = words_of(inboxes[RANK], dtype)
+    told_ptr = words_of(inboxes[RANK], dtype)
     count = gl.load(inboxes[RANK] + RANKS * K, volatile=True).to(gl.int16)
     total, sums = (), ()
-    for _ in gl.static_range(len(x)):
-        total = total + (zeros,)
+    for i in gl.static_range(len(x)):
+        total = total + (gl.zeros_like(x[i], dtype=gl.float32),)
     for rank in range(RANK):
-        total = _hear_and_add(total, words_ptr + rank * K, count, column, dtype, K)
+        total = _hear_and_add(total, told_ptr + rank * K, count, column, dtype, K)
     for i in gl.static_range(len(x)):
         sums = sums + (total[i] + x[i].to(gl.float32),)
     for rank in range(RANK + 1, RANKS):
-        sums = _hear_and_add(sums, words_ptr + rank * K, count, column, dtype, K)
+        sums = _hear_and_add(sums, told_ptr + rank * K, count, column, dtype, K)
     return sums
 
 
@@ -814,9 +812,7 @@ def streamed_matvec_kernel(
     for stage in gl.static_range(BEFORE_WAIT, STAGES):
         _fetch_tile(descs, rings, full, stage, program, programs, groups, TILES)
     if HEARS:
-        updates = _add_over_ranks(
-            x, gl.zeros([256, 8], gl.float32, of_x), inboxes, column, x_ptr.dtype.element_ty, K, RANK, RANKS
-        )
+        updates = _add_over_ranks(x, inboxes, column, x_ptr.dtype.element_ty, K, RANK, RANKS)
         x = ()
         for i in gl.static_range(CHUNKS):
             sums = sums + ((residual[i].to(gl.float32) + updates[i]).to(total_ptr.dtype.element_ty).to(gl.float32),)

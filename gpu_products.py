@@ -521,8 +521,8 @@ def linear(
 
     For T = 1, and where `takes_few_tokens`, there may be an `activation` (of `fast_model.ACTIVATIONS`) of the result
     with its bias [N], and if it is `gated`, y [T, N/2] is activation(first half) * second half, with a clamp as
-    `GPTConfig.gate_clamp` says. With `peers`, addresses of inboxes of `told_words`, a y of T = 1 that is not gated is
-    told to all ranks for the `add_norm` or `norm_linear` that comes next.
+    `GPTConfig.gate_clamp` says. With `peers`, addresses of inboxes of `told_words`, y is told to all ranks for the
+    `add_norm` or `norm_linear` that comes next. It has T = 1 then and is not gated.
     """
     x = x.contiguous()
     (T, K), N = x.shape, weight.shape[0]

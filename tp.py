@@ -10,8 +10,8 @@ Decisions to know (the split is that of Shoeybi et al. 2019, "Megatron-LM", arXi
 - `shard` works on the unfused state dict before it is loaded, plain or quantized: of a mapped file a rank reads its own
   slices only. Quantized columns are cut between groups, so that a shard holds exactly the numbers of the whole.
 - The sums are functional collectives, which torch.compile takes into its graph: NCCL on GPUs, gloo on CPUs. On GPUs
-  that reach each other's memory, those of a few tokens are in the kernel of the next norm (`gpu_kernels.add_norm`), and
-  few logits and the token are gathered by a kernel too.
+  that reach each other's memory, those of a few tokens are in the kernel of the next norm (`gpu_kernels.add_norm`), or
+  of a product that takes it (`gpu_products.norm_linear`). Few logits and the token are gathered by a kernel too.
 
 Copy me: needs torch, and for speed on GPUs `gpu_kernels.py`.
 

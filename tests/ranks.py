@@ -133,42 +133,50 @@ def check_products(device: str, rank: int, ranks: int) -> None:
 
 
 def check_streamed_products(device: str, rank: int, ranks: int) -> None:
-    """Products that tell by the copy engine's kernel, and those that hear and take the norm themselves."""
+    """Products that tell by the copy engine's kernel, and those that hear and take the norm themselves, against a
+    norm's kernel. Which of both hears first alternates, and no rank waits for another in between."""
     import gpu_kernels
     import gpu_products
 
     if torch.cuda.get_device_capability() != (9, 0):
         return
-    told, heard = set(), set()
+    told, heard, rounds, memories = set(), set(), [], []
     for dim, dtype in ((2880, torch.bfloat16), (4096, torch.bfloat16), (5120, torch.float16)):
         words = gpu_kernels.told_words(ranks, dim)
         memory, first = tp.shared_memory(2 * words, device)
+        memories.append(memory)  # which another rank may still write to
         random = torch.Generator().manual_seed(0)
-        before, after, norm = (
-            torch.randn(shape, generator=random).to(device, dtype) for shape in ((dim, 2048), (4096, dim), (dim,))
+        before, after, norm, residuals, hidden = (
+            torch.randn(shape, generator=random).to(device, dtype)
+            for shape in ((dim, 2048), (4096, dim), (dim,), (48, 1, dim), (48, ranks, 1, 2048))
         )
         every = [(kind, packed(kind, before / 2048**0.5), packed(kind, after)[0]) for kind in KINDS]
-        for round, ((kind, (part, weight), following), gated) in enumerate([*product(every, (False, True))] * 3):
-            to = {"peers": first + 8 * words * (round % 2), "rank": rank}
-            x, hidden = (
-                torch.randn(n, 1, size, generator=random).to(device, dtype) for n, size in ((1, dim), (ranks, 2048))
-            )
-            told |= {(kind, dim)} if gpu_products.takes_streamed(hidden[0], *[*part, None][:2], dim, True) else set()
-            update = gpu_products.linear(hidden[rank], *part, **to)
-            total, normed = gpu_kernels.add_norm(x[0], update, norm, None, None, 1e-5, **to, told=True)
-            expected = x[0].float() + (hidden.float() @ weight.float().T).sum(0)
-            assert (total - expected).norm() < 0.01 * expected.norm(), (dim, kind)
-            bits = objects_of_ranks(total.tolist())
-            assert bits == bits[:1] * ranks, "a rank has another last bit"
+        inboxes = [first, first + 8 * words]
+        for round, ((kind, (part, weight), following), gated) in enumerate([*product(every, (False, True))] * 8):
+            to, x = {"peers": inboxes[round % 2], "rank": rank}, residuals[round]
+            told |= {(kind, dim)} if gpu_products.takes_streamed(hidden[0, 0], *[*part, None][:2], dim, True) else set()
+            update = gpu_products.linear(hidden[round, rank], *part, **to)
             more = {"activation": "silu", "gated": True} if gated else {}
-            if gpu_products.takes_norm(update, gated, ranks, *following):
-                heard.add((kind, dim))
-                found, y = gpu_products.norm_linear(update, x[0], norm, 1e-5, *following, **more, **to)
-                expected = gpu_products.linear(normed, *following, **more)
-                assert torch.equal(found, total)
-                assert (y - expected).norm() < 0.01 * expected.norm(), (dim, kind, gated)
+            hears, found = gpu_products.takes_norm(update, gated, ranks, *following), []
+            heard |= {(kind, dim, gated)} if hears else set()
+            ways = ["norm", "product"] if hears else ["norm"]
+            for way in ways[:: (-1) ** (round // 6)]:
+                if way == "norm":
+                    total, normed = gpu_kernels.add_norm(x, update, norm, None, None, 1e-5, **to, told=True)
+                    y = gpu_products.linear(normed, *following, **more)
+                else:
+                    total, y = gpu_products.norm_linear(update, x, norm, 1e-5, *following, **more, **to)
+                found.append((total, y))
+            rounds.append((x.float() + (hidden[round].float() @ weight.float().T).sum(0), found))
+    for expected, found in rounds:
+        (total, y), (total_again, y_again) = found[0], found[-1]
+        assert (total - expected).norm() < 0.01 * expected.norm()
+        assert torch.equal(total, total_again) and (y - y_again).norm() < 0.01 * y.norm()
+    bits = objects_of_ranks([found[0][0].tolist() for _, found in rounds])
+    assert bits == bits[:1] * ranks, "a rank has another last bit"
     assert told == {*product(KINDS, (4096, 5120))}
-    assert heard == {("plain", 2880), *product(("plain", "int8"), (4096, 5120))}
+    shapes = [("plain", 2880), *product(("plain", "int8"), (4096, 5120))]
+    assert heard == {(*shape, gated) for shape in shapes for gated in (False, True)}
 
 
 def check_gathering(device: str, rank: int, ranks: int) -> None:

@@ -209,23 +209,27 @@ def test_kernels_sum_what_there_is_room_for(monkeypatch):
 
 
 def empty_kernels(log):
-    """Made-up kernels that compute nothing. They note each update that is told or heard, and its inbox, and what is
-    gathered."""
+    """Made-up kernels of rank 1 of 2 that compute nothing. They note each update that is told or heard, and its inbox,
+    and what is gathered."""
 
     def linear(x, weight, *parts, gated=False, peers=None, rank=0, **more):
+        assert rank == (0 if peers is None else 1)
         y = x.new_full((len(x), len(weight) // (2 if gated else 1)), float(len(log)))
         log.extend([("told", peers.tolist(), y)] if peers is not None else [])
         return y
 
     def add_norm(x, update, *norms):
+        assert norms[7] == 1
         log.extend([("heard", norms[6].tolist(), update)] if norms[8] else [])
         return x, x
 
     def norm_linear(x, residual, norm, eps, weight, *parts, peers, rank, **more):
+        assert rank == 1
         log.append(("heard", peers.tolist(), x))
         return residual, linear(x, weight, *parts, **more)
 
     def gather(x, peers, rank):
+        assert rank == 1
         log.append(("gathered", x.shape[-1]))
         return torch.stack([x, x])
 
@@ -240,7 +244,7 @@ def empty_kernels(log):
         gather_words=lambda ranks: 1,
         runs_on=lambda device: True,
         takes_few_tokens=lambda x, weight: False,
-        takes_norm=lambda x, *weights: True,
+        takes_norm=lambda x, gated, ranks, *weights: ranks == 2,
         linear=linear,
         norm_linear=norm_linear,
         add_norm=add_norm,
@@ -280,6 +284,23 @@ def test_a_norm_hears_what_a_product_has_told(family, dtype, monkeypatch):
                 for (_, to, update), (_, by, added) in zip(told, heard, strict=True):
                     assert to == by and torch.equal(update.flatten(), added.flatten())
                 assert all(before != after for (_, before, _), (_, after, _) in zip(told, told[1:], strict=False))
+
+
+def test_ranks_without_shared_memory_get_rank_0s_choice_of_experts(monkeypatch):
+    log, sent, config = [], [], CONFIGS["mixtral"]
+    for file in ("fast_model.gpu_kernels", "fast_model.gpu_products"):
+        monkeypatch.setattr(file, empty_kernels(log))
+    monkeypatch.setattr(fast_model, "shared_memory", lambda words, device: (None, None))
+    monkeypatch.setattr(fast_model, "all_reduce", lambda update, *ranks: update)
+    monkeypatch.setattr(fast_model, "all_gather", lambda x, *ranks: x)
+    monkeypatch.setattr(fast_model, "from_rank_0", lambda x, *ranks: sent.append(x.shape[-1]) or x)
+    monkeypatch.setattr(fast_model, "on_gpu_kernels", lambda x: not torch.is_grad_enabled())
+    shard = tp.shard(random_weights(config), config, 1, 2)
+    model = build_model(config, shard, "cpu", torch.float32, rank=1, ranks=2)
+    model.setup_caches(1, 8)
+    with torch.no_grad():
+        model(IDS[:1, :1], torch.zeros(1, 1, dtype=torch.long))
+    assert sent == [config.n_expert] * config.n_layer and log == []
 
 
 def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
