@@ -801,7 +801,7 @@ class FastGPT(nn.Module):
             return self.wte(idx)
         row = idx - self.rank * self.wte.num_embeddings
         ours = (row >= 0) & (row < self.wte.num_embeddings)
-        return self.wte(torch.where(ours, row, 0)) * ours[..., None]
+        return torch.where(ours[..., None], self.wte(torch.where(ours, row, 0)), 0)
 
     def forward(self, idx, input_pos=None, last=None):
         """Logits [B, T, V] for ids [B, T], or [B, 1, V] of one token of each row, whose indices in T are `last` [B].

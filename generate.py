@@ -17,6 +17,7 @@ Shapes: B batch rows, T prompt tokens.
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import time
@@ -332,7 +333,7 @@ def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]
             tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
     session = Session(args, model, tokenizer, sampling, bandwidth, Stopwatch(args.device))
     session.figures["load_seconds"] = seconds
-    rows = first_rows(args, session, prompts)
+    rows = objects_of_ranks(first_rows(args, session, prompts))[0]  # a template may ask for the time
     longest = most_drafts(args) if speculates(args) else 0
     needed = INTERACTIVE_SLOTS if args.interactive else max(map(len, rows)) + args.max_new_tokens - 1 + longest
     session.slots = cache_slots(args.max_seq_length or needed, model.config)
@@ -340,7 +341,7 @@ def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]
     session.context = min(m.config.block_size for m in (model, draft) if m)
     if rank_and_count()[1] > 1:  # what decides where a rank ends
         pieces = tokenizer and [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
-        same = {"prompt": rows, "tokenizer": pieces, "set of end tokens": sorted(session.eos_ids)}
+        same = {"tokenizer": pieces, "set of end tokens": sorted(session.eos_ids)}
         check_agreement(same | {"draft model": draft and draft.config})
     for name, ids in zip(prompts, rows, strict=False):  # with --batch_size the rows are alike
         session.check_room(len(ids), name)
@@ -569,9 +570,15 @@ def sample_loop(args, session: Session, rows: list[list[int]], prompts: dict[str
 def read_line() -> str | None:
     """What rank 0's user types, on every rank; None at the end."""
     line = None
-    if rank_and_count()[0] == 0:
-        with suppress(EOFError):
-            line = input("> ")
+    if rank_and_count()[0] == 0 and sys.stdin is not None:
+        raising = signal.default_int_handler  # else the terminal stays as input() has set it
+        handlers = {number: signal.signal(number, raising) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with suppress(EOFError):
+                line = input("> ")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return objects_of_ranks(line)[0]
 
 

@@ -431,7 +431,10 @@ def print_row(row: dict) -> None:
 
 
 def start_of_text(args, model) -> torch.Tensor:
-    """A prompt [1, --prompt_tokens]."""
+    """A prompt [1, --prompt_tokens]. Raises ValueError if two steps do not fit behind it."""
+    if args.prompt_tokens + 2 > model.config.block_size:
+        context = f"the context has {model.config.block_size} tokens"
+        raise ValueError(f"{context}, so two steps do not fit behind {args.prompt_tokens}; give fewer --prompt_tokens")
     return torch.arange(args.prompt_tokens, device=args.device)[None] % model.config.vocab_size
 
 
@@ -979,6 +982,8 @@ def check_flags(args) -> None:
         check_target(path)
     if rank_and_count()[1] > 1 and (suite not in ("decode", "train") or args.checkpoint_path or args.hf):
         raise ValueError("under torchrun there are the suites decode and train of a --shape; run others without it")
+    if suite in ("decode", "ladder", "speculate") and args.new_tokens < 2:
+        raise ValueError(f"{suite} times the tokens after the first one; give --new_tokens 2 or more")
     if suite != "train" and (args.shard or args.recompute):
         raise ValueError(f"--shard and --recompute are for the suite train; leave them out of {suite}")
     if (args.shape is None) == (args.checkpoint_path is None):

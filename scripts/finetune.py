@@ -74,6 +74,7 @@ from decode import Sampling, check_length, generate
 from fast_model import FastGPT, fuse, to_reference
 from model import GPT, GPTConfig
 from runtime import (
+    check_agreement,
     check_device,
     check_target,
     default_device,
@@ -236,7 +237,7 @@ def read_data(file: Path, tokenizer, length: int) -> tuple[tuple[torch.Tensor, t
 
     Raises ValueError if it is neither, or does not fill a row.
     """
-    text = read_text(file)
+    text = objects_of_ranks(read_text(file) if rank_and_count()[0] == 0 else None)[0]  # a pipe can be read once
     if "\0" in text:
         raise ValueError(f"{file} holds zero bytes, so it is no text; give a text, or rows of JSON, in UTF-8")
     if not text or text.isspace():
@@ -817,6 +818,7 @@ def main(args) -> None:
     check_flags(args)
     run, training, out = make_run(args), args.out_dir / "training.pth", args.out_dir / "model.pth"
     first = load_training(training, run.model, run.optimizer, run.settings) if training.exists() else 0
+    check_agreement(run.settings | {"number of steps done": first})
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     count, length = run.rows[0].shape
     print0(f"{parameters:,} parameters to train, {count:,} rows of {length} tokens, {len(run.held_out[0]):,} held out")

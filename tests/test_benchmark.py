@@ -448,6 +448,8 @@ def mistake(monkeypatch, *arguments):
             ("speculate", "--shape", "x", "--weights", "mxfp4"),
             "speculate scales its model's weights, which those in mxfp4",
         ),
+        (("decode", "--shape", "x", "--new_tokens", 1), "decode times the tokens after the first one; give"),
+        (("decode", "--shape", "gpt-124m", "--prompt_tokens", 1023), "the context has 1024 tokens, so two steps"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, words, monkeypatch):

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -661,8 +662,10 @@ def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, t
 
 def test_two_ranks_learn_what_one_does_with_their_rows(train, tiny_checkpoint, text, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    more = ["--batch_size", 1, "--accumulate", 2, "--clip", 1e6]
-    arguments = command(tiny_checkpoint, text, tmp_path / "ranks", *more)
+    more, pipe = ["--batch_size", 1, "--accumulate", 2, "--clip", 1e6], tmp_path / "pipe"
+    os.mkfifo(pipe)
+    Thread(target=pipe.write_text, args=[text.read_text()], daemon=True).start()
+    arguments = command(tiny_checkpoint, pipe, tmp_path / "ranks", *more)
     done = subprocess.run(
         [*launcher, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -691,6 +694,37 @@ run_command(finetune.main, finetune.parse_arguments(), splits=True)
     assert done.returncode == 1
     assert "error: the loss or the gradient norm of step 1 is not finite" in done.stderr
     assert not list((tmp_path / "ranks").glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("other.settings['start'] = rank", "rank 1 has start 1, where rank 0 has 0"),
+        ("", "rank 1 has number of steps done 1"),
+    ],
+)
+def test_ranks_that_would_train_something_else_are_refused(tiny_checkpoint, text, tmp_path, made, message):
+    """As on two machines, of which one has other files."""
+    code = f"""
+import os, scripts.finetune as finetune
+from runtime import run_command
+rank, make_run = int(os.environ["RANK"]), finetune.make_run
+def make_other(args):
+    other = make_run(args)
+    {made}
+    return other
+finetune.make_run = make_other
+finetune.load_training = lambda *more: rank
+run_command(finetune.main, finetune.parse_arguments(), splits=True)
+"""
+    (tmp_path / "broken.py").write_text(code)
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "training.pth").touch()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [str(tmp_path / "broken.py"), *command(tiny_checkpoint, text, tmp_path / "ranks", "--resume")[2:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    assert message in done.stderr
 
 
 def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(tiny_checkpoint, text, tmp_path):

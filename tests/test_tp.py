@@ -1,16 +1,20 @@
 """Tensor parallelism on a CPU, with gloo: any number of ranks computes what one process does."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -335,6 +339,13 @@ def test_few_numbers_are_gathered_by_the_kernel(monkeypatch):
     assert asked == []  # the kernel has no gradients
 
 
+def test_a_token_of_another_rank_is_zeros_whatever_this_one_holds():
+    model = fast_model.FastGPT(CONFIGS["few kv heads"], rank=1, ranks=2)
+    model.wte.weight.data.fill_(float("inf"))
+    rows = model.wte.num_embeddings
+    assert model.embed(torch.tensor([[0, rows - 1]])).eq(0).all() and model.embed(torch.tensor([[rows]])).isinf().all()
+
+
 def test_the_bias_after_a_sum_is_added_once():
     config, state_dict = CONFIGS["gpt-2"], random_weights(CONFIGS["gpt-2"])
     name = "transformer.h.0.attn.o_proj.bias"
@@ -553,3 +564,32 @@ def test_ctrl_c_ends_every_rank(tiny_checkpoint):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert time.perf_counter() - start < 10
+
+
+def test_ctrl_c_at_the_prompt_of_ranks_leaves_the_terminal_as_it_was(tiny_checkpoint):
+    terminal, inside = pty.openpty()
+    before, shown = termios.tcgetattr(inside), b""
+    arguments = torchrun(2, *command(tiny_checkpoint, "--interactive"))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    own = partial(fcntl.ioctl, inside, termios.TIOCSCTTY, 0)  # so that the key sends the signal
+    environment = ENVIRONMENT | {"TERM": "xterm"}
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=own, **streams
+    ) as process:
+        while not shown.endswith(b"> "):
+            shown += os.read(terminal, 4096)
+        os.write(terminal, b"\x03")
+        process.wait(timeout=60)
+    assert process.returncode != 0
+    assert termios.tcgetattr(inside) == before
+    os.close(terminal)
+    os.close(inside)
+
+
+def test_a_chat_template_with_a_clock_is_rendered_by_rank_0(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    settings = folder / "tokenizer_config.json"
+    template = "{{ strftime_now('%H:%M:%S.%f') }}{{ messages[0].content }}"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    done = finish(torchrun(2, *command(folder, "--chat", "--prompt", "hi", "--max_new_tokens", 3)))
+    assert done.returncode == 0, done.stderr
