@@ -341,7 +341,7 @@ class AddNorm(nn.Module):
         if update is None or not self.is_plain(post):
             return None
         if self.ranks > 1 and (of_experts or not (told and tells(residual, self.told_peers))):
-            return None
+            return None  # a router hears others' parts no faster than a norm's kernel does
         weights = matrix.gpu_weights() if is_single_token(residual) and on_gpu_kernels(residual) else None
         if weights is None:
             return None

@@ -353,7 +353,7 @@ def takes_streamed(x, weight, scales, N: int, tells: bool = False) -> bool:
     It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes, and gained
     nothing if they had more than 14,336 columns. 4 bits need a scale for each block, whole 16 bytes of them in a row,
     and rows in pairs. Packed weights were slower so if their rows or columns are 2,048 to 4,096, but no multiple of
-    128, as the 2,880 of gpt-oss.
+    128, as the 2,880 of gpt-oss. Its output product in 16 bits, told to other ranks, was slower so too.
     """
     K = columns(weight)
     of_int4 = (
