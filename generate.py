@@ -569,10 +569,11 @@ def sample_loop(args, session: Session, rows: list[list[int]], prompts: dict[str
 
 def read_line() -> str | None:
     """What rank 0's user types, on every rank; None at the end."""
-    line = None
+    line, handlers = None, {}
     if rank_and_count()[0] == 0 and sys.stdin is not None:
-        raising = signal.default_int_handler  # else the terminal stays as input() has set it
-        handlers = {number: signal.signal(number, raising) for number in (signal.SIGINT, signal.SIGTERM)}
+        if sys.stdin.isatty():  # input() puts the terminal back if a signal raises, not if it ends the process
+            raising = signal.default_int_handler
+            handlers = {number: signal.signal(number, raising) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with suppress(EOFError):
                 line = input("> ")
