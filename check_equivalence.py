@@ -3,7 +3,8 @@
 Every row runs the same token ids another way and compares all logits with those of `model.py` in float32, each row of
 the batch on its own. The ids are random ones followed by the greedy text of the reference, so that the first position
 at which a row's argmax differs is the first at which its greedy text would. Without a checkpoint, small random models
-of every family are checked. On a CPU some are compiled, which have every field of the config. Decisions to know:
+of every family are checked. On a CPU some are compiled, which have every field of the config. A new field needs a
+family that sets it, or is an error. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
@@ -16,7 +17,7 @@ of every family are checked. On a CPU some are compiled, which have every field 
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself, but for half of the text's tokens, which it never drafts; the lookup drafts where
   it finds nothing, too. Some drafts of each are wrong, so accepting them shows.
-- The gradients' row is of both twins in training: the loss of the next tokens, and each parameter's gradient through
+- The gradients' row is of both twins: the loss of the next tokens, and each parameter's gradient through
   the surgery. Quantized models have none, and those above 2 billion parameters are left out for the memory.
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
@@ -32,7 +33,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -141,10 +142,10 @@ FAMILIES = {
     "olmo-2": small(pre_norm=False, post_norm=True, qk_norm="all"),
     "llama-2": small(n_head=8, n_kv_head=8, head_dim=32, hidden_dim=256),  # groups of 32 on up to 8 ranks
     "mistral": small(n_kv_head=3, sliding_window=24),
-    "qwen2": small(qkv_bias=True, tie_embeddings=True, rope_scaling=YARN_SCALING),
-    "qwen3": small(n_kv_head=3, head_dim=20, qk_norm=True, rope_base=1e6),
+    "qwen2": small(qkv_bias=True, tie_embeddings=True, rope_base=50.0, rope_scaling=YARN_SCALING),
+    "qwen3": small(n_kv_head=3, head_dim=20, norm_eps=1e-3, qk_norm=True, rope_base=1e6),
     "glm-4": small(head_dim=20, qkv_bias=True, rotary_dim=8, post_norm=True),
-    "smollm3": small(tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)),
+    "smollm3": small(mlp_bias=True, tie_embeddings=True, sliding_window=24, full_layers=(0,), nope_layers=(1,)),
     "mixtral": small(n_head=8, n_kv_head=2, hidden_dim=128, n_expert=5, n_expert_used=2),
     "qwen3-moe": small(hidden_dim=32, n_kv_head=3, qk_norm=True, n_expert=12, n_expert_used=3, norm_topk_prob=False),
     "arcee": small(activation="relu2", gated=False),
@@ -675,6 +676,9 @@ def check_family(name: str, device: str, compiled: bool) -> list[Row]:
 def check_families(device: str, compiled: bool) -> Iterator[tuple[str, list[Row]]]:
     """(title, rows) of each small model that this number of ranks divides, on a CPU some models at a time."""
     ranks, names = rank_and_count()[1], []
+    for field in fields(GPTConfig):
+        if all(getattr(config, field.name) == field.default for config in FAMILIES.values()):
+            raise ValueError(f"no small model sets {field.name}, so nothing checks it; set it in one of FAMILIES")
     for name, config in FAMILIES.items():
         try:
             tp.shard_config(config, ranks)

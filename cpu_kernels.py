@@ -771,10 +771,14 @@ def takes(x, weight) -> bool:
 def linear(x, weight, scales=None, zeros=None, gated: bool = False):
     """y [T, N] of x [T, K], float32 or bf16, and weight [N, K]: float32, bf16, float16, or int8 with scales [N]; or
     packed int4 [N, K/2], as `quantized_linear.Int4Linear` has it, with scales and zeros [N, K/G] in bf16. K is a
-    multiple of 32.
+    multiple of 32. `available` must have been called before, as `takes` does.
 
-    With `gated`, y [T, N/2] is silu of the first half of the rows' products times the second half's.
+    With `gated`, y [T, N/2] is silu of the first half of the rows' products times the second half's. Raises ValueError
+    for x of another width or dtype.
     """
+    columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    if x.shape[1] != columns or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"x is {list(x.shape)} in {x.dtype}; it must have {columns} columns in float32 or bfloat16")
     scales, zeros = weight if scales is None else scales, weight if zeros is None else zeros  # that are not read
     return torch.ops.gpt_twin.cpu_linear(*(t.contiguous() for t in (x, weight, scales, zeros)), gated)
 
@@ -795,9 +799,10 @@ def attention_takes(q, k_cache) -> bool:
 
 def attention(qkv, rope, input_pos, caches, window: int, scale: float, sinks=None):
     """y [B, T, H, C] for `qkv`, which are q [B, T, H, C], k and v [B, T, KV, C], not yet rotated, at `input_pos` [B, T]
-    and `rope` [B or 1, T, 1, 2, C/2] (None: no rotation). `caches` are those of keys and values [B, KV, S, C], which
-    get the new ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token sees the last `window`
-    slots up to its own; `scale` multiplies the scores, to which `sinks` [H] add one of each head that has no value.
+    and `rope` [B or 1, T, 1, 2, C/2] in float32 (None: no rotation). `caches` are those of keys and values
+    [B, KV, S, C], which get the new ones, and of their bf16 scales [B, KV, S] if they are int8, else None. Each token
+    sees the last `window` slots up to its own; `scale` multiplies the scores, to which `sinks` [H] add one of each head
+    that has no value.
 
     It does not declare that it changes the caches, because a nested compile region refuses operators that do (torch
     2.13). So in a graph nothing else may read them after it, and its result has to be used.
@@ -808,7 +813,7 @@ def attention(qkv, rope, input_pos, caches, window: int, scale: float, sinks=Non
     sinks = input_pos if sinks is None else sinks.float().contiguous()
     scales = (k_cache, v_cache) if k_scales is None else (k_scales, v_scales)  # none are read if there are none
     return torch.ops.gpt_twin.cpu_attention(
-        q, k, v, rope, input_pos.contiguous(), k_cache, v_cache, *scales, sinks, window, scale
+        q, k, v, rope, input_pos.long().contiguous(), k_cache, v_cache, *scales, sinks, window, scale
     )
 
 

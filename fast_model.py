@@ -789,8 +789,10 @@ class FastGPT(nn.Module):
         return super().load_state_dict(*args, **more)
 
     def _apply(self, fn, recurse=True):
-        """`.to(dtype)` comes through here; the table of angles stays float32."""
+        """`.to(dtype)` comes through here; the table of angles stays float32, scales of an int8 cache bf16."""
         super()._apply(fn, recurse)
+        for attn in (layer.attn for layer in self.layers if layer.attn.k_scale_cache is not None):
+            attn.k_scale_cache, attn.v_scale_cache = attn.k_scale_cache.bfloat16(), attn.v_scale_cache.bfloat16()
         if self.max_seq_length:
             self.make_tables()
         return self
@@ -808,9 +810,12 @@ class FastGPT(nn.Module):
 
         `input_pos` [B, T] are the tokens' positions, each row its own and counting up by one; each token attends to all
         cached slots up to its own. Positions must be below `max_seq_length`, or there is an index error. None means a
-        sequence from position 0 on, which fills the cache if there is one.
+        sequence from position 0 on, which fills the cache if there is one. Raises ValueError for other shapes, and for
+        more tokens or rows than there is room for.
         """
         B, T = idx.shape
+        if input_pos is not None and input_pos.shape != idx.shape:
+            raise ValueError(f"input_pos is {list(input_pos.shape)}; it must be {[B, T]}, as the ids are")
         if input_pos is not None and not self.max_seq_length:
             raise ValueError("input_pos needs a cache: call setup_caches first")
         room = self.max_seq_length or self.config.block_size
@@ -834,7 +839,7 @@ class FastGPT(nn.Module):
         if self.config.post_norm or self.config.residual_scale != 1:  # for layers' updates, not for this one
             residual, update = all_reduce(update, self.ranks, self.peers, self.rank), residual
         if self.wpe is not None:
-            residual = residual + self.wpe(positions)
+            residual = residual + F.embedding(positions, self.wpe.weight[:room])
         else:
             table = rope_table(self.config, T, idx.device) if self.rope is None else self.rope
             rope = rope_window = table[positions].unsqueeze(2)  # [B or 1, T, 1, 2, C/2]

@@ -102,7 +102,8 @@ class Int8Linear(nn.Module):
 
     def cpu_weights(self, x):
         """What `cpu_kernels.linear` takes after x [T, K]; None if it takes no such x."""
-        return (self.weight, self.scales) if cpu_kernels is not None and cpu_kernels.takes(x, self.weight) else None
+        taken = cpu_kernels is not None and self.scales.dtype != torch.float16 and cpu_kernels.takes(x, self.weight)
+        return (self.weight, self.scales) if taken else None
 
     def plain_weight(self, dtype):
         """The weight as it multiplies, [N, K]."""
@@ -125,6 +126,8 @@ class Int8Linear(nn.Module):
             # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
             y = torch.stack([(self.weight * row).sum(-1) for row in rows.float()]) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        elif x.dtype == torch.float16:  # without the scales sums may be too large for it
+            y = F.linear(x, self.plain_weight(x.dtype))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias
@@ -133,11 +136,14 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """weight uint8 [N, K/2], scales and zeros [N, K/G]: numbers (q - 8) * scale + zero with q of 4 bits.
 
-    Byte j of a row holds q of column 2 j in its low half and of column 2 j + 1 in its high half.
+    Byte j of a row holds q of column 2 j in its low half and of column 2 j + 1 in its high half. Raises ValueError if G
+    is no multiple of 32, which kernels rely on.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group_size: int):
         super().__init__()
+        if group_size not in range(32, in_features + 1, 32):
+            raise ValueError(f"int4 takes groups of a multiple of 32 columns, not {group_size}")
         groups = in_features // group_size
         self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(out_features, groups))
@@ -229,14 +235,18 @@ class Int4Linear(nn.Module):
     def prepare(self, experts: bool = False):
         """Change to the layout of this device's kernel. `gpu_products.py` takes scales and zeros as bytes, if they are
         multiples of such `steps`; `cpu_kernels.py` takes all as it is on disk. Without it, PyTorch's kernel takes bf16
-        and a multiple of 16 rows, and no matrix of experts, of which single rows are read."""
+        and a multiple of 16 rows, and no matrix of experts, of which single rows are read. A state dict of either other
+        layout cannot be loaded."""
         device, dtype = self.weight.device, self.scales.dtype
+        if self.prepared:
+            return
+        by_torch = dtype == torch.bfloat16 and self.group_size in GROUP_SIZES
         if gpu_kernels is not None and gpu_kernels.runs_on(device):
             self.scales, self.zeros = gpu_products.in_bytes(self.scales, self.zeros)
             self.for_gpu_kernels = True
         elif device.type == "cpu" and cpu_kernels is not None and cpu_kernels.available():
             self.scales, self.zeros = self.scales.bfloat16(), self.zeros.bfloat16()  # as they are on disk
-        elif device.type == "cpu" and dtype == torch.bfloat16 and len(self.weight) % 16 == 0 and not experts:
+        elif device.type == "cpu" and by_torch and len(self.weight) % 16 == 0 and not experts:
             q = self.unpack(self.weight)
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
             self.cpu_scales = torch.stack([self.scales.T, self.zeros.T], dim=-1).contiguous()  # [K/G, N, 2]
@@ -336,7 +346,8 @@ class Mxfp4Linear(nn.Module):
 def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
     """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
 
-    The head becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized
+    They are those whose names end in `_proj.weight` or `lm_head.weight`, as `GPT` calls its linear layers. The head
+    becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized
     already.
     """
     quantized = {}
@@ -391,16 +402,20 @@ def dequantize_weights(state_dict: dict) -> dict:
 
 
 def swap_linears(model: nn.Module, state_dict: dict) -> None:
-    """Put a quantized module in the place of each nn.Linear that has scales in the state dict of this layout."""
+    """Put a quantized module in the place of each nn.Linear that has scales in the state dict of this layout.
+
+    It is on the same device and computes in the same dtype. `load_state_dict` then fills it.
+    """
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or f"{name}.scales" not in state_dict:
             continue
         size = linear.in_features, linear.out_features, linear.bias is not None
-        if state_dict[f"{name}.scales"].dtype == torch.uint8:
-            module = Mxfp4Linear(*size)
-        elif f"{name}.zeros" in state_dict:
-            module = Int4Linear(*size, group_size=linear.in_features // state_dict[f"{name}.scales"].shape[1])
-        else:
-            module = Int8Linear(*size)
+        with linear.weight.device:
+            if state_dict[f"{name}.scales"].dtype == torch.uint8:
+                module = Mxfp4Linear(*size)
+            elif f"{name}.zeros" in state_dict:
+                module = Int4Linear(*size, group_size=linear.in_features // state_dict[f"{name}.scales"].shape[1])
+            else:
+                module = Int8Linear(*size)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        setattr(model.get_submodule(parent), child, module.to(linear.weight.dtype))

@@ -80,6 +80,13 @@ def test_the_families_cover_what_the_config_can_say():
     assert any(config.head_dim * config.n_head != config.dim for config in FAMILIES.values())
 
 
+def test_a_field_that_no_family_sets_is_an_error(monkeypatch):
+    others = {name: config for name, config in FAMILIES.items() if config.logit_scale == 1}
+    monkeypatch.setattr(check_equivalence, "FAMILIES", others)
+    with pytest.raises(ValueError, match="no small model sets logit_scale"):
+        next(check_equivalence.check_families("cpu", compiled=False))
+
+
 @pytest.mark.parametrize(("family", "compiled"), (("llama-3.1", True), ("gemma-3", True), ("llama-2", False)))
 def test_which_small_models_are_compiled(family, compiled, monkeypatch):
     given = []

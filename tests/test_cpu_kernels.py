@@ -174,6 +174,23 @@ def test_attention_is_that_of_plain_pytorch(kernels, monkeypatch, threads, dtype
         assert (ours.float() - plain.float()).abs().max() <= (1 if cache == torch.int8 else 0.02)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4-32"])
+def test_other_inputs_than_a_product_takes_are_refused(kernels, kind):
+    args, _ = weights(kind, 50, 96)
+    for x in (numbers(2, 64), numbers(2, 192), numbers(2, 96).half(), numbers(2, 96).double()):
+        with pytest.raises(ValueError, match="it must have 96 columns in float32 or bfloat16"):
+            kernels.linear(x, *args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_in_float16_are_left_to_pytorch(kernels, dtype):
+    layer = Int8Linear(96, 50, bias=False)
+    (weight, scales), plain = weights("int8", 50, 96)
+    layer.load_state_dict({"weight": weight, "scales": scales.half()}, assign=True)
+    x = numbers(3, 96).to(dtype)
+    assert error(layer(x), x.double() @ plain.T) < 1e-2
+
+
 def test_a_position_outside_of_the_cache_writes_nowhere(kernels):
     q, k, v = (numbers(1, 1, heads, 32, seed=heads) for heads in (4, 2, 3))
     caches = torch.zeros(1, 2, 8, 32), torch.zeros(1, 2, 8, 32)
@@ -308,6 +325,7 @@ def test_pytorchs_layout_of_int4_is_that_of_dequantize(plain_twins, group_size, 
     layer = Int4Linear(512, rows, bias=True, group_size=group_size)
     layer.load_state_dict(parts | {"bias": numbers(rows, seed=1).bfloat16()}, assign=True)
     layer.prepare()
+    layer.prepare()  # which it is already
     assert (layer.cpu_scales is not None) == (rows % 16 == 0)
     x = numbers(1, tokens, 512, seed=2).bfloat16()
     plain = Int4Linear.dequantize(*(parts[name].double() if name != "weight" else parts[name] for name in parts))

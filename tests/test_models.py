@@ -330,8 +330,40 @@ def test_no_more_slots_than_the_context(family):
 def test_a_position_past_the_slots_is_an_error(family):
     model = build(TINY[family])
     model.setup_caches(1, 16)
-    with pytest.raises(IndexError):
-        model(random_ids(1, 1), positions(16, 17))
+    for gradients in (True, False):  # without them kernels run
+        with torch.set_grad_enabled(gradients), pytest.raises(IndexError):
+            model(random_ids(1, 1), positions(16, 17))
+
+
+def test_positions_are_of_any_integers_but_one_for_each_token():
+    model = build(LLAMA)
+    model.setup_caches(3, 16)
+    ids = random_ids(3, 2)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            close(model(ids, positions(0, 2, rows=3).int()), model(ids))
+            with pytest.raises(ValueError, match=r"input_pos is \[1, 2\]; it must be \[3, 2\]"):
+                model(ids, positions(0, 2))
+
+
+def test_a_row_is_alone_in_a_cache_of_more():
+    model = build(LLAMA)
+    model.setup_caches(3, 16)
+    ids = random_ids(1, 9)
+    expected = model(ids)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            model(random_ids(3, 16, seed=1))
+            close(by_token(model, ids), expected)
+
+
+def test_the_scales_of_a_cache_stay_bfloat16():
+    model = build(LLAMA)
+    model.setup_caches(1, 16, int8=True)
+    model.double()
+    attn = model.layers[1].attn
+    assert attn.k_scale_cache.dtype == attn.v_scale_cache.dtype == torch.bfloat16
+    assert attn.k_cache.dtype == torch.int8 and model.lm_head.weight.dtype == torch.float64
 
 
 def test_a_cache_is_of_the_kind_of_the_one_before_if_none_is_named():

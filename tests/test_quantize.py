@@ -12,7 +12,15 @@ import quantized_linear
 from check_equivalence import FAMILIES, check_model, in_chunks, random_weights
 from checkpoint import build_model, describe_quantization, quantize_model, read_checkpoint, write_checkpoint
 from fast_model import fuse, to_fast, to_reference
-from quantized_linear import MODES, Int4Linear, Int8Linear, Mxfp4Linear, dequantize_weights, quantize_weights
+from quantized_linear import (
+    MODES,
+    Int4Linear,
+    Int8Linear,
+    Mxfp4Linear,
+    dequantize_weights,
+    quantize_weights,
+    swap_linears,
+)
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 256)]
 
@@ -100,6 +108,36 @@ def test_mxfp4_of_a_mixture_is_its_experts_and_int8_then_the_rest():
     for mode in ("mxfp4", "int8"):
         with pytest.raises(ValueError, match="is quantized already"):
             quantize_model(config, both, mode, 32)
+
+
+def test_int8_sums_are_not_too_large_for_float16():
+    layer = Int8Linear(4096, 8, bias=False)
+    layer.load_state_dict(Int8Linear.quantize(torch.full((8, 4096), 0.02)))
+    y = layer.half()(torch.ones(1, 4096, dtype=torch.float16))
+    assert ((y - 0.02 * 4096).abs() < 0.3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_of_another_model_is_swapped_in_its_dtype(mode, dtype):
+    net = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(64, 48)}).to(dtype)
+    quantized = quantize_weights(net.state_dict(), mode, 32)
+    swap_linears(net, quantized)
+    net.load_state_dict(quantized)
+    x = weight((3, 64)).to(dtype)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            y = net["up_proj"](x)
+        plain = dequantize_weights(quantized)["up_proj.weight"].to(dtype)
+        expected = torch.nn.functional.linear(x, plain, quantized["up_proj.bias"])
+        assert y.dtype == dtype
+        assert (y - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("group_size", [-32, 0, 16, 48, 128])
+def test_int4_refuses_groups_that_no_kernel_takes(group_size):
+    with pytest.raises(ValueError, match=f"multiple of 32 columns, not {group_size}"):
+        Int4Linear(64, 48, bias=False, group_size=group_size)
 
 
 def test_constant_and_zero_weights_stay_what_they_are():
