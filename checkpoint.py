@@ -16,6 +16,8 @@ Copy me: needs torch, and `model.py`, `fast_model.py`, `quantized_linear.py`, `c
 
 import hashlib
 import pickle
+import struct
+import zipfile
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -145,6 +147,13 @@ def load(model: nn.Module, path) -> None:
         put(tensor, state_dict[name])
 
 
+# What torch's unpicklers raise for a damaged file.
+DAMAGE = (
+    RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    pickle.PickleError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:
     """(config, state dict in the reference's layout, its tensors mapped from the file).
 
@@ -157,7 +166,7 @@ def read_checkpoint(path) -> tuple[GPTConfig, dict]:
         raise FileNotFoundError(f"{path} does not exist; make it with convert_hf_checkpoint.py")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is not a whole torch checkpoint; convert the model again") from error
     if not isinstance(content, dict) or not {"format_version", "config", "state_dict"} <= content.keys():
         raise ValueError(f"{path} is no checkpoint of this project; make one with convert_hf_checkpoint.py")

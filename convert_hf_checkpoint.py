@@ -21,10 +21,8 @@ Copy me: needs torch, safetensors and tqdm, and `model.py`, `fast_model.py`, `qu
 import argparse
 import json
 import math
-import pickle
 import re
 import reprlib
-import struct
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -33,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from checkpoint import FLOATS, check_dtype, check_size, is_state_dict, strip_prefixes, write_checkpoint
+from checkpoint import DAMAGE, FLOATS, check_dtype, check_size, is_state_dict, strip_prefixes, write_checkpoint
 from model import GPT, GPTConfig
 from runtime import check_target, run_command
 
@@ -1068,10 +1066,6 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-# What safetensors and torch's two unpicklers raise for a damaged file.
-DAMAGE = (SafetensorError, RuntimeError, ValueError, EOFError, LookupError, struct.error, pickle.PickleError)
-
-
 def open_weights(file: Path):
     """({name: how many numbers}, the function that maps a tensor by its name), of one file. Nothing is read yet."""
 
@@ -1081,13 +1075,14 @@ def open_weights(file: Path):
         except SafetensorError as error:  # a dtype that torch does not have
             raise ValueError(f"{name} in {file} cannot be read ({error}); choose other weights") from error
 
+    open(file, "rb").close()  # safetensors says of a file that may not be read that there is none
     try:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
             return {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}, read
         # Before torch 1.6 .bin files were no zip archives; those cannot be mapped.
         opened = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except DAMAGE as error:
+    except (SafetensorError, *DAMAGE) as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's word for a class that is not loaded
         if foreign:
             what = f"holds {foreign[1]}, and only tensors are read"

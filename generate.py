@@ -170,10 +170,7 @@ class Session:
     samples: list[Answer] = field(default_factory=list)
     runs: list[dict] = field(default_factory=list)
     in_cache: list[int] = field(default_factory=list)
-
-    @property
-    def eos_ids(self) -> frozenset:
-        return self.tokenizer.eos_ids if self.tokenizer and not self.args.ignore_eos else frozenset()
+    eos_ids: frozenset = frozenset()
 
     def encode(self, messages: list[dict]) -> list[int]:
         """The ids of the last message, or in a chat of all. Raises ValueError if it is no text."""
@@ -207,6 +204,8 @@ CONTRADICTIONS = (
     ("reference", "kv_cache", f"{REFERENCE} has no cache; leave out --kv_cache"),
     ("reference", "drafts", f"{REFERENCE} has no cache for drafts; leave out the drafts"),
     ("interactive", "batch_size", "--interactive holds one conversation; leave out --batch_size"),
+    ("interactive", "num_samples", "--interactive gives one answer a line; leave out --num_samples"),
+    ("interactive", "prompt", "--interactive reads its prompts from the terminal; leave out --prompt"),
     ("prompt_file", "prompt", OWN_PROMPTS),
     ("prompt_file", "interactive", OWN_PROMPTS),
     ("prompt_file", "batch_size", OWN_PROMPTS),
@@ -222,15 +221,17 @@ def check_flags(args) -> None:
     """Raises ValueError or OSError for arguments that cannot be, before anything is loaded."""
     drafts = "drafts" if speculates(args) else "no drafts"
     given = {name for name, value in vars(args).items() if value not in (None, False)}
-    given -= {"batch_size"} if args.batch_size == 1 else set()
+    given -= {name for name in ("batch_size", "num_samples") if getattr(args, name) == 1}
     given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set()) | (set() if args.chat else {"no chat"})
     for one, other, sentence in CONTRADICTIONS:
         if {one, other} <= given:
             raise ValueError(sentence)
     if "" in args.stop:
         raise ValueError("--stop needs strings of at least one character")
-    for file in filter(None, (args.json_path, args.profile)):
-        check_target(file)
+    inputs = (args.checkpoint_path, args.draft_checkpoint_path, args.prompt_file)
+    for file, other in ((args.json_path, args.profile), (args.profile, args.json_path)):
+        if file:
+            check_target(file, other, *inputs)
     check_device(args.device)
 
 
@@ -332,6 +333,8 @@ def make_session(args, prompts: dict[str, str]) -> tuple[Session, list[list[int]
         if args.chat:
             tokenizer.chat_template()  # raises ValueError if there is none, before a session begins
     session = Session(args, model, tokenizer, sampling, bandwidth, Stopwatch(args.device))
+    if tokenizer and not args.ignore_eos:
+        session.eos_ids = tokenizer.eos_ids
     session.figures["load_seconds"] = seconds
     rows = objects_of_ranks(first_rows(args, session, prompts))[0]  # a template may ask for the time
     longest = most_drafts(args) if speculates(args) else 0

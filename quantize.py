@@ -154,7 +154,7 @@ def main(args) -> None:
         raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
     label = f"{mode}_g{args.group_size}" if mode.startswith("int4") else mode
     out = args.out_path or path.with_name(f"{path.stem}_{label}.pth")
-    check_target(out)
+    check_target(out, path, args.calibration)
     config, state_dict = read_checkpoint(path)
     if args.calibration:
         check_device(args.device)

@@ -39,7 +39,7 @@ import torch.distributed as dist
 
 def rank_and_count() -> tuple[int, int]:
     """(this process's rank, number of ranks); (0, 1) if torchrun has not started it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def print0(*words, **options) -> None:
@@ -49,7 +49,8 @@ def print0(*words, **options) -> None:
 
 
 def say(*words):
-    print0(*words, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # it is if it was closed, and None means stdout to print
+        print0(*words, file=sys.stderr, flush=True)
 
 
 def own_device(device: str) -> str:
@@ -126,8 +127,8 @@ def run_command(main, arguments, splits: bool = False) -> None:
             print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
     if ranks == 1:
         raise SystemExit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     if finished:  # else others may never come to this, and the end of the process takes the group along
         Timer(10, os._exit, [code]).start()
         gc.collect()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388), until all are freed
@@ -207,8 +208,11 @@ def _is_special(path) -> bool:
     return os.path.abspath(path).startswith(streams) or (os.path.exists(path) and not os.path.isfile(path))
 
 
-def check_target(path) -> None:
-    """Raises OSError if no file can be written at `path`; a command asks before its work, not after it."""
+def check_target(path, *others) -> None:
+    """Raises OSError if no file can be written at `path`, and ValueError if it is one of the `others`, or None, which
+    the command reads or writes too. A command asks before its work, not after it."""
+    if not _is_special(path) and os.path.realpath(path) in map(os.path.realpath, filter(None, others)):
+        raise ValueError(f"{path} would be written over, and the command needs it otherwise; give another place")
     special, target = _is_special(path), Path(os.path.realpath(path))  # resolve() fails at a link to itself
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
@@ -239,6 +243,8 @@ def written_in_place(path):
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
+        if isinstance(error.__context__, KeyboardInterrupt):  # which the zip writer's end hides
+            raise error.__context__ from None
         raise OSError(f"{path} could not be written whole; is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)

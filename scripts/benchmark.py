@@ -947,9 +947,18 @@ def draw_ranks(axes, found: dict) -> None:
     axes.legend()
 
 
+def read_figures(path: Path) -> dict:
+    """What a suite has written. Raises ValueError if it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content | {name: content[name] for name in ("suite", "rows", "hardware", "torch")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not what --json_path writes; give the file of a suite") from error
+
+
 def plot(json_paths: list[Path], png: Path) -> None:
     """The rows of a suite against their floors; of several files those of `decode` over their ranks, and a table."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in json_paths]
+    contents = [read_figures(path) for path in json_paths]
     suite, rows, several = contents[0]["suite"], contents[0]["rows"], len(contents) > 1
     if several and any(content["suite"] != "decode" for content in contents):
         raise ValueError("a plot of several files is of the suite decode under several numbers of ranks; give those")

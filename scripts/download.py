@@ -102,6 +102,8 @@ def parse_arguments():
 if __name__ == "__main__":
     try:
         main(parse_arguments())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

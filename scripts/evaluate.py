@@ -298,7 +298,7 @@ def main(args) -> None:
     harness = import_harness() if args.tasks else None
     check_device(args.device)
     if args.json_path:
-        check_target(args.json_path)
+        check_target(args.json_path, args.checkpoint_path, args.text, args.against)
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
     if args.kv_cache:
         model.setup_caches(1, 1, int8=True)  # the larger ones that follow are of the same kind

@@ -205,11 +205,13 @@ def write_weights(folder: Path, plan: dict, state_dict: dict, order: list[int]) 
     meta = {name: tensor.to("meta") for name, tensor in state_dict.items()}
     sizes = {name: stored_tensor(meta, order, *made) for name, made in plan.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_FILE_SIZE)
+    os.umask(umask := os.umask(0))  # there is no other way to read it
     for file, names in split.filename_to_tensors.items():
         # No name for the tensors: it would keep them while the next file's are made.
         save_file(
             {name: stored_tensor(state_dict, order, *plan[name]) for name in names}, folder / file, {"format": "pt"}
         )
+        (folder / file).chmod(0o666 & ~umask)  # safetensors lets nobody else read it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -38,7 +38,6 @@ import argparse
 import hashlib
 import json
 import math
-import pickle
 import re
 import shutil
 import warnings
@@ -58,6 +57,7 @@ from tqdm import tqdm
 
 import cpu_kernels
 from checkpoint import (
+    DAMAGE,
     DTYPES,
     build_model,
     describe_quantization,
@@ -541,7 +541,7 @@ def load_training(path: Path, model: nn.Module, optimizer, settings: dict) -> in
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         was = content["settings"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged or of something else; give another --out_dir") from error
     for name, value in settings.items():
         if name not in was:

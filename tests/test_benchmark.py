@@ -497,6 +497,13 @@ def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path):
         assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"suite": "decode"}'])
+def test_a_plot_of_something_else_is_refused_by_name(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.json is not what --json_path writes"):
+        benchmark.plot([tmp_path / "rows.json"], tmp_path / "rows.png")
+
+
 def test_a_ladders_plot_is_tokens_a_second_with_a_tick_at_each_floor():
     axes = MagicMock()
     benchmark.draw_ladder(axes, [benchmark.row_of("eager", [0.5], 0.01), benchmark.row_of("int4", [0.02], 0.005)])

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -307,6 +308,24 @@ def test_a_broken_write_leaves_the_old_file_and_nothing_beside_it(path, monkeypa
         write_checkpoint(path, CONFIG, WEIGHTS)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_ctrl_c_in_a_write_is_not_taken_for_a_full_disk(path, monkeypatch):
+    def broken(content, file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise FULL  # as torch's zip writer does when it is left
+
+    monkeypatch.setattr(checkpoint.torch, "save", broken)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(path, CONFIG, WEIGHTS)
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, AssertionError])
+def test_whatever_a_damaged_byte_raises_is_said_in_a_sentence(path, monkeypatch, error):
+    monkeypatch.setattr(checkpoint.torch, "load", Mock(side_effect=error("185")))
+    refused(path, "not a whole torch checkpoint")
 
 
 def test_a_written_checkpoint_has_nothing_beside_it(path):

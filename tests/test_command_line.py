@@ -164,6 +164,13 @@ def test_an_eos_ends_the_answer_unless_it_is_ignored(run, folder):
     assert (sample["token_ids"], sample["stop_reason"]) == (ids, "length")
 
 
+def test_end_tokens_that_cannot_be_read_are_refused_before_anything_is_shown(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2')
+    end = process(folder, "--prompt", "Hello")
+    assert (end.code, end.stdout) == (2, "")
+    assert "generation_config.json is not JSON" in end.stderr
+
+
 def test_the_reference_writes_the_same_greedy_text(run, monkeypatch):
     expected = run(*GREEDY, "--prompt", "Hello", "--batch_size", 2)
     monkeypatch.setattr("checkpoint.FastGPT", None)
@@ -771,6 +778,9 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--reference", "--compile_prefill"], "leave out --compile"),
         (["--reference", "--kv_cache", "int8"], "leave out --kv_cache"),
         (["--interactive", "--batch_size", "2"], "leave out --batch_size"),
+        (["--interactive", "--num_samples", "2"], "leave out --num_samples"),
+        (["--interactive", "--prompt", "ab"], "leave out --prompt"),
+        (["--json", "same", "--profile", "./same"], "same would be written over"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_in_one_line(refused, arguments, sentence):

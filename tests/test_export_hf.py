@@ -222,6 +222,7 @@ def test_dtype_is_kept_and_named(model_pth, tmp_path, dtype):
     export(path, tmp_path / "out")
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
     assert loaded(tmp_path / "out").dtype == dtype
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     same(converted(tmp_path / "out"), read_checkpoint(path))
 
 

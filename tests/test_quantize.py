@@ -268,6 +268,12 @@ def test_the_command_writes_a_smaller_file_beside_and_refuses_to_do_it_twice(tin
     out.unlink()
 
 
+def test_a_checkpoint_is_not_quantized_over_itself(tiny_checkpoint):
+    file = tiny_checkpoint / "model.pth"
+    done = run("--checkpoint_path", file, "--mode", "int8", "--out_path", file)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {file} would be written over")
+
+
 def test_groups_that_do_not_divide_are_refused_by_name(tiny_checkpoint):
     end = run("--checkpoint_path", tiny_checkpoint / "model.pth", "--mode", "int4", "--group_size", "64")
     assert end.returncode == 2 and end.stderr.count("\n") == 1

@@ -40,6 +40,24 @@ def test_an_open_stream_is_written_to_by_its_name(tmp_path):
     assert (tmp_path / "out").read_text().split() == ["text", "[", "1", "]"]
 
 
+def test_what_the_command_needs_otherwise_is_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("model.pth")
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.pth", "link", tmp_path / "model.pth", "./folder/../model.pth"):
+        with pytest.raises(ValueError, match="would be written over"):
+            runtime.check_target(name, None, "prompts.txt", tmp_path / "model.pth")
+    runtime.check_target("other.pth", None, "model.pth")
+    runtime.check_target("/dev/null", "/dev/null")
+
+
+def test_nothing_is_said_where_stderr_is_closed(tmp_path):
+    code = "import runtime; runtime.say('a figure'); print('text', runtime.rank_and_count())"
+    environment = os.environ | {"RANK": "", "WORLD_SIZE": ""}
+    command = f'"{sys.executable}" -c "{code}" 2>&-'
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, env=environment, text=True, check=True)
+    assert done.stdout == "text (0, 1)\n"
+
+
 @pytest.mark.parametrize("name", ["folder", "file/below", "loop"])
 def test_what_cannot_be_written_is_refused_beforehand(tmp_path, name):
     (tmp_path / "folder").mkdir()
