@@ -277,7 +277,10 @@ def _check_fit(state_dict: dict, config: GPTConfig, path) -> None:
     check_size(config, 2 * sum(tensor.numel() for tensor in state_dict.values()), path)  # int4: two in a byte
     with torch.device("meta"):
         model = GPT(config)
-        swap_linears(model, state_dict)
+        try:
+            swap_linears(model, state_dict)
+        except (ValueError, LookupError, ZeroDivisionError) as error:
+            raise ValueError(f"{path} has scales of other groups than this code reads ({error})") from error
     expected = model.state_dict()
     for name in sorted(expected.keys() | state_dict.keys()):
         if name not in state_dict:

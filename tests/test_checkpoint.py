@@ -439,6 +439,17 @@ def test_foreign_content_is_refused(path, foreign):
     refused(path, text)
 
 
+@pytest.mark.parametrize("shape", [(256, 4), (256, 0), (256,), (256, 128)])
+def test_int4_in_other_groups_is_refused(path, shape):
+    config = FAMILIES["llama-2"]
+    write_checkpoint(path, *quantize_model(config, random_weights(config), "int4", 32))
+    content = content_of(path)
+    for kind in ("scales", "zeros"):
+        content["state_dict"][f"transformer.h.0.mlp.up_proj.{kind}"] = torch.ones(shape, dtype=torch.bfloat16)
+    torch.save(content, path)
+    refused(path, "has scales of other groups than this code reads")
+
+
 class Malicious:
     def __init__(self, victim):
         self.victim = str(victim)

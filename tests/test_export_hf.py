@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_convert_hf import MODELS, converted, same
 
 import convert_hf_checkpoint as convert_hf
-from check_equivalence import random_weights
+from check_equivalence import FAMILIES, random_weights
 from checkpoint import build_model, quantize_model, read_checkpoint, write_checkpoint
 from model import GPTConfig
 from scripts import export_hf_checkpoint
@@ -322,7 +322,8 @@ def test_a_place_that_cannot_be_written_is_refused(model_pth, tmp_path):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_checkpoint_is_refused(tmp_path, mode):
     path = tmp_path / "model.pth"
-    write_checkpoint(path, *quantize_model(TINY, random_weights(TINY), mode, 4))
+    config = FAMILIES["llama-2"]
+    write_checkpoint(path, *quantize_model(config, random_weights(config), mode, 32))
     refused(path, tmp_path / "out", "is quantized", str(path))
 
 
