@@ -3,8 +3,8 @@
 Every row runs the same token ids another way and compares all logits with those of `model.py` in float32, each row of
 the batch on its own. The ids are random ones followed by the greedy text of the reference, so that the first position
 at which a row's argmax differs is the first at which its greedy text would. Without a checkpoint, small random models
-of every family are checked. On a CPU some are compiled, which have every field of the config. A new field needs a
-family that sets it, or is an error. Decisions to know:
+of every family are checked. On a CPU some are compiled, which have every field of the config. It is an error if no
+family sets a field. Decisions to know:
 
 - In float32 a row may differ by rounding alone: 2e-5 of the largest logit. Leaving out a norm costs 10,000 times that.
 - In a 16-bit dtype each layer, given the fast path's own input, may be 1.6 times as far from the reference in float32
@@ -17,8 +17,8 @@ family that sets it, or is an error. Decisions to know:
 - Speculative rows are texts: the reference may have another token ahead of one by no more than twice the tolerance.
   The draft model is the model itself, but for half of the text's tokens, which it never drafts; the lookup drafts where
   it finds nothing, too. Some drafts of each are wrong, so accepting them shows.
-- The gradients' row is of both twins: the loss of the next tokens, and each parameter's gradient through
-  the surgery. Quantized models have none, and those above 2 billion parameters are left out for the memory.
+- The gradients' row is of both twins: the loss of the next tokens, and each parameter's gradient through the surgery.
+  Quantized models have none, and those above 2 billion parameters are left out for the memory.
 - Compiled rows run under a stance in which a recompilation is an error.
 - Under torchrun every rank computes the whole reference and holds it against its shard's logits, which all ranks share.
 

@@ -38,6 +38,11 @@ FORMAT_VERSION = 1
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # of weights; those in int8 or int4 have scales
 HALVES = torch.bfloat16, torch.float16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What torch's unpicklers raise for a damaged file.
+DAMAGE = (
+    RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    pickle.PickleError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def strip_prefixes(state_dict: dict) -> dict:
@@ -145,13 +150,6 @@ def load(model: nn.Module, path) -> None:
         raise ValueError("this model is quantized, or has adapters; load into a plain one")
     for name, tensor in own.items():
         put(tensor, state_dict[name])
-
-
-# What torch's unpicklers raise for a damaged file.
-DAMAGE = (
-    RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
-    pickle.PickleError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 def read_checkpoint(path) -> tuple[GPTConfig, dict]:

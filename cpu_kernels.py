@@ -771,7 +771,7 @@ def takes(x, weight) -> bool:
 def linear(x, weight, scales=None, zeros=None, gated: bool = False):
     """y [T, N] of x [T, K], float32 or bf16, and weight [N, K]: float32, bf16, float16, or int8 with scales [N]; or
     packed int4 [N, K/2], as `quantized_linear.Int4Linear` has it, with scales and zeros [N, K/G] in bf16. K is a
-    multiple of 32. `available` must have been called before, as `takes` does.
+    multiple of 32. Call `available` first; `takes` does.
 
     With `gated`, y [T, N/2] is silu of the first half of the rows' products times the second half's. Raises ValueError
     for x of another width or dtype.

@@ -126,7 +126,7 @@ class Int8Linear(nn.Module):
             # One fused loop over the int8 weights for all of a few tokens; of a dynamic number there is no telling.
             y = torch.stack([(self.weight * row).sum(-1) for row in rows.float()]) * self.scales.float()
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        elif x.dtype == torch.float16:  # without the scales sums may be too large for it
+        elif x.dtype == torch.float16:  # sums that are not scaled yet may be too large for it
             y = F.linear(x, self.plain_weight(x.dtype))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
@@ -235,8 +235,8 @@ class Int4Linear(nn.Module):
     def prepare(self, experts: bool = False):
         """Change to the layout of this device's kernel. `gpu_products.py` takes scales and zeros as bytes, if they are
         multiples of such `steps`; `cpu_kernels.py` takes all as it is on disk. Without it, PyTorch's kernel takes bf16
-        and a multiple of 16 rows, and no matrix of experts, of which single rows are read. A state dict of either other
-        layout cannot be loaded."""
+        and a multiple of 16 rows, and no matrix of experts, of which single rows are read. Load a state dict before
+        this: it has the layout on disk."""
         device, dtype = self.weight.device, self.scales.dtype
         if self.prepared:
             return
@@ -346,9 +346,8 @@ class Mxfp4Linear(nn.Module):
 def quantize_weights(state_dict: dict, mode: str, group_size: int | None) -> dict:
     """A quantized state dict, in the reference's layout, of a plain one. Weights are taken one at a time.
 
-    They are those whose names end in `_proj.weight` or `lm_head.weight`, as `GPT` calls its linear layers. The head
-    becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized
-    already.
+    Only names that end in `_proj.weight` or `lm_head.weight` are quantized: `GPT` calls its linear layers so. The head
+    becomes int8 in every mode. Raises ValueError if a weight does not divide into groups, or is quantized already.
     """
     quantized = {}
     for name, tensor in state_dict.items():

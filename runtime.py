@@ -49,8 +49,7 @@ def print0(*words, **options) -> None:
 
 
 def say(*words):
-    if sys.stderr is not None:  # it is if it was closed, and None means stdout to print
-        print0(*words, file=sys.stderr, flush=True)
+    print0(*words, file=sys.stderr, flush=True)
 
 
 def own_device(device: str) -> str:
@@ -100,6 +99,9 @@ def run_command(main, arguments, splits: bool = False) -> None:
     first, so that it is there once, but waits with one that it may only have because another rank is gone.
     """
     (rank, ranks), finished = rank_and_count() if splits else (0, 1), False
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed; print() would take stdout for a stderr of None
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal in latin-1 shows ? for what it does not have
     for remark in ("\\s*Online softmax", "TensorFloat32 tensor cores"):  # of the compiler; nobody can act on them
@@ -127,8 +129,8 @@ def run_command(main, arguments, splits: bool = False) -> None:
             print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
     if ranks == 1:
         raise SystemExit(code)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     if finished:  # else others may never come to this, and the end of the process takes the group along
         Timer(10, os._exit, [code]).start()
         gc.collect()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388), until all are freed
@@ -209,11 +211,11 @@ def _is_special(path) -> bool:
 
 
 def check_target(path, *others) -> None:
-    """Raises OSError if no file can be written at `path`, and ValueError if it is one of the `others`, or None, which
-    the command reads or writes too. A command asks before its work, not after it."""
-    if not _is_special(path) and os.path.realpath(path) in map(os.path.realpath, filter(None, others)):
-        raise ValueError(f"{path} would be written over, and the command needs it otherwise; give another place")
+    """Raises OSError if no file can be written at `path`, and ValueError if the command also reads or writes it as one
+    of `others`, each a path or None. A command asks before its work, not after it."""
     special, target = _is_special(path), Path(os.path.realpath(path))  # resolve() fails at a link to itself
+    if not special and str(target) in map(os.path.realpath, filter(None, others)):
+        raise ValueError(f"{path} would be written over, but this command needs it too; give another place")
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     place = Path(path) if special else next(parent for parent in target.parents if parent.exists())
@@ -243,7 +245,7 @@ def written_in_place(path):
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
-        if isinstance(error.__context__, KeyboardInterrupt):  # which the zip writer's end hides
+        if isinstance(error.__context__, KeyboardInterrupt):  # the zip writer's own error hides it
             raise error.__context__ from None
         raise OSError(f"{path} could not be written whole; is the disk full?") from error
     finally:

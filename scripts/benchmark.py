@@ -988,7 +988,7 @@ def check_flags(args) -> None:
     if len(args.json_path) > 1:
         raise ValueError(f"{suite} writes one --json_path, not {len(args.json_path)}; plot alone reads several")
     for path in args.json_path:
-        check_target(path)
+        check_target(path, args.shape, args.checkpoint_path)
     if rank_and_count()[1] > 1 and (suite not in ("decode", "train") or args.checkpoint_path or args.hf):
         raise ValueError("under torchrun there are the suites decode and train of a --shape; run others without it")
     if suite in ("decode", "ladder", "speculate") and args.new_tokens < 2:
@@ -1079,7 +1079,7 @@ def main(args) -> None:
     if args.suite == "plot":
         if not args.json_path or not args.png:
             raise ValueError("plot needs --json_path, a file that a suite wrote, and --png, the file to write")
-        check_target(args.png)
+        check_target(args.png, *args.json_path)
         return plot(args.json_path, args.png)
     check_flags(args)
     config, state_dict = read_weights(args)

@@ -237,7 +237,7 @@ def convert(gguf_file, out_dir) -> Path:
         architecture = reprlib.repr(fields.get("general.architecture"))
         raise ValueError(f"{gguf_file} has general.architecture = {architecture}, only 'llama' is supported")
     out = Path(out_dir) / "model.pth"
-    check_target(out)
+    check_target(out, gguf_file)
     config = read_config(metadata, tensors)
     files = convert_tokenizer(metadata)
     metadata.finish()

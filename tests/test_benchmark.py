@@ -442,6 +442,8 @@ def mistake(monkeypatch, *arguments):
     [
         (("decode",), "give either --shape or --checkpoint_path"),
         (("plot", "--png", "x.png"), "plot needs --json_path"),
+        (("plot", "--png", "x.png", "--json_path", "./x.png"), "x.png would be written over"),
+        (("decode", "--shape", "x.json", "--json_path", "x.json"), "x.json would be written over"),
         (("batch", "--shape", "x", "--hf", "y"), "--hf is a row of the suite decode; leave it out of batch"),
         (("forward", "--shape", "x", "--weights", "int8", "int4"), "forward takes one kind of weights, not 2"),
         (

@@ -2011,3 +2011,12 @@ def test_variables_of_a_job_with_several_processes_change_nothing(tmp_path):
         command, cwd=Path(convert_hf.__file__).parent, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_file_of_weights_that_may_not_be_read_is_not_said_to_be_missing(copy_of, monkeypatch):
+    def closed(file, mode):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(convert_hf, "open", closed, raising=False)
+    with pytest.raises(PermissionError, match="Permission denied.*model.safetensors"):
+        convert_hf.open_weights(copy_of("gpt2") / "model.safetensors")

@@ -97,6 +97,12 @@ def test_a_failure_is_one_sentence_and_exit_code_2(monkeypatch, tmp_path, capsys
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+def test_ctrl_c_ends_a_download_without_a_word(monkeypatch, tmp_path, capsys):
+    hub(monkeypatch, [*SMALL, "model.safetensors"], list_error=KeyboardInterrupt())
+    assert run_command(monkeypatch, "owner/name", "--out_dir", str(tmp_path)) == 130
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("repo_id", ["a/b/c", "../name", "owner/na me", ""])
 def test_a_bad_name_is_refused_without_a_network(monkeypatch, tmp_path, capsys, repo_id):
     assert run_command(monkeypatch, repo_id, "--out_dir", str(tmp_path)) == 2

@@ -531,6 +531,10 @@ def test_two_models_of_other_tokens_are_refused(tiny_checkpoint, tmp_path, capsy
 def test_where_figures_go_is_looked_at_first(tiny_checkpoint, tmp_path, capsys):
     refused("--checkpoint_path", tmp_path / "none.pth", "--text", tmp_path / "text", "--json", tmp_path)
     assert "is a folder; give the name of a file" in capsys.readouterr().err
+    for kind in ("--checkpoint_path", "--text", "--against"):
+        files = {name: tmp_path / name for name in ("--checkpoint_path", "--text", "--against")}
+        refused(*(word for pair in files.items() for word in pair), "--json", files[kind])
+        assert f"{files[kind]} would be written over" in capsys.readouterr().err
 
 
 def test_numbers_that_are_not_finite_are_one_sentence_and_exit_code_1(damaged, tmp_path, capsys):

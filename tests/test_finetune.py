@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_a_run_stopped_in_the_middle_of_saving_continues(train, monkeypatch, mor
     assert losses(output) == []
 
 
-def test_another_run_is_not_continued(train, refused, tmp_path):
+def test_another_run_is_not_continued(train, refused, tmp_path, monkeypatch):
     train("refused")
     refused(match="training.pth is there; give --resume")
     refused("--resume", "--learning_rate", 1e-3, match="of a run with learning_rate = 0.003, not 0.001")
@@ -248,6 +249,10 @@ def test_another_run_is_not_continued(train, refused, tmp_path):
     refused("--resume", match="of a run with other weights to start from", folder=folder)
     (folder / "training.pth").write_bytes((folder / "training.pth").read_bytes()[:-100])
     refused("--resume", match="training.pth is damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.torch, "load", Mock(side_effect=AttributeError("185")))  # as one damaged byte can
+        with pytest.raises(ValueError, match="training.pth is damaged"):
+            finetune.load_training(folder / "training.pth", None, None, {})
     (folder / "training.pth").unlink()
     refused("--resume", match="model.pth is there, and of no run that could continue")
 

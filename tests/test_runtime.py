@@ -51,7 +51,8 @@ def test_what_the_command_needs_otherwise_is_not_written_over(tmp_path, monkeypa
 
 
 def test_nothing_is_said_where_stderr_is_closed(tmp_path):
-    code = "import runtime; runtime.say('a figure'); print('text', runtime.rank_and_count())"
+    code = "import runtime; runtime.run_command(lambda words: runtime.say(*words) or print('text', {0}), ['a figure'])"
+    code = code.format("runtime.rank_and_count()")
     environment = os.environ | {"RANK": "", "WORLD_SIZE": ""}
     command = f'"{sys.executable}" -c "{code}" 2>&-'
     done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, env=environment, text=True, check=True)
