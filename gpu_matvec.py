@@ -23,7 +23,8 @@
 
 Copy me: needs torch, triton, and `gpu_kernels.py` beside it.
 
-Shapes: T tokens, N output rows, K input columns, G columns in a group, E experts, of which a token has USED.
+Shapes: T tokens, N output rows, K input columns, E experts, of which a token has USED. The scales of a row begin GROUPS
+scales after those of the row before, and SHARE blocks of 32 columns have the same one.
 """
 
 import triton
@@ -383,7 +384,8 @@ def _scale_and_zero(both):
 @triton.jit
 def _load_tile(
     matrix, rows, inside, tile,
-    K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """A tile of weights: words of [rows, BLOCKS] blocks of 32 columns, and what is stored of their scales and zeros."""
     w_ptr, s_ptr, z_ptr, b_ptr = matrix
@@ -391,7 +393,7 @@ def _load_tile(
     WORDS: tl.constexpr = K // 4 if KIND == "int8" else K // 8
     WIDE: tl.constexpr = 8 if KIND == "int8" else 4
     at, block = first * WIDE + tl.arange(0, BLOCKS * WIDE)[None, :], first + tl.arange(0, BLOCKS)[None, :]
-    w_at, group = w_ptr + rows * WORDS + at, rows * (K // G) + block // (G // 32)
+    w_at, group = w_ptr + rows * WORDS + at, rows * GROUPS + block // SHARE
     if BLOCKS <= 32:  # so that Triton loads one scale a thread, which has the words of one block
         group = tl.multiple_of(group, [1, 1])
     if MASKED:
@@ -409,12 +411,15 @@ def _load_tile(
 @triton.jit
 def _load_tiles(
     matrix, rows, inside,
-    K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """The first TILES tiles of weights."""
     tiles = ()
     for i in tl.static_range(TILES):
-        tiles = tiles + (_load_tile(matrix, rows, inside, i, K, G, BLOCKS, (i + 1) * BLOCKS * 32 > K, KIND),)
+        tiles = tiles + (
+            _load_tile(matrix, rows, inside, i, K, GROUPS, SHARE, BLOCKS, (i + 1) * BLOCKS * 32 > K, KIND),
+        )
     return tiles
 
 
@@ -465,7 +470,8 @@ def _tile_dot(tile, x, zero_step, ROWS: tl.constexpr, BLOCKS: tl.constexpr, KIND
 @triton.jit
 def _rows_dot(
     x_ptr, x, matrix, tiles, of_rows, rows, inside,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    TILES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Rows of weights times x, with the bias, if there is one; [ROWS, 1]. The first TILES of both are there."""
     WHOLE: tl.constexpr = K // 32 // BLOCKS
@@ -476,10 +482,10 @@ def _rows_dot(
     for i in tl.static_range(1, TILES):
         total += _tile_dot(tiles[i], x[i], zero_step, ROWS, BLOCKS, KIND, THREE)
     for i in range(TILES, WHOLE):
-        later = _load_tile(matrix, rows, inside, i, K, G, BLOCKS, False, KIND)
+        later = _load_tile(matrix, rows, inside, i, K, GROUPS, SHARE, BLOCKS, False, KIND)
         total += _tile_dot(later, _x_tile(x_ptr, i, K, BLOCKS, False, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
     if TILES <= WHOLE and WHOLE * BLOCKS * 32 < K:
-        last = _load_tile(matrix, rows, inside, WHOLE, K, G, BLOCKS, True, KIND)
+        last = _load_tile(matrix, rows, inside, WHOLE, K, GROUPS, SHARE, BLOCKS, True, KIND)
         total += _tile_dot(last, _x_tile(x_ptr, WHOLE, K, BLOCKS, True, KIND), zero_step, ROWS, BLOCKS, KIND, THREE)
     y = tl.sum(total, 1)[:, None]
     if KIND == "int8" or KIND == "bytes":
@@ -493,9 +499,10 @@ def _rows_dot(
 def bytes_matvec_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, logits_ptr, peers_ptr, T, N,
     residual_ptr, norm_ptr, total_ptr, eps,
-    E: tl.constexpr, USED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    TILES: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    CLAMP: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, USED: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows at a time and all of T tokens a program, which fetches its next rows before it multiplies these;
     GATED: half as many as gate, and as many from row N on as up. With a residual stream x is added to it, and the norm
@@ -515,7 +522,7 @@ def bytes_matvec_kernel(
     matrix = (w_ptr, s_ptr, z_ptr, b_ptr)
     rows = first + i // DIFFERENT * N + i % DIFFERENT
     out = program * DIFFERENT + i % DIFFERENT
-    tiles = _load_tiles(matrix, rows + program * DIFFERENT, out < N, K, G, BLOCKS, TILES, KIND)
+    tiles = _load_tiles(matrix, rows + program * DIFFERENT, out < N, K, GROUPS, SHARE, BLOCKS, TILES, KIND)
     of_rows = _load_rows(s_ptr, z_ptr, b_ptr, rows + program * DIFFERENT, out < N, KIND)
     inboxes = open_inboxes(peers_ptr, RANKS)
     if residual_ptr is not None:
@@ -531,7 +538,7 @@ def bytes_matvec_kernel(
         inside = group * DIFFERENT < N if EVEN else out < N
         following = group + programs
         more = following * DIFFERENT < N if EVEN else following * DIFFERENT + i % DIFFERENT < N
-        next_tiles = _load_tiles(matrix, rows + following * DIFFERENT, more, K, G, BLOCKS, TILES, KIND)
+        next_tiles = _load_tiles(matrix, rows + following * DIFFERENT, more, K, GROUPS, SHARE, BLOCKS, TILES, KIND)
         next_of_rows = _load_rows(s_ptr, z_ptr, b_ptr, rows + following * DIFFERENT, more, KIND)
         count = count_of_rows(inboxes, out, N, RANK, RANKS)
         for token in range(tokens):
@@ -539,7 +546,9 @@ def bytes_matvec_kernel(
             if T != 1 and logits_ptr is None:
                 x = _x_tiles(x_at, K, BLOCKS, TILES, KIND)
             its_rows = rows + group * DIFFERENT
-            y = _rows_dot(x_at, x, matrix, tiles, of_rows, its_rows, inside, K, G, ROWS, BLOCKS, TILES, KIND)
+            y = _rows_dot(
+                x_at, x, matrix, tiles, of_rows, its_rows, inside, K, GROUPS, SHARE, ROWS, BLOCKS, TILES, KIND
+            )
             if GATED:
                 gate, up = tl.split(tl.permute(tl.reshape(y, [2, DIFFERENT]), (1, 0)))
                 y = apply_gate(gate, up, ACT, CLAMP, y_ptr.dtype.element_ty)
@@ -557,9 +566,9 @@ def bytes_matvec_kernel(
 @jit_for_any_T
 def bytes_experts_sum_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, logits_ptr, peers_ptr, T, N,
-    E: tl.constexpr, USED: tl.constexpr, NORM: tl.constexpr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, USED: tl.constexpr, NORM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
+    SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
+    KIND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS of N rows and one token a program, else as `experts_sum_kernel`."""
     token = tl.program_id(0) % T
@@ -569,7 +578,7 @@ def bytes_experts_sum_kernel(
     chosen, weights = _chosen_experts(logits_ptr + token * E, E, USED, NORM)
     tiles, of_rows = (), ()
     for i in tl.static_range(USED):
-        tiles = tiles + (_load_tiles(matrix, chosen[i] * N + out, inside, K, G, BLOCKS, TILES, KIND),)
+        tiles = tiles + (_load_tiles(matrix, chosen[i] * N + out, inside, K, GROUPS, SHARE, BLOCKS, TILES, KIND),)
         of_rows = of_rows + (_load_rows(s_ptr, z_ptr, b_ptr, chosen[i] * N + out, inside, KIND),)
     inboxes = open_inboxes(peers_ptr, RANKS)
     wait_for_inputs(PDL)
@@ -579,7 +588,7 @@ def bytes_experts_sum_kernel(
         rows = chosen[i] * N + out
         x_at = x_ptr + (token * USED + i) * K
         x = _x_tiles(x_at, K, BLOCKS, TILES, KIND)
-        y = _rows_dot(x_at, x, matrix, tiles[i], of_rows[i], rows, inside, K, G, ROWS, BLOCKS, TILES, KIND)
+        y = _rows_dot(x_at, x, matrix, tiles[i], of_rows[i], rows, inside, K, GROUPS, SHARE, ROWS, BLOCKS, TILES, KIND)
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         total += y * weights[i]
     y = total.to(y_ptr.dtype.element_ty)

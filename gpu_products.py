@@ -273,14 +273,16 @@ def in_bytes(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, t
     `quantized_linear.Int4Linear.quantize` makes, which bytes hold; else themselves.
 
     A scale is the low byte, a zero point the high one. What a row's bytes count by is first the step of its scales,
-    then how many of those a step of its zeros is.
+    then how many of those a step of its zeros is. Rows of more than 64 begin at multiples of 16 bytes.
     """
     steps = [torch.ldexp(torch.ones(len(t), 1, device=t.device), t.float().abs().amax(1, True).frexp()[1] - bits)
              for t, bits in ((scales, 8), (zeros, 7))]  # fmt: skip
     scale, zero = (t.float() / step for t, step in zip((scales, zeros), steps, strict=True))
     if not ((scale == scale.round()) & (zero == zero.round()) & (scale >= 0)).all():
         return scales, zeros
-    both = (zero.int() << 8 | scale.int()).to(torch.int16)
+    both, groups = (zero.int() << 8 | scale.int()).to(torch.int16), scales.shape[1]
+    if groups > 64:  # the copy engine fetches rows that are whole 16 bytes apart
+        both = F.pad(both, (0, -groups % 8))[:, :groups]
     return both, torch.cat([steps[0], steps[1] / steps[0]], dim=1)
 
 
@@ -326,18 +328,22 @@ def kind_of(scales: torch.Tensor) -> str:
     return {torch.uint8: "fp4", torch.int16: "bytes"}.get(scales.dtype, "floats")
 
 
+def groups_of(weight, scales) -> tuple[int, int]:
+    """GROUPS and SHARE of 4-bit weights with such scales, as `gpu_matvec.py` explains them."""
+    return scales.stride(0), columns(weight) // scales.shape[1] // 32
+
+
 def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 128) -> dict:
     """Constants of the kernels that multiply bytes, `rows` at a time, which are `apart` outputs, in tiles of up to
     `blocks`. Of a row of up to 4,096 columns all tiles are fetched first.
     """
-    K, group, kind = columns(weight), 32, "int8"
+    K, apart_groups, share, kind = columns(weight), 0, 1, "int8"
     if weight.dtype == torch.uint8:
-        group = K // scales.shape[1]
-        kind = kind_of(scales)
+        apart_groups, share, kind = *groups_of(weight, scales), kind_of(scales)
     blocks = min(blocks, triton.next_power_of_2(K // 32))
     tiles = triton.cdiv(K, 32 * blocks) if K <= 4096 else 1
     more = {"EVEN": N % apart == 0, "KIND": kind}
-    return {"K": K, "G": group, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
+    return {"K": K, "GROUPS": apart_groups, "SHARE": share, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
 
 
 def row_tile(K: int) -> tuple[int, int]:
@@ -351,16 +357,17 @@ def takes_streamed(x, weight, scales, N: int, tells: bool = False) -> bool:
     """Whether `launch_streamed` takes a weight with N outputs, which it `tells` other ranks, for x [1, K] of 16 bits.
 
     It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes, and gained
-    nothing if they had more than 14,336 columns. 4 bits need a scale for each block, whole 16 bytes of them in a row,
-    and rows in pairs. Packed weights were slower so if their rows or columns are 2,048 to 4,096, but no multiple of
-    128, as the 2,880 of gpt-oss. Its output product in 16 bits, told to other ranks, was slower so too.
+    nothing if they had more than 14,336 columns. 4 bits need a scale for each block, rows of them that begin at
+    multiples of 16 bytes, and rows in pairs. Packed weights were slower so if their rows or columns are 2,048 to 4,096,
+    but no multiple of 128, as the 2,880 of gpt-oss. Its output product in 16 bits, told to other ranks, was slower so
+    too.
     """
     K = columns(weight)
     of_int4 = (
         weight.dtype == torch.uint8
         and kind_of(scales) == "bytes"
         and K == 32 * scales.shape[1]
-        and K % 256 == 0
+        and scales.stride(0) % 8 == 0
         and N % 2 == 0
     )
     of_int8 = weight.dtype == torch.int8 and K % 32 == 0
@@ -481,8 +488,7 @@ def launch_few_tokens(x, weights, y, act: tuple) -> None:
     options, x_scales, kind, code, groups, share = launch_options(x.device), None, None, "", 0, 1
     cols = 64 if T > 16 else 16 if T > 8 or scales is None else 8  # 16-bit weights gained nothing by 8
     if weight.dtype == torch.uint8:
-        kind, groups = kind_of(scales), scales.shape[1]
-        share = K // groups // 32
+        kind, (groups, share) = kind_of(scales), groups_of(weight, scales)
         ordered, code = torch.empty_like(x), unpack_code(kind, x.dtype)
         _in_word_order_kernel[(T, triton.cdiv(K, 1024))](x, None, ordered, K, USED=1, BLOCK=1024, **options)
         x, weight = ordered, weight.view(torch.int32)
@@ -820,13 +826,14 @@ def launch_sorted(x, weights, tiles, y, cols: int, act=(None, None), order=None,
     The experts' matrices stand one under the other in the first of the `weights` of `linear`. With an activation and a
     clamp y is [n, N] as `_sorted_tokens_kernel` says of 2 parts, else of 1.
     """
-    (weight, scales, zeros, bias), N, groups = weights, y.shape[1], weights[1].shape[1]
+    (weight, scales, zeros, bias), N = weights, y.shape[1]
+    groups, share = groups_of(weight, scales)
     K, kind, parts, block = x.shape[1], kind_of(scales), 1 if act[0] is None else 2, 128
     stage = 128 * block // 2 + cols * block * 2
     words = weight.view(torch.int32).view(-1, N, K // 8)
     w_desc, x_desc = describe(words, [parts, 128 // parts, block // 8], block // 2), describe(x, [cols, block])
     _sorted_tokens_kernel[(len(tiles) * triton.cdiv(N, 128 // parts),)](
-        w_desc, x_desc, tiles, scales, zeros, bias, order, shares, y, N, GROUPS=groups, SHARE=K // groups // 32,
+        w_desc, x_desc, tiles, scales, zeros, bias, order, shares, y, N, GROUPS=groups, SHARE=share,
         KIND=kind, CODE=unpack_code(kind, x.dtype), CHUNK=64 if kind == "fp4" else 32,  # so that registers suffice
         STAGES=min(110_000 // stage, triton.cdiv(K, block)), ACT=act[0], CLAMP=act[1], num_warps=4,
         **launch_options(x.device),
