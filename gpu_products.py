@@ -358,9 +358,9 @@ def takes_streamed(x, weight, scales, N: int, tells: bool = False) -> bool:
 
     It needs Hopper, and rows whose x leaves room for two tiles. Rows of 16 bits have whole 16 bytes, and gained
     nothing if they had more than 14,336 columns. 4 bits need a scale for each block, rows of them that begin at
-    multiples of 16 bytes, and rows in pairs. Packed weights were slower so if their rows or columns are 2,048 to 4,096,
-    but no multiple of 128, as the 2,880 of gpt-oss. Its output product in 16 bits, told to other ranks, was slower so
-    too.
+    multiples of 16 bytes, and rows in pairs. Packed weights were slower so if their columns, or rows that are not
+    gated, are 2,048 to 4,096, but no multiple of 128, as the 2,880 of gpt-oss. Its output product in 16 bits, told to
+    other ranks, was slower so too.
     """
     K = columns(weight)
     of_int4 = (
@@ -371,10 +371,12 @@ def takes_streamed(x, weight, scales, N: int, tells: bool = False) -> bool:
         and N % 2 == 0
     )
     of_int8 = weight.dtype == torch.int8 and K % 32 == 0
-    packed = (of_int8 or of_int4) and all(n <= 2048 or n >= 4096 or n % 128 == 0 for n in (N, K))
+    gated = N < len(weight)
+    slower = any(2048 < n < 4096 and n % 128 for n in ((K,) if gated else (N, K)))
+    packed = (of_int8 or of_int4) and not slower
     # 2,048 gained nothing on one GPU in int4: its x is dear, and the other kernel's tiles fit.
     least = (2048 if tells else 2304) if of_int4 else 512
-    most = 30720 if packed and N == len(weight) else 14336  # gate and up have 16 rows a tile
+    most = 30720 if packed and not gated else 14336  # gate and up have 16 rows a tile
     return (
         torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) == 1
