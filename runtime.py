@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -113,6 +114,7 @@ def run_command(main, arguments, splits: bool = False) -> None:
             check_agreement(vars(arguments))
             arguments = own
         code = int(main(arguments) or 0)
+        sys.stdout.flush()
         finished = True
     except KeyboardInterrupt:
         code = 130
@@ -125,7 +127,7 @@ def run_command(main, arguments, splits: bool = False) -> None:
         if sentence is None:
             time.sleep(0 if rank else 5)
             traceback.print_exc()
-        else:
+        elif sentence:
             print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
     if ranks == 1:
         raise SystemExit(code)
@@ -138,11 +140,25 @@ def run_command(main, arguments, splits: bool = False) -> None:
     os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
 
 
+def output_has_ended() -> bool:
+    """Whether nobody reads the pipe that stdout or stderr goes to, as after `| head`. What comes for it is dropped."""
+    pipes = select.poll()
+    for number in (1, 2):
+        pipes.register(number, 0)
+    ended = [number for number, event in pipes.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for number in ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(ended)
+
+
 def explain(error: Exception) -> tuple[int, str | None]:
     """(exit code, sentence for the user) of what ended a command; the sentence is None for a fault of the program.
 
-    2 is for what the user can change, 1 for a computation that failed.
+    2 is for what the user can change, 1 for a computation that failed. 141, without a sentence, is what a shell says of
+    a program whose output nobody reads.
     """
+    if isinstance(error, BrokenPipeError) and output_has_ended():
+        return 141, ""
     if isinstance(error, FloatingPointError):
         return 1, str(error)
     message = str(error)

@@ -38,6 +38,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -583,6 +584,8 @@ def check_flags(args) -> None:
     if (args.checkpoint_path is None) == (args.config is None):
         raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
     check_numbers(args)
+    if args.shard and not os.environ.get("WORLD_SIZE"):
+        raise ValueError("--shard divides the model among ranks; start them with torchrun, or leave it out")
     check_device(args.device)
     training, model = args.out_dir / "training.pth", args.out_dir / "model.pth"
     if training.exists() and not args.resume:

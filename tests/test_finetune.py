@@ -641,6 +641,7 @@ def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, t
             value,
             match=rf"^{flag} {re.escape(str(value))}(\.0)? is not a (whole )?(number|share) (above|from|of 64)",
         )
+    refused("--shard", match="--shard divides the model among ranks; start them")
     refused("--sample", "", match="--sample is empty")
     refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")
     (tmp_path / "refused").write_text("a file where a folder must be")

@@ -59,6 +59,22 @@ def test_nothing_is_said_where_stderr_is_closed(tmp_path):
     assert done.stdout == "text (0, 1)\n"
 
 
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nothing_is_said_where_the_output_is_read_no_more(stream, flush):
+    code = f"""if True:
+        import sys, runtime
+        sys.stdin.read()  # until the other end of the pipe is closed
+        runtime.run_command(lambda to: print("text", file=to, flush={flush}), sys.{stream})"""
+    read, write = os.pipe()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        os.close(read)
+        os.close(write)
+        said = process.communicate()
+    assert (process.returncode, *said) == (141, *((None, b"") if stream == "stdout" else (b"", None)))
+
+
 @pytest.mark.parametrize("name", ["folder", "file/below", "loop"])
 def test_what_cannot_be_written_is_refused_beforehand(tmp_path, name):
     (tmp_path / "folder").mkdir()

@@ -143,7 +143,7 @@ def test_ranks_and_then_one_process_learn_what_one_does(tiny_checkpoint, tmp_pat
     def command(name, *batches):
         files = ["--checkpoint_path", tiny_checkpoint / "model.pth", "--data", tmp_path / "text.txt"]
         rest = ["--out_dir", tmp_path / name, "--precision", "float32", "--sample", "the quick", *STEPS, *more]
-        return list(map(str, [*files, *rest, "--shard", *batches]))
+        return list(map(str, [*files, *rest, *batches]))
 
     def alone(name, *batches):
         monkeypatch.setattr(sys, "argv", ["finetune.py", *command(name, *batches)])
@@ -152,7 +152,7 @@ def test_ranks_and_then_one_process_learn_what_one_does(tiny_checkpoint, tmp_pat
 
     expected, output = alone("alone", "--batch_size", 4), ""
     for count in counts:
-        batches = ["--batch_size", 1, "--accumulate", 4 // count, "--resume"]
+        batches = ["--shard", "--batch_size", 1, "--accumulate", 4 // count, "--resume"]
         done = ranks(count, tmp_path / "stopped.py", *command("divided", *batches))
         assert done.stderr.count("error: stopped") == 1, done.stderr
         output += done.stdout
