@@ -24,13 +24,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,7 @@ def run_command(main, arguments, splits: bool = False) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if finished:  # else others may never come to this, and the end of the process takes the group along
-        Timer(10, os._exit, [code]).start()
+        threading.Timer(10, os._exit, [code]).start()
         gc.collect()  # NCCL waits for CUDA graphs that hold its kernels (pytorch issue 115388), until all are freed
         dist.destroy_process_group()
     os._exit(code)  # torch 2.13 at times aborts while Python ends (1 of 16 runs over gloo)
@@ -240,6 +240,23 @@ def check_target(path, *others) -> None:
 
 
 @contextmanager
+def sigterm_ends():
+    """SIGTERM, as `timeout` sends it, raises SystemExit in this block, so that what is half-written goes."""
+
+    def end(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def written_in_place(path):
     """A temporary path beside `path`; renamed to it if the block ends well, deleted if not.
 
@@ -252,16 +269,17 @@ def written_in_place(path):
     folder = Path(tempfile.gettempdir()) if special else target.parent
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
-        yield temporary
-        if special:
-            with open(temporary, "rb") as source, open(path, "ab") as sink:  # stdout may be a file with text in it
-                shutil.copyfileobj(source, sink)
-        else:
-            os.replace(temporary, target)
+        with sigterm_ends():
+            yield temporary
+            if special:
+                with open(temporary, "rb") as source, open(path, "ab") as sink:  # stdout may be a file with text in it
+                    shutil.copyfileobj(source, sink)
+            else:
+                os.replace(temporary, target)
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
-        if isinstance(error.__context__, KeyboardInterrupt):  # the zip writer's own error hides it
+        if isinstance(error.__context__, (KeyboardInterrupt, SystemExit)):  # the zip writer's own error hides it
             raise error.__context__ from None
         raise OSError(f"{path} could not be written whole; is the disk full?") from error
     finally:

@@ -21,14 +21,14 @@ import json
 import math
 import re
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
 # The files that are read.
 FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("generation_config.json", "config.json", "chat_template.jinja"),
+    *("generation_config.json", "config.json", "chat_template.jinja", "chat_template.json"),
 )
 
 # In a byte-level tokenizer.json each byte is one character: "Ġ" is a space. Printable bytes are themselves, the other
@@ -51,15 +51,19 @@ def load_tokenizer(directory, model_size=math.inf):
     """The tokenizer in a model's folder (str or Path). model_size: the tokens that the model has an embedding for.
 
     Beside it, tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json, config.json,
-    chat_template.jinja and additional_chat_templates/ are read where they exist. Raises FileNotFoundError when there is
-    no tokenizer, ValueError when a file is damaged or of a kind that is not known here.
+    chat_template.jinja, chat_template.json and additional_chat_templates/ are read where they exist. Raises
+    FileNotFoundError when there is no tokenizer, ValueError when a file is damaged or of a kind that is not known here.
     """
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():
         return JsonTokenizer(directory, model_size)
     if (directory / "tokenizer.model").is_file():
         return SentencePieceTokenizer(directory, model_size)
-    raise FileNotFoundError(f"{directory} has neither tokenizer.json nor tokenizer.model: copy the model's one there.")
+    lacks = f"{directory} has neither tokenizer.json nor tokenizer.model"
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():  # OPT
+        make = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(directory)!r})"
+        raise FileNotFoundError(f'{lacks}: make one with python -c "{make}.save_pretrained({str(directory)!r})".')
+    raise FileNotFoundError(f"{lacks}: copy the model's one there.")
 
 
 def find_tokenizer(folder, vocab_size, needed):
@@ -205,37 +209,20 @@ class Tokenizer:
             stream.push(id)
         return stream
 
-    def render_chat(self, messages, answer_next=True):
+    def render_chat(self, messages, answer_next=True, tools=None):
         """messages: list of {"role": str, "content": str} -> str, the prompt up to where the answer begins.
 
-        Without `answer_next` it ends with the last message, as for training on an answer that is among them.
+        Without `answer_next` it ends with the last message, as for training on an answer that is among them. `tools`, a
+        list of JSON schemas, goes to the template, as in transformers.
 
         Raises ValueError when the model has no chat template, or when the template refuses the messages.
         """
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        # jinja2's own escapes HTML. The parameters, and their order, are those of transformers.
-        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        # A template comes with the weights, from a stranger: hence the sandbox.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        # {% generation %}, which jinja2 lacks, marks the answers for training; what it encloses is rendered as it is.
-        template = re.sub(r"({%[-+]?\s*)generation\b", r"\1with", self.chat_template())
-        template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endwith", template)
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer_next}
+        template = self.chat_template()
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": answer_next}
         try:
-            return environment.from_string(template).render(self.named_tokens | values)
+            return compile_template(template).render(self.named_tokens | values)
         except jinja2.TemplateSyntaxError as error:
             place = f"The chat template in {self.directory} is damaged in line {error.lineno}"
             raise ValueError(f"{place} ({error.message}): download it again.") from error
@@ -248,11 +235,15 @@ class Tokenizer:
         """The model's own template as str. Raises ValueError when it has none, or no default one, or is damaged.
 
         Files come before tokenizer_config.json, which has one template, or several by name: {"default": "...", ...}.
+        Last comes chat_template.json, which models of text and images had.
         """
         config = self.directory / "tokenizer_config.json"
         files = {"default": self.directory / "chat_template.jinja"}
         files |= {file.stem: file for file in (self.directory / "additional_chat_templates").glob("*.jinja")}
         template = {name: file for name, file in files.items() if file.is_file()} or self.config.get("chat_template")
+        if template is None:
+            config = self.directory / "chat_template.json"
+            template = read_json(config).get("chat_template")
         if isinstance(template, list):
             try:
                 template = {entry["name"]: entry["template"] for entry in template}
@@ -471,6 +462,32 @@ class ChannelStream(Stream):
     def finish(self):
         rest = super().finish()
         return rest if self.final else ""
+
+
+@lru_cache(maxsize=4)  # of a long template this takes fifty times as long as to render it
+def compile_template(text):
+    """A chat template of jinja2, as transformers sets it up. Raises what jinja2 raises if it is damaged."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    # jinja2's own escapes HTML. The parameters, and their order, are those of transformers.
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    # A template comes with the weights, from a stranger: hence the sandbox.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    # {% generation %}, which jinja2 lacks, marks the answers for training; what it encloses is rendered as it is.
+    text = re.sub(r"({%[-+]?\s*)generation\b", r"\1with", text)
+    return environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endwith", text))
 
 
 def read_json(file):

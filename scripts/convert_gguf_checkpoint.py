@@ -11,7 +11,7 @@ Config, weights and tokenizer are all rebuilt from the file; nothing else is rea
 - An older model.pth goes first and the new one comes last, so that its presence means that the folder is complete.
 
 Copy me: needs torch, gguf and tokenizers, and in the folder above `model.py`, `fast_model.py`, `quantized_linear.py`,
-`cpu_kernels.py`, `tp.py`, `runtime.py` and `checkpoint.py`.
+`cpu_kernels.py`, `tp.py`, `runtime.py`, `checkpoint.py` and `tokenizer.py`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 from checkpoint import check_size, write_checkpoint
 from model import GPT, GPTConfig
 from runtime import check_target, run_command
+from tokenizer import FILES
 
 # GGUF's tensors and ours. Which of them a model has follows from its config.
 TENSORS = {
@@ -241,6 +242,9 @@ def convert(gguf_file, out_dir) -> Path:
     config = read_config(metadata, tensors)
     files = convert_tokenizer(metadata)
     metadata.finish()
+    for name in FILES:
+        if name not in (*files, "config.json") and (out.parent / name).exists():
+            raise ValueError(f"{out.parent} has the {name} of another model; give another --out_dir, or remove it")
     state_dict = convert_weights(tensors, config, gguf_file)
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ class Requests:
         self.bos = added[: added.index(plain[0])]
         named = [tokenizer.token_id(tokenizer.named_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
         # Before a text with nothing before it, as in the harness.
-        self.start = self.bos or [id for id in named if id is not None][:1]
+        self.start = self.bos or [id for id in (*named, *sorted(tokenizer.eos_ids)) if id is not None][:1]
         if not self.start:
             raise ValueError("the tokenizer names neither BOS nor EOS, one of which the harness starts a text with")
 
@@ -224,7 +224,14 @@ def read_ids(file: Path, tokenizer, max_tokens: int | None) -> tuple[list[int], 
     """The first ids of a text and the bytes of those that are predicted. Raises ValueError if none are."""
     # The text is encoded once, with the BOS that the tokenizer itself adds or does not add, and then cut into windows.
     # No window but the first begins with a BOS, and the first token of the text is never predicted.
-    ids = tokenizer.encode(read_text(file, newline=""))[:max_tokens]
+    text = read_text(file, newline="")
+    size = len(text) if max_tokens is None else 16 * max_tokens
+    while True:  # of a long text only the beginning; a cut changes no more than the last few ids
+        ids = tokenizer.encode(text[:size])
+        if size >= len(text) or len(ids) >= max_tokens + 100:
+            break
+        size *= 4
+    ids = ids[:max_tokens]
     byte_count = sum(len(tokenizer.token_bytes(id)) for id in ids[1:])
     if not byte_count:  # special tokens have none
         raise ValueError(f"{file} has {len(ids)} tokens and no text after the first; at least 2 tokens are needed")
@@ -295,6 +302,9 @@ def predict_text(args, model, tokenizer) -> dict:
 def main(args) -> None:
     if args.tasks and args.against:
         raise ValueError("--against compares on a text; give --text instead of --tasks")
+    for flag in ("window", "stride", "max_tokens") if args.tasks else ("limit",):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is for {'--text' if args.tasks else '--tasks'}; leave it out")
     harness = import_harness() if args.tasks else None
     check_device(args.device)
     if args.json_path:

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 import convert_hf_checkpoint as convert
 from checkpoint import describe_quantization, read_checkpoint
 from model import GPTConfig
-from runtime import check_target, run_command
+from runtime import check_target, run_command, sigterm_ends
 from tokenizer import FILES
 
 MAX_FILE_SIZE = "5GB"
@@ -264,12 +264,13 @@ def export(checkpoint_path, out_dir) -> str:
     check_target(temporary)
     temporary.mkdir(parents=True)
     try:
-        count = write_weights(temporary, plan, state_dict, order)
-        (temporary / "config.json").write_text(json.dumps(fields, indent=2))
-        copied = [name for name in sorted(TOKENIZER_FILES) if (path.parent / name).is_file()]
-        for name in copied:
-            shutil.copyfile(path.parent / name, temporary / name)
-        os.replace(temporary, out)
+        with sigterm_ends():
+            count = write_weights(temporary, plan, state_dict, order)
+            (temporary / "config.json").write_text(json.dumps(fields, indent=2))
+            copied = [name for name in sorted(TOKENIZER_FILES) if (path.parent / name).is_file()]
+            for name in copied:
+                shutil.copyfile(path.parent / name, temporary / name)
+            os.replace(temporary, out)
     except ImportError as error:
         raise ValueError("writing safetensors needs numpy: pip install -r scripts/requirements.txt") from error
     except SafetensorError as error:

@@ -112,7 +112,7 @@ def read_row(value, where: str) -> dict:
     """{"text"} or {"messages"} of a row of JSON. Raises ValueError, which says where, if it has neither."""
     row = value if isinstance(value, dict) else {}
     if isinstance(row.get("messages"), list):
-        kept = {"messages": row["messages"]}
+        kept = {"messages": row["messages"], "tools": row.get("tools")}
         texts = [m.get(name) if isinstance(m, dict) else None for m in row["messages"] for name in ("role", "content")]
     else:
         kept, texts = {"text": row.get("text")}, [row.get("text")]
@@ -167,7 +167,7 @@ def windows(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return row[:-1].view(count, length), row[1:].view(count, length)
 
 
-def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
+def answers(messages: list[dict], tokenizer, tools=None) -> list[tuple[list[int], int]]:
     """For each answer in a conversation the ids up to the token that ends it, and how many of them the model is given.
 
     Each is rendered as the last one: templates leave things out of earlier answers.
@@ -176,11 +176,12 @@ def answers(messages: list[dict], tokenizer) -> list[tuple[list[int], int]]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.render_chat(messages[:i])
-        after = tokenizer.render_chat(messages[: i + 1], answer_next=False)
+        before = tokenizer.render_chat(messages[:i], tools=tools)
+        after = tokenizer.render_chat(messages[: i + 1], answer_next=False, tools=tools)
         check_characters(after, "the conversation")
         if not after.startswith(before):
-            raise ValueError("the chat template does not render an answer as it asks for one")
+            what = "an answer" if i else "a conversation that begins with an answer"
+            raise ValueError(f"the chat template does not render {what} as it asks for one")
         given, ids = (tokenizer.encode(text, bos=False) for text in (before, after))
         if ids[: len(given)] != given:  # a token reaches from one into the other
             ids = given + tokenizer.encode(after[len(before) :], bos=False)
@@ -201,7 +202,7 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
         if "messages" not in row:
             raise ValueError(f"{where} of {file} is text among messages; make it two files")
         try:
-            said = answers(row["messages"], tokenizer)
+            said = answers(row["messages"], tokenizer, row["tools"])
         except ValueError as error:
             raise ValueError(f"{where} of {file}: {error}") from error
         if not said:
@@ -219,6 +220,12 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
         raise ValueError(f"{file} has no answer to train on; it has {message or 'no rows'}")
     if message:
         print0(f"left out of {file}: {message}")
+    if not any(ids[-1] in tokenizer.eos_ids for ids, _ in found):
+        ids, given = found[0]
+        last = next((tokenizer.piece(id) for id in ids[: given - 1 : -1] if id in tokenizer.special_ids), None)
+        told = f"name {last!r} as eos_token in {tokenizer.directory / 'tokenizer_config.json'}"
+        told = told if last else "let the chat template end them with eos_token"
+        print0(f"no answer in {file} ends with a token that ends a text, so the model will not learn to stop; {told}")
     return padded(found, length)
 
 
@@ -580,10 +587,17 @@ def check_numbers(args) -> None:
 
 
 def check_flags(args) -> None:
-    """Raises ValueError or OSError for arguments that cannot be, before anything is read."""
+    """Raises ValueError or OSError for arguments that cannot be, before anything is read; fills in those of LoRA."""
     if (args.checkpoint_path is None) == (args.config is None):
         raise ValueError("give either --checkpoint_path or, to start from scratch, --config")
+    if args.config and not args.config.is_file():
+        raise FileNotFoundError(f"--config {args.config} is no file; give a Hugging Face config.json")
+    of_lora = args.lora_alpha is not None or args.lora_targets is not None
+    args.lora_alpha = 16.0 if args.lora_alpha is None else args.lora_alpha
+    args.lora_targets = args.lora_targets or ["q_proj", "v_proj"]
     check_numbers(args)
+    if of_lora and not args.lora_rank:
+        raise ValueError("--lora_alpha and --lora_targets are for LoRA; add --lora_rank, or leave them out")
     if args.shard and not os.environ.get("WORLD_SIZE"):
         raise ValueError("--shard divides the model among ranks; start them with torchrun, or leave it out")
     check_device(args.device)
@@ -861,8 +875,8 @@ def parse_arguments():
     add("--every", type=positive, default=100, help="steps between two evaluations, each of which saves")
     add("--sample", metavar="TEXT", help="a prompt that the model continues, or answers, at each evaluation")
     add("--lora_rank", type=int, default=0, help="0: all weights are trained")
-    add("--lora_alpha", type=float, default=16.0, help="LoRA adds alpha / rank times its product")
-    add("--lora_targets", nargs="+", choices=PROJECTIONS, default=["q_proj", "v_proj"])
+    add("--lora_alpha", type=float, help="LoRA adds alpha / rank times its product; default: 16")
+    add("--lora_targets", nargs="+", choices=PROJECTIONS, help="default: q_proj v_proj")
     help = "of the products; default: bfloat16 where the device has instructions for it, else float32"
     add("--precision", choices=("float32", "bfloat16"), help=help)
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")

@@ -1923,6 +1923,12 @@ def shard(number):
 
 
 SHARDS = "model.safetensors.index.json"
+
+
+def as_adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
 DAMAGED = [
     (False, lambda f: (f / "config.json").unlink(), FileNotFoundError, ["config.json"]),
     (False, rewrite("config.json", b'{"a": '), ValueError, ["config.json", "JSON"]),
@@ -1940,6 +1946,7 @@ DAMAGED = [
     (False, lambda f: as_arrays(f, **OLD), ValueError, ["pytorch_model.bin", "numpy", "only tensors"]),
     (False, lambda f: (as_bin(f), torch.save({1: torch.ones(1)}, f / "pytorch_model.bin")), ValueError, ["named"]),
     (False, rewrite("config.json", b"[" * 100_000), ValueError, ["config.json", "JSON"]),
+    (False, as_adapter, FileNotFoundError, ["has an adapter alone; merge it with its model by peft's"]),
     (True, lambda f: shard(1)(f).unlink(), FileNotFoundError, ["model-00002-of", SHARDS]),
     (True, lambda f: os.truncate(shard(1)(f), 200), ValueError, ["model-00002-of"]),
     (True, lambda f: shutil.copy(shard(0)(f), shard(1)(f)), ValueError, ["model-00001-of", "model-00002-of", "twice"]),

@@ -551,7 +551,30 @@ def test_without_the_harness_it_says_how_to_install_it(tiny_checkpoint, monkeypa
     assert err.startswith("error: ") and "pip install lm_eval" in err and err.count("\n") == 1
 
 
-def test_against_needs_a_text(tiny_checkpoint, capsys):
+def test_flags_of_the_other_kind_are_refused(tiny_checkpoint, capsys):
     path = tiny_checkpoint / "model.pth"
     refused("--checkpoint_path", path, "--tasks", "hellaswag", "--against", path)
     assert "--against compares on a text" in capsys.readouterr().err
+    for flags in (
+        ("--text", path, "--limit"),
+        *(("--tasks", "x", f"--{f}") for f in ("window", "stride", "max_tokens")),
+    ):
+        refused("--checkpoint_path", path, *flags, 3)
+        other = "--tasks" if "--text" in flags else "--text"
+        assert capsys.readouterr().err == f"error: {flags[-1]} is for {other}; leave it out\n"
+
+
+@pytest.mark.parametrize(("words", "sizes"), [("the quick fox", [800]), ("<|assistant|>a", [800, 3200])])
+def test_the_first_tokens_do_not_need_the_whole_text(tiny_checkpoint, tmp_path, monkeypatch, words, sizes):
+    tokenizer, lengths = load_tokenizer(tiny_checkpoint), []
+    encode, expected = tokenizer.encode, tokenizer.encode(words * 1000)[:50]
+    (tmp_path / "text").write_text(words * 1000)
+    monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    assert evaluate.read_ids(tmp_path / "text", tokenizer, 50)[0] == expected and lengths == sizes
+
+
+def test_an_end_that_only_generation_config_names_starts_a_text(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "gpt-2")
+    (folder / "tokenizer_config.json").write_text("{}")
+    requests = evaluate.Requests(SimpleNamespace(config=SimpleNamespace(block_size=8)), load_tokenizer(folder))
+    assert requests.start == [256]

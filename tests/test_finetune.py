@@ -198,6 +198,10 @@ def test_from_scratch(train, tiny_checkpoint, tmp_path, text, monkeypatch, capsy
     tokenizer = load_tokenizer(tmp_path / "made")
     prompt = torch.tensor([tokenizer.encode("the ")])
     assert len(list(generate(model, prompt, 8, Sampling(temperature=0)))) == 8
+    arguments[3] = str(folder)
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    with pytest.raises(FileNotFoundError, match="^--config .*scratch is no file; give a Hugging Face config.json"):
+        finetune.main(finetune.parse_arguments())
 
 
 # Interrupted.
@@ -610,6 +614,31 @@ def test_answers_without_a_token_are_left_out_and_counted(train, refused, tiny_c
     refused(match='no answer to train on; it has 9 conversations without the role "assistant" .first', data=chat)
 
 
+def test_answers_that_end_nothing_are_told(train, tiny_checkpoint, tmp_path):
+    chat, (folder, bare) = tmp_path / "chat.jsonl", (tmp_path / name for name in ("marked", "unmarked"))
+    chat.write_text("\n".join(json.dumps({"messages": m}) for m in CHAT))
+    says = "so the model will not learn to stop; "
+    assert says not in train("ended", data=chat)[1]
+    with_template(tiny_checkpoint, folder, "{% for m in messages %}{{ m.content }}<|user|>\n{% endfor %}")
+    with_template(tiny_checkpoint, bare, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    name = f"{says}name '<|user|>' as eos_token in {folder / 'tokenizer_config.json'}\n"
+    assert name in train("endless", folder=folder, data=chat)[1]
+    assert f"{says}let the chat template end them with eos_token\n" in train("bare", folder=bare, data=chat)[1]
+
+
+def test_tools_of_a_row_are_given_to_the_template(tiny_checkpoint, tmp_path):
+    template = "{% if tools %}{{ tools[0].name }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(with_template(tiny_checkpoint, tmp_path / "tools", template))
+    rows = [
+        {"messages": CHAT[0]},
+        {"messages": CHAT[0], "tools": None},
+        {"messages": CHAT[0], "tools": [{"name": "f"}]},
+    ]
+    (tmp_path / "chat").write_text("\n".join(map(json.dumps, rows)))
+    (ids, _), _ = finetune.read_data(tmp_path / "chat", tokenizer, 5)
+    assert [tokenizer.decode(row) for row in ids.tolist()] == ["hiyo ", "hiyo ", "fhiyo"]
+
+
 def test_what_a_template_adds_of_a_damaged_message_is_named(refused, tiny_checkpoint, tmp_path):
     template = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
     folder = with_template(tiny_checkpoint, tmp_path / "names", template)
@@ -641,6 +670,8 @@ def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, t
             value,
             match=rf"^{flag} {re.escape(str(value))}(\.0)? is not a (whole )?(number|share) (above|from|of 64)",
         )
+    for flags in (("--lora_alpha", 32), ("--lora_targets", "q_proj")):
+        refused(*flags, match="are for LoRA; add --lora_rank")
     refused("--shard", match="--shard divides the model among ranks; start them")
     refused("--sample", "", match="--sample is empty")
     refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")

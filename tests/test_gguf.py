@@ -295,6 +295,15 @@ def test_a_place_that_cannot_be_written_is_refused_first(parts, tmp_path, monkey
         convert(path, tmp_path / "out")
 
 
+def test_a_folder_with_another_models_tokenizer_is_refused(parts, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", *parts)
+    convert(convert(path, tmp_path).with_name("tiny.gguf"), tmp_path)  # its own files may be there
+    (tmp_path / "chat_template.jinja").touch()
+    monkeypatch.setattr(gguf_script, "convert_weights", None)
+    with pytest.raises(ValueError, match="has the chat_template.jinja of another model; give another --out_dir"):
+        convert(path, tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 20, 100, 3000, -40000, -1])
 def test_a_cut_off_file_is_one_sentence(parts, tmp_path, kept):
     path = write_gguf(tmp_path / "tiny.gguf", *parts)

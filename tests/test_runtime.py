@@ -59,6 +59,24 @@ def test_nothing_is_said_where_stderr_is_closed(tmp_path):
     assert done.stdout == "text (0, 1)\n"
 
 
+@pytest.mark.parametrize("write", ["torch.save(Long(), file)", "file.touch(); print(flush=True); time.sleep(60)"])
+def test_sigterm_leaves_nothing_half_written(tmp_path, write):
+    code = f"""if True:
+        import sys, time, torch, runtime
+        class Long:
+            def __reduce__(self):  # while the zip writer has its file open
+                print(flush=True)
+                time.sleep(60)
+        with runtime.written_in_place(sys.argv[1]) as file:
+            {write}"""
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "model.pth"], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+        process.terminate()
+        assert process.wait(30) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flush", [True, False])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_nothing_is_said_where_the_output_is_read_no_more(stream, flush):

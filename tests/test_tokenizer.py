@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
+from tokenizer import check_vocabulary, compile_template, find_tokenizer, load_tokenizer
 
 TEXTS = [
     "",
@@ -499,6 +499,10 @@ def test_chat_templates_are_found_where_models_keep_them(tmp_path):
     assert load_tokenizer(folder).render_chat(MESSAGES) == rendered_by_transformers(folder) == "list <|im_end|>"
     write_json(folder / "tokenizer_config.json", {"chat_template": {"rag": "no", "default": "object"}})
     assert load_tokenizer(folder).render_chat(MESSAGES) == rendered_by_transformers(folder) == "object"
+    write_json(folder / "chat_template.json", {"chat_template": "of a processor"})
+    assert load_tokenizer(folder).render_chat(MESSAGES) == rendered_by_transformers(folder) == "object"
+    write_json(folder / "tokenizer_config.json", {})
+    assert load_tokenizer(folder).render_chat(MESSAGES) == "of a processor"
     (folder / "chat_template.jinja").write_text("{{ messages[0].role }} 文", encoding="utf-8")
     assert load_tokenizer(folder).render_chat(MESSAGES) == rendered_by_transformers(folder) == "user 文"
     (more := folder / "additional_chat_templates").mkdir()
@@ -530,6 +534,15 @@ def test_named_templates_without_a_default_are_listed(tmp_path):
 def test_a_chat_template_of_an_odd_form_is_refused(tmp_path, template, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_tokenizer(json_folder(tmp_path, chat_template=template)).render_chat(MESSAGES)
+
+
+def test_a_chat_template_is_compiled_once_until_it_changes(tmp_path):
+    tokenizer = load_tokenizer(json_folder(tmp_path))
+    for word in ("first", "second"):
+        (tmp_path / "chat_template.jinja").write_text(f"{word} {{{{ tools | tojson }}}} {{{{ messages | length }}}}")
+        before = compile_template.cache_info().misses
+        assert [tokenizer.render_chat([{}] * n, tools=[n]) for n in (1, 2)] == [f"{word} [1] 1", f"{word} [2] 2"]
+        assert compile_template.cache_info().misses == before + 1
 
 
 def test_a_chat_template_that_is_not_utf_8_is_named(tmp_path):
@@ -677,6 +690,12 @@ def test_a_chat_template_cannot_reach_out_of_the_sandbox(tmp_path):
 
 def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").touch()
+    (tmp_path / "merges.txt").touch()
+    with pytest.raises(
+        FileNotFoundError, match="make one with python -c .*AutoTokenizer.from_pretrained.*save_pretrain"
+    ):
         load_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         folder = json_folder(tmp_path / name)
