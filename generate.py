@@ -212,6 +212,8 @@ CONTRADICTIONS = (
     ("prompt_lookup", "draft_checkpoint_path", ONE_PLACE),
     ("no drafts", "speculate_k", NO_DRAFTS),
     ("no drafts", "compare", NO_DRAFTS),
+    ("no lookup", "ngram", "--ngram is for --prompt_lookup; add that, or leave it out"),
+    ("no int4", "group_size", "--group_size is for --quantize int4; add that, or leave it out"),
     ("no chat", "show_reasoning", "--show_reasoning is for a chat; add --chat"),
     ("compare", "interactive", "--compare answers a prompt twice, which is no conversation; leave out --interactive"),
 )
@@ -223,6 +225,7 @@ def check_flags(args) -> None:
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     given -= {name for name in ("batch_size", "num_samples") if getattr(args, name) == 1}
     given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set()) | (set() if args.chat else {"no chat"})
+    given |= (set() if args.prompt_lookup else {"no lookup"}) | (set() if args.quantize == "int4" else {"no int4"})
     for one, other, sentence in CONTRADICTIONS:
         if {one, other} <= given:
             raise ValueError(sentence)
@@ -247,7 +250,7 @@ def load_model(args, config, state_dict):
     if ranks > 1:
         check_agreement({"model": fingerprint(config, state_dict)})
     if args.quantize:
-        config, state_dict = quantize_model(config, state_dict, args.quantize, args.group_size, rank, ranks)
+        config, state_dict = quantize_model(config, state_dict, args.quantize, args.group_size or 32, rank, ranks)
     else:
         state_dict = tp.shard(state_dict, config, rank, ranks)
     dtype = choose_dtype(args.checkpoint_path, state_dict, args.device, args.precision)
@@ -383,7 +386,7 @@ def prepare_steps(args, session: Session, draft, batch: int) -> None:
         if draft:
             drafts = DraftModel(draft, session.stopwatch.watch("draft", compiled(draft_tokens)), new_prefill())
         else:
-            drafts = PromptLookup(longest=args.ngram)
+            drafts = PromptLookup(longest=args.ngram or 3)
         check = session.stopwatch.watch("verify", compiled(verify))
         speculation = Speculation(model, session.sampling, drafts, Fixed(most_drafts(args)), check)
     session.steps = Steps(new_prefill(), compiled(decode_step), speculation)
@@ -747,11 +750,11 @@ def parse_arguments():
         help="default: the checkpoint's; float32 on a CPU, and bfloat16 instead of float32 on an NVIDIA GPU",
     )
     add("--quantize", choices=MODES, help="quantize the weights while loading, without a second file")
-    add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns in a group of --quantize int4")
+    add("--group_size", type=int, choices=GROUP_SIZES, help="columns in a group of --quantize int4; default: 32")
     add("--draft_checkpoint_path", type=Path, help="a smaller model with the same tokenizer, whose drafts are verified")
     add("--prompt_lookup", action="store_true", help="drafts are what followed the last tokens earlier in the text")
     add("--speculate_k", type=draft_count, metavar="K", help="drafts in a round, or auto; default: 5")
-    add("--ngram", type=positive, default=3, help="tokens that --prompt_lookup looks for, at most")
+    add("--ngram", type=positive, help="tokens that --prompt_lookup looks for, at most; default: 3")
     add("--compare", action="store_true", help="generate once more without drafts, for the speed")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace")
     add("--json", type=Path, dest="json_path", metavar="FILE", help="write samples and figures for other programs")

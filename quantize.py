@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import quantize_model, read_checkpoint, untie_head, write_checkpoint
 from model import Block
 from quantized_linear import GROUP_SIZES, MODES, Int4Linear, check_weight, quantize_weights
-from runtime import check_device, check_target, default_device, read_text, run_command
+from runtime import check_device, check_target, default_device, positive, read_text, run_command
 from tokenizer import find_tokenizer
 
 BLOCK = 128  # columns that are quantized before the rest of the matrix is updated; group sizes divide it or it them
@@ -150,20 +150,23 @@ def read_calibration(file: Path, tokenizer, block_size: int, max_tokens: int):
 
 def main(args) -> None:
     mode, path = args.mode, args.checkpoint_path
-    if (mode == "int4-gptq") != (args.calibration is not None) or args.calibration_tokens < 1:
-        raise ValueError("--mode int4-gptq needs --calibration and at least 1 token of it; no other mode takes it")
-    label = f"{mode}_g{args.group_size}" if mode.startswith("int4") else mode
+    by_gptq, tokens, group_size = mode == "int4-gptq", args.calibration_tokens, args.group_size or 32
+    if by_gptq != bool(args.calibration) or (tokens and not by_gptq):
+        raise ValueError("--mode int4-gptq needs --calibration, and takes --calibration_tokens; no other mode does")
+    if args.group_size and not mode.startswith("int4"):
+        raise ValueError(f"--group_size is for int4 and int4-gptq; leave it out of --mode {mode}")
+    label = f"{mode}_g{group_size}" if mode.startswith("int4") else mode
     out = args.out_path or path.with_name(f"{path.stem}_{label}.pth")
     check_target(out, path, args.calibration)
     config, state_dict = read_checkpoint(path)
     if args.calibration:
         check_device(args.device)
         tokenizer = find_tokenizer(path.parent, config.vocab_size, needed=True)
-        ids = read_calibration(args.calibration, tokenizer, config.block_size, args.calibration_tokens)
+        ids = read_calibration(args.calibration, tokenizer, config.block_size, tokens or 16384)
         config, state_dict = untie_head(config, state_dict)
-        state_dict = gptq_weights(config, state_dict, args.group_size, ids, args.device)
+        state_dict = gptq_weights(config, state_dict, group_size, ids, args.device)
     else:
-        config, state_dict = quantize_model(config, state_dict, mode, args.group_size)
+        config, state_dict = quantize_model(config, state_dict, mode, group_size)
     write_checkpoint(out, config, state_dict, method="gptq" if args.calibration else "nearest")
     print(f"wrote {out}: {path.stat().st_size / 1e6:.0f} MB became {out.stat().st_size / 1e6:.0f} MB")
 
@@ -173,9 +176,9 @@ def parse_arguments():
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="a model.pth that is not quantized")
     add("--mode", choices=(*MODES, "int4-gptq"), required=True)
-    add("--group_size", type=int, choices=GROUP_SIZES, default=32, help="columns, int4 and int4-gptq only")
+    add("--group_size", type=int, choices=GROUP_SIZES, help="columns, int4 and int4-gptq only; default: 32")
     add("--calibration", type=Path, metavar="FILE", help="UTF-8 text, int4-gptq only")
-    add("--calibration_tokens", type=int, default=16384, help="at most this many tokens of it are used")
+    add("--calibration_tokens", type=positive, help="at most this many tokens of it are used; default: 16384")
     add("--device", default=default_device(), help="where int4-gptq computes: cpu, cuda, cuda:1, mps")
     add("--out_path", type=Path, help="default: model_int8.pth or model_int4_g32.pth beside it")
     return parser.parse_args()

@@ -690,7 +690,9 @@ def make_run(args) -> Run:
     config, state_dict = read_start(args)
     folder = (args.checkpoint_path or args.config).parent
     tokenizer = find_tokenizer(folder, config.vocab_size, needed=True)
-    length = min(args.length or 1024, config.block_size)
+    length = args.length or min(1024, config.block_size)
+    if length > config.block_size:
+        raise ValueError(f"--length {length} is more than the context of {config.block_size}; give less")
     rows, held_out, digests = split_data(args, tokenizer, length)
     prompt = None
     if args.sample is not None:

@@ -780,6 +780,8 @@ def test_a_chat_without_template_is_refused_in_one_line(refused, folder):
         (["--interactive", "--batch_size", "2"], "leave out --batch_size"),
         (["--interactive", "--num_samples", "2"], "leave out --num_samples"),
         (["--interactive", "--prompt", "ab"], "leave out --prompt"),
+        (["--ngram", "2"], "--ngram is for --prompt_lookup"),
+        (["--quantize", "int8", "--group_size", "64"], "--group_size is for --quantize int4"),
         (["--json", "same", "--profile", "./same"], "same would be written over"),
     ],
 )

@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
 def test_quantized_weights_generate_without_a_compiler(tmp_path, tiny_checkpoint, mode):
     from conftest import command
 
-    arguments = command(tiny_checkpoint, "--quantize", mode, "--group_size", 32, "--prompt", "ab", "--temperature", 0)
+    arguments = command(tiny_checkpoint, "--quantize", mode, "--prompt", "ab", "--temperature", 0)
     if mode == "int4":  # of groups of 32
         config = FAMILIES["llama-2"]
         write_checkpoint(tmp_path / "model.pth", config, random_weights(config))

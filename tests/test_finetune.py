@@ -674,6 +674,7 @@ def test_what_cannot_be_trained_is_refused(tiny_checkpoint, tmp_path, refused, t
         refused(*flags, match="are for LoRA; add --lora_rank")
     refused("--shard", match="--shard divides the model among ranks; start them")
     refused("--sample", "", match="--sample is empty")
+    refused("--length", 129, match="--length 129 is more than the context of 128; give less")
     refused("--sample", "a" * 600, match="--sample has 600 tokens, more than the context of 128")
     (tmp_path / "refused").write_text("a file where a folder must be")
     refused(match="training.pth cannot be written", folder=tmp_path / "nothing")  # before a model is read

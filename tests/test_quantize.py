@@ -274,6 +274,12 @@ def test_a_checkpoint_is_not_quantized_over_itself(tiny_checkpoint):
     assert done.returncode == 2 and done.stderr.startswith(f"error: {file} would be written over")
 
 
+def test_flags_of_another_mode_are_refused(tiny_checkpoint):
+    for mode, flag in (("int8", "--group_size"), ("mxfp4", "--group_size"), ("int4", "--calibration_tokens")):
+        end = run("--checkpoint_path", tiny_checkpoint / "model.pth", "--mode", mode, flag, "64")
+        assert end.returncode == 2 and end.stderr.count("\n") == 1 and flag in end.stderr
+
+
 def test_groups_that_do_not_divide_are_refused_by_name(tiny_checkpoint):
     end = run("--checkpoint_path", tiny_checkpoint / "model.pth", "--mode", "int4", "--group_size", "64")
     assert end.returncode == 2 and end.stderr.count("\n") == 1
