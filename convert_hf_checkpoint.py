@@ -1037,11 +1037,10 @@ def config_from_hf(config: dict) -> GPTConfig:
 
 
 def read_json(path: Path) -> dict:
-    if path.with_name("adapter_config.json").is_file() and not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} has an adapter alone; merge it with its model by peft's merge_and_unload"
-        )
     if not path.is_file():
+        if path.with_name("adapter_config.json").is_file():
+            alone = f"{path.parent} has an adapter alone"
+            raise FileNotFoundError(f"{alone}; merge it with its model by peft's merge_and_unload")
         raise FileNotFoundError(f"{path} does not exist; give the folder of a downloaded model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

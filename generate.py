@@ -221,11 +221,11 @@ CONTRADICTIONS = (
 
 def check_flags(args) -> None:
     """Raises ValueError or OSError for arguments that cannot be, before anything is loaded."""
-    drafts = "drafts" if speculates(args) else "no drafts"
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     given -= {name for name in ("batch_size", "num_samples") if getattr(args, name) == 1}
-    given |= {drafts} | ({"ranks"} if rank_and_count()[1] > 1 else set()) | (set() if args.chat else {"no chat"})
-    given |= (set() if args.prompt_lookup else {"no lookup"}) | (set() if args.quantize == "int4" else {"no int4"})
+    given |= {"drafts"} if speculates(args) else {"no drafts"}
+    others = {"ranks": rank_and_count()[1] > 1, "no chat": not args.chat, "no lookup": not args.prompt_lookup}
+    given |= {name for name, holds in (others | {"no int4": args.quantize != "int4"}).items() if holds}
     for one, other, sentence in CONTRADICTIONS:
         if {one, other} <= given:
             raise ValueError(sentence)

@@ -337,13 +337,13 @@ def bytes_options(N: int, weight, scales, rows: int, apart: int, blocks: int = 1
     """Constants of the kernels that multiply bytes, `rows` at a time, which are `apart` outputs, in tiles of up to
     `blocks`. Of a row of up to 4,096 columns all tiles are fetched first.
     """
-    K, apart_groups, share, kind = columns(weight), 0, 1, "int8"
+    K, groups, share, kind = columns(weight), 0, 1, "int8"
     if weight.dtype == torch.uint8:
-        apart_groups, share, kind = *groups_of(weight, scales), kind_of(scales)
+        (groups, share), kind = groups_of(weight, scales), kind_of(scales)
     blocks = min(blocks, triton.next_power_of_2(K // 32))
     tiles = triton.cdiv(K, 32 * blocks) if K <= 4096 else 1
     more = {"EVEN": N % apart == 0, "KIND": kind}
-    return {"K": K, "GROUPS": apart_groups, "SHARE": share, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
+    return {"K": K, "GROUPS": groups, "SHARE": share, "ROWS": rows, "BLOCKS": blocks, "TILES": tiles, **more}
 
 
 def row_tile(K: int) -> tuple[int, int]:

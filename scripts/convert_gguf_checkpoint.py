@@ -242,7 +242,7 @@ def convert(gguf_file, out_dir) -> Path:
     config = read_config(metadata, tensors)
     files = convert_tokenizer(metadata)
     metadata.finish()
-    for name in FILES:
+    for name in (*FILES, "additional_chat_templates"):
         if name not in (*files, "config.json") and (out.parent / name).exists():
             raise ValueError(f"{out.parent} has the {name} of another model; give another --out_dir, or remove it")
     state_dict = convert_weights(tensors, config, gguf_file)

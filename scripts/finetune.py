@@ -167,7 +167,7 @@ def windows(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return row[:-1].view(count, length), row[1:].view(count, length)
 
 
-def answers(messages: list[dict], tokenizer, tools=None) -> list[tuple[list[int], int]]:
+def answers(messages: list[dict], tools: list | None, tokenizer) -> list[tuple[list[int], int]]:
     """For each answer in a conversation the ids up to the token that ends it, and how many of them the model is given.
 
     Each is rendered as the last one: templates leave things out of earlier answers.
@@ -202,7 +202,7 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
         if "messages" not in row:
             raise ValueError(f"{where} of {file} is text among messages; make it two files")
         try:
-            said = answers(row["messages"], tokenizer, row["tools"])
+            said = answers(row["messages"], row["tools"], tokenizer)
         except ValueError as error:
             raise ValueError(f"{where} of {file}: {error}") from error
         if not said:
@@ -223,9 +223,10 @@ def chat_rows(rows: list[dict], file: Path, tokenizer, length: int) -> tuple[tor
     if not any(ids[-1] in tokenizer.eos_ids for ids, _ in found):
         ids, given = found[0]
         last = next((tokenizer.piece(id) for id in ids[: given - 1 : -1] if id in tokenizer.special_ids), None)
-        told = f"name {last!r} as eos_token in {tokenizer.directory / 'tokenizer_config.json'}"
-        told = told if last else "let the chat template end them with eos_token"
-        print0(f"no answer in {file} ends with a token that ends a text, so the model will not learn to stop; {told}")
+        advice = "let the chat template end them with eos_token"
+        if last:
+            advice = f"name {last!r} as eos_token in {tokenizer.directory / 'tokenizer_config.json'}"
+        print0(f"no answer in {file} ends with a token that ends a text, so the model will not learn to stop; {advice}")
     return padded(found, length)
 
 

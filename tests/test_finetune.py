@@ -472,7 +472,7 @@ def test_an_answer_is_read_as_the_whole_text_is(tiny_checkpoint, tmp_path):
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(folder)
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    ((ids, given),) = finetune.answers(messages, tokenizer)
+    ((ids, given),) = finetune.answers(messages, None, tokenizer)
     assert ids == tokenizer.encode("<|user|>one<|end|><|assistant|>two<|end|>", bos=False)
     assert ids[:given] == tokenizer.encode("<|user|>one<|end|><|assistant|>", bos=False)
 
